@@ -1,0 +1,298 @@
+"""Tables: CSV rows in and CSV rows out, block by block, so that a file of any length fits in memory.
+
+What the model needs is picked by column name or by position; every other column is carried through untouched.
+"""
+
+import csv
+import io
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.errors import InputError
+
+if TYPE_CHECKING:
+    from mcdrop.predict import Prediction
+
+__all__ = ["Block", "Table", "read_rows", "with_prediction", "write_rows"]
+
+STANDARD_STREAM = "-"
+CELLS_PER_BLOCK = 1 << 18  # a block of rows holds about this many cells, whatever the width of the table
+MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no table
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows as they stood in the file, and as numbers (N, F); ``position``: bytes of the file read, 0 if unknown."""
+
+    header: list[str]
+    cells: list[list[str]]
+    values: NDArray[Any]
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows to be written: names of the columns, and one list per row."""
+
+    header: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the model's columns are; ``named`` says that the first row is a header."""
+
+    header: list[str]
+    picked: list[int]
+    named: bool
+
+
+def read_rows(
+    source: str | Path,
+    *,
+    width: int,
+    features: Sequence[str] | None = None,
+    dtype: str = "float32",
+    chunk: int | None = None,
+) -> Iterator[Block]:
+    """Reads a CSV file (``-`` is standard input) in blocks of ``chunk`` rows.
+
+    The model's ``width`` columns are found by the names in ``features`` where the header has them all, else by position
+    where the table has just that many columns. The first row is a header if it holds those names, or no number at all.
+
+    Raises:
+        InputError: no rows, ragged rows, or a cell that is not a finite number of this ``dtype``; with line and column.
+    """
+    name = "standard input" if str(source) == STANDARD_STREAM else str(source)
+    with _reading(source) as stream:
+        records = _records(stream, name)
+        first = next(records, None)
+        if first is None:
+            raise InputError(f"{name} is empty; give a header and at least one row")
+        layout = _layout(first[1], width, features, name)
+        if not layout.named:
+            records = itertools.chain([first], records)
+        size = chunk or max(1, CELLS_PER_BLOCK // len(layout.header))
+        batch = list(itertools.islice(records, size))
+        if not batch:
+            raise InputError(f"{name} holds a header and no rows; give at least one row")
+        while batch:
+            values = _numbers(batch, layout, np.dtype(dtype), name)
+            yield Block(layout.header, [cells for _, cells in batch], values, _position(stream))
+            batch = list(itertools.islice(records, size))
+
+
+def write_rows(target: str | Path, tables: Iterable[Table]) -> int:
+    """Writes tables one below the other under the header of the first (``-`` is standard output); gives the row count.
+
+    A file appears whole or not at all: it is written beside its place and renamed when the last row is in it.
+    """
+    count = 0
+    with _writing(target) as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        for table in tables:
+            if not count:
+                writer.writerow(table.header)
+            writer.writerows(table.rows)
+            count += len(table.rows)
+    return count
+
+
+def with_prediction(block: Block, prediction: "Prediction", *, prefix: str = "") -> Table:
+    """Gives the columns of the table followed by those of the prediction; what is unknown is an empty cell.
+
+    Raises:
+        InputError: the table already has a column of such a name; another ``prefix`` avoids that.
+    """
+    columns = {prefix + name: values for name, values in _columns(prediction)}
+    if taken := [name for name in block.header if name.strip() in columns]:
+        raise InputError(f"the table already has columns {_listed(taken)}; choose a prefix for the new ones")
+    rows = [[*cells, *new] for cells, *new in zip(block.cells, *columns.values(), strict=True)]
+    return Table([*block.header, *columns], rows)
+
+
+def _columns(prediction: "Prediction") -> Iterator[tuple[str, list[Any]]]:
+    if prediction.label is not None:
+        yield "label", prediction.label.tolist()
+        by_output = {"probability": prediction.mean}
+        by_row = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
+    else:
+        by_output = {name: getattr(prediction, name) for name in ("mean", "variance", "std")}
+        by_row = {}
+    by_output |= {name: getattr(prediction, name) for name in ("lower", "upper", "standard_error")}
+    by_row |= {name: getattr(prediction, name) for name in ("score", "p_value", "is_anomaly")}
+    rows, outputs = prediction.mean.shape
+    for name, values in by_output.items():
+        for i in range(outputs):
+            suffix = "" if outputs == 1 else f"_{i}"
+            yield name + suffix, [None] * rows if values is None else values[:, i].tolist()
+    for name, values in by_row.items():
+        cells = [None] * rows if values is None else values.tolist()
+        yield name, [str(cell).lower() if isinstance(cell, bool) else cell for cell in cells]
+
+
+def _layout(first: list[str], width: int, features: Sequence[str] | None, name: str) -> _Layout:
+    titles = [cell.strip() for cell in first]
+    wanted = list(features or ())
+    missing = [feature for feature in wanted if feature not in titles]
+    if wanted and not missing:
+        if twice := [feature for feature in wanted if titles.count(feature) > 1]:
+            raise InputError(f"{name}: the header has {twice[0]!r} more than once, so it is not clear which one to use")
+        return _Layout(first, [titles.index(feature) for feature in wanted], named=True)
+    named = all(_number(title) is None for title in titles)
+    if named and len(missing) < len(wanted):
+        raise InputError(f"{name}: the header lacks {_listed(missing)}; the model takes {_listed(wanted)}")
+    if len(first) != width:
+        raise InputError(f"{name} must have {width} columns, got {len(first)}{_remedy(first, wanted)}")
+    return _Layout(first if named else wanted or [f"x_{i}" for i in range(width)], list(range(width)), named)
+
+
+def _remedy(first: list[str], wanted: list[str]) -> str:
+    for character, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(first) == 1 and character in first[0]:
+            return f"; it looks separated by {word}, separate it by commas"
+    if wanted:
+        return f"; name them in a header ({_listed(wanted)}) or give no other column"
+    return "; the model does not name its columns, so give no other column"
+
+
+def _records(stream: TextIO, name: str) -> Iterator[tuple[int, list[str]]]:
+    """Gives (line number, cells) for each record; all have as many cells as the first, blank lines only at the end."""
+    reader = csv.reader(_lines(stream, name), strict=True)
+    width = blank = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"{name}, line {reader.line_num}: {error}") from None
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            blank = blank or reader.line_num
+            continue
+        if blank:
+            raise InputError(f"{name}, line {blank} is blank but rows follow it; fill it or delete it")
+        width = width or len(cells)
+        if len(cells) != width:
+            raise InputError(f"{name}, line {reader.line_num} must have {width} cells, got {len(cells)}")
+        yield reader.line_num, cells
+
+
+def _lines(stream: TextIO, name: str) -> Iterator[str]:
+    for number in itertools.count(1):
+        try:
+            line = stream.readline(MAX_LINE)
+        except UnicodeDecodeError:
+            raise InputError(f"{name} is not UTF-8 text (near line {number}); save it as CSV in UTF-8") from None
+        if not line:
+            return
+        if len(line) == MAX_LINE and line[-1] not in "\r\n":
+            raise InputError(f"{name}, line {number} is longer than {MAX_LINE} characters; is this a CSV file?")
+        yield line
+
+
+def _numbers(batch: list[tuple[int, list[str]]], layout: _Layout, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    picked = [[cells[i] for i in layout.picked] for _, cells in batch]
+    try:
+        wide = np.array(picked, dtype=np.float64)
+    except ValueError:
+        wide = None
+    if wide is not None and not any("_" in cell for cells in picked for cell in cells):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = wide.astype(dtype)
+        if np.isfinite(wide).all() and np.isfinite(values).all() and (dtype.kind == "f" or (values == wide).all()):
+            return values
+    for (line, _), cells in zip(batch, picked, strict=True):
+        for i, cell in zip(layout.picked, cells, strict=True):
+            if problem := _problem(cell, dtype):
+                raise InputError(f"{name}, line {line}, column {layout.header[i].strip()!r} {problem}")
+    raise AssertionError("a cell that numpy refuses is one that _problem names")
+
+
+def _problem(cell: str, dtype: np.dtype[Any]) -> str | None:
+    shown = repr(cell if len(cell) <= 40 else cell[:40] + "...")
+    number = _number(cell)
+    if number is None:
+        return f"holds {shown}, which is not a number" if cell.strip() else "is empty; every row needs a number there"
+    if not np.isfinite(number):
+        return f"holds {shown}, which is not a finite number"
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = np.float64(number).astype(dtype)
+    if not np.isfinite(value):
+        return f"holds {shown}, which is too large for {dtype}"
+    return None if dtype.kind == "f" or value == number else f"holds {shown}, but the model takes {dtype}"
+
+
+def _number(cell: str) -> float | None:
+    """Reads a number as people write it: Python's own ``1_000`` is text."""
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _position(stream: TextIO) -> int:
+    try:
+        return stream.buffer.tell()
+    except OSError:  # a pipe has no position
+        return 0
+
+
+@contextmanager
+def _explained(verb: str, place: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot {verb} {place}: {error.strerror}") from None
+
+
+@contextmanager
+def _standard(buffer: BinaryIO, encoding: str) -> Iterator[TextIO]:
+    stream = io.TextIOWrapper(buffer, encoding=encoding, newline="")
+    try:
+        yield stream
+    finally:
+        stream.detach()  # flushes, and leaves open what is not ours to close
+
+
+@contextmanager
+def _reading(source: str | Path) -> Iterator[TextIO]:
+    if str(source) == STANDARD_STREAM:
+        with _standard(sys.stdin.buffer, "utf-8-sig") as stream:
+            yield stream
+    else:
+        with _explained("read", source), Path(source).open(encoding="utf-8-sig", newline="") as opened:
+            yield opened
+
+
+@contextmanager
+def _writing(target: str | Path) -> Iterator[TextIO]:
+    if str(target) == STANDARD_STREAM:
+        with _standard(sys.stdout.buffer, "utf-8") as stream:
+            yield stream
+        return
+    place = Path(target).resolve()  # a link stays a link, to the new file
+    in_place = place.exists() and not place.is_file()  # a device is not replaced; a folder cannot be opened
+    beside = place if in_place else place.with_name(f".{place.name[:64]}.{os.getpid()}.part")
+    with _explained("write", target):
+        try:
+            with beside.open("w", encoding="utf-8", newline="") as opened:
+                yield opened
+            if not in_place:
+                beside.replace(place)
+        finally:
+            if not in_place:
+                beside.unlink(missing_ok=True)
