@@ -1,0 +1,198 @@
+"""Passes of a torch module: masks from ``masks``, the module's live shadow, and a verified way to run them.
+
+A *tier* is a way to run several passes; all get the same masks. ``vmap`` batches over the passes, so what comes before
+the first mask runs once; ``loop`` runs pass after pass and is what the others are checked against. To add a tier, add
+one function and one line to ``TIERS``.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mcdrop.errors import InputError
+from mcdrop.masks import Site, sample_masks
+from mcdrop.outputs import Pick
+from mcdrop.rows import Rows
+from mcdrop.trace import Layouts, NoOverride, Trace, forward, one_pass, to_tensors, trace
+
+__all__ = ["TIERS", "TorchBackend"]
+
+Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
+
+_MASK_CACHE_BYTES = 64 * 2**20
+_CHECK_PASSES = 3
+
+
+def _loop(module: nn.Module, rows: Rows, pick: Pick, layouts: Layouts, stacks: Stacks) -> Tensor:
+    passes = next(len(stack) for stack in stacks if stack is not None)
+    each = ([None if stack is None else stack[t] for stack in stacks] for t in range(passes))
+    return torch.stack([one_pass(module, rows, pick, layouts, masks) for masks in each])
+
+
+def _vmap(module: nn.Module, rows: Rows, pick: Pick, layouts: Layouts, stacks: Stacks) -> Tensor:
+    present = [stack for stack in stacks if stack is not None]
+
+    def one(*masks: Tensor) -> Tensor:
+        left = iter(masks)
+        return one_pass(module, rows, pick, layouts, [None if stack is None else next(left) for stack in stacks])
+
+    output: Tensor = torch.vmap(one, randomness="error")(*present)
+    return output
+
+
+TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Layouts, Stacks], Tensor]] = {
+    "loop": _loop,
+    "vmap": _vmap,
+}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How passes of one input signature are run."""
+
+    trace: Trace
+    idle: frozenset[str]
+    tier: str
+    reason: str
+
+
+@dataclass
+class _MaskCache:
+    """Masks on the device, the latest used first, bounded in bytes."""
+
+    held: OrderedDict[object, Tensor] = field(default_factory=OrderedDict)
+    size: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        with self.lock:
+            if key in self.held:
+                self.held.move_to_end(key)
+                return self.held[key]
+        mask = make()
+        with self.lock:
+            if key not in self.held:
+                self.held[key] = mask
+                self.size += mask.nbytes
+            while self.size > _MASK_CACHE_BYTES:
+                self.size -= self.held.popitem(last=False)[1].nbytes
+        return mask
+
+
+class TorchBackend:
+    """A torch module with its draws as masks; safe to use from several threads at once."""
+
+    def __init__(self, live: nn.Module, plain: nn.Module, pick: Pick, idle: frozenset[str] = frozenset()) -> None:
+        """Takes the shadow whose draws are on, the one with all of them off, and the names of sites left off."""
+        self.live = live
+        self._plain = plain
+        self._pick = pick
+        self._idle = idle
+        self._plans: dict[object, _Plan] = {}
+        self._lock = threading.Lock()
+        self._cache = _MaskCache()
+
+    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+        """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
+        plan, tensors = self._prepare(rows)
+        stacks = self._stacks(plan, passes, seed, start, sampler)
+        with torch.no_grad():
+            output = TIERS[plan.tier](self.live, tensors, self._pick, plan.trace.layouts, stacks)
+        return _numpy(output)
+
+    def deterministic(self, rows: Rows) -> NDArray[np.float32]:
+        """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
+        _, tensors = self._prepare(rows)
+        with torch.no_grad(), NoOverride():
+            return _numpy(forward(self._plain, tensors, self._pick))
+
+    def row_bytes(self, rows: Rows) -> int:
+        """Gives the memory that one pass of one row needs: some four of its largest results are alive at a time."""
+        return 4 * self._prepare(rows)[0].trace.row_bytes
+
+    def tier(self, rows: Rows) -> tuple[str, str]:
+        """Gives the tier that runs the passes of such rows, and why."""
+        plan = self._prepare(rows)[0]
+        return plan.tier, plan.reason
+
+    def _prepare(self, rows: Rows) -> tuple[_Plan, Rows]:
+        tensors = to_tensors(rows, self.live)
+        signature = tuple((name, tuple(leaf.shape[1:]), leaf.dtype, leaf.device) for name, leaf in tensors.named())
+        plan = self._plans.get(signature)
+        if plan is None:
+            with self._lock:
+                plan = self._plans.get(signature) or self._make_plan(tensors)
+                self._plans[signature] = plan
+        return plan, tensors
+
+    def _make_plan(self, tensors: Rows) -> _Plan:
+        shapes = ", ".join(f"{name}: {('N', *leaf.shape[1:])}" for name, leaf in tensors.named())
+        try:
+            found = trace(self.live, tensors, self._pick)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the network cannot take inputs of shape {shapes}: {_first_line(error)}") from error
+        few = tensors.take(slice(0, min(tensors.count, 4)))
+        plan = _Plan(found, self._idle, "loop", "")
+        stacks = self._stacks(plan, _CHECK_PASSES, seed=0, start=0, sampler="iid")
+        tier, reason = _choose(self.live, few, self._pick, found.layouts, stacks)
+        return _Plan(found, self._idle, tier, reason)
+
+    def _stacks(self, plan: _Plan, passes: int, seed: int, start: int, sampler: str) -> Stacks:
+        device = next((t.device for t in (*self.live.parameters(), *self.live.buffers())), torch.device("cpu"))
+        stacks: Stacks = []
+        for site in plan.trace.sites:
+            if site.name in plan.idle:
+                stacks.append(None)
+                continue
+
+            def make(site: Site = site) -> Tensor:
+                masks = sample_masks([site], passes, seed=seed, start=start, sampler=sampler)
+                return torch.from_numpy(masks[site.name]).to(device)
+
+            stacks.append(self._cache.get((site, passes, seed, start, sampler, device), make))
+        return stacks
+
+
+def _choose(module: nn.Module, rows: Rows, pick: Pick, layouts: Layouts, stacks: Stacks) -> tuple[str, str]:
+    """Gives the fastest tier that agrees with the loop on the same masks, and why."""
+    with torch.no_grad():
+        expected = TIERS["loop"](module, rows, pick, layouts, stacks)
+        try:
+            got = TIERS["vmap"](module, rows, pick, layouts, stacks)
+        except Exception as error:  # whatever a network does under vmap, the loop is right
+            return "loop", f"vmap does not take this network: {_first_line(error)}"
+    worst = _difference(got, expected)
+    if worst > _tolerance(expected.dtype):
+        return "loop", f"vmap differs from the loop by {worst:.1e}"
+    return "vmap", f"equals the loop within {worst:.0e}" if worst else "equals the loop"
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest value; infinite where the shapes differ."""
+    if got.shape != expected.shape:
+        return float("inf")
+    scale = max(float(expected.abs().max()), 1e-30)
+    return float((got - expected).abs().max()) / scale
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Rounding of a few hundred operations in a type: 3e-5 in float32, 2e-2 in bfloat16."""
+    return {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2}.get(dtype, 2e-2)
+
+
+def _numpy(output: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = output.detach().to("cpu", torch.float32).numpy()
+    return array
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -1,0 +1,150 @@
+"""The only randomness in mcdrop: a mask is a pure function of (seed, site, pass).
+
+Numbers come from Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a counter-based
+generator: pass ``t`` of a site reads its own stretch of the counter, so passes can be drawn in any order, in any
+chunks, on any machine, and are equal to the bit. No global generator is read or moved.
+
+A site's units are laid out in dyadic blocks (edges 0, 1, 16, 32, 64, ...) along each axis, every block with its own
+key. So where a shape follows the input (sequence length, image size), the mask of the longer input extends the shorter
+one's.
+
+To add a sampler, add one function and one line to ``SAMPLERS``; to add a kind of draw, one line to ``KINDS``.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.errors import InputError, UnknownName
+
+__all__ = ["KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "sample_masks"]
+
+SEED_LIMIT = 2**64
+_FIRST_EDGE = 16
+_BALANCED_BLOCK = 32
+
+Masks = dict[str, NDArray[np.float32]]
+Words = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One random draw of a network's forward pass.
+
+    ``name`` numbers the draws in order of execution and keys the random stream; ``path`` is the module that draws.
+    ``shape`` is the shape of what one pass draws for one row; ``p`` is the share that is dropped (bernoulli only).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    p: float = 0.5
+    kind: str = "bernoulli"
+    path: str = ""
+
+
+def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 0, sampler: str = "iid") -> Masks:
+    """Gives the draws of passes ``start`` to ``start + passes``: site name -> (T, ...shape of the site), float32.
+
+    A bernoulli site gives 1 for kept and 0 for dropped units (not rescaled), a uniform one numbers in [0, 1), a normal
+    one standard normal numbers.
+
+    >>> site = Site("drop", (4,), 0.5)
+    >>> whole = sample_masks([site], 3, seed=7)["drop"]
+    >>> tail = sample_masks([site], 2, seed=7, start=1)["drop"]
+    >>> bool((whole[1:] == tail).all())
+    True
+
+    Raises:
+        InputError: a seed outside 0 to 2**64 - 1, or an unknown sampler or kind.
+    """
+    if not 0 <= seed < SEED_LIMIT:
+        raise InputError(f"seed must be between 0 and 2**64 - 1, got {seed}")
+    if sampler not in SAMPLERS:
+        raise UnknownName("sampler", sampler, SAMPLERS)
+    draw = SAMPLERS[sampler]
+    masks = {}
+    for site in sites:
+        if site.kind not in KINDS:
+            raise UnknownName("kind of draw", site.kind, KINDS)
+        words = np.empty((passes, *site.shape), np.uint32)
+        for place, extent in _blocks(site.shape):
+            key = f"{seed}/{site.name}/{'.'.join(str(part.start) for part in place)}"
+            block = draw(key, start, passes, math.prod(extent)).reshape(passes, *extent)
+            clipped = tuple(slice(0, part.stop - part.start) for part in place)
+            words[(slice(None), *place)] = block[(slice(None), *clipped)]
+        masks[site.name] = KINDS[site.kind](words, site.p)
+    return masks
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
+    """The dyadic blocks that cover a shape: where each lies (clipped to the shape), and its whole extent."""
+    axes = [list(_edges(size)) for size in shape]
+    for parts in itertools.product(*axes):
+        place = tuple(slice(low, min(high, size)) for (low, high), size in zip(parts, shape, strict=True))
+        yield place, tuple(high - low for low, high in parts)
+
+
+def _edges(size: int) -> Iterator[tuple[int, int]]:
+    low, high = 0, 1
+    while low < size:
+        yield low, high
+        low, high = high, max(_FIRST_EDGE, 2 * high)
+
+
+def _philox(key: str, start: int, passes: int, units: int) -> Words:
+    """Gives 32 random bits for each unit of each pass, (T, units); a pass begins on a whole Philox counter."""
+    counters = -(-units // 8)  # one counter step gives four 64-bit words, so eight units
+    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=start * counters)
+    words: NDArray[np.uint64] = generator.random_raw(passes * counters * 4)
+    return words.astype("<u8", copy=False).view("<u4").reshape(passes, counters * 8)[:, :units]
+
+
+def _iid(key: str, start: int, passes: int, units: int) -> Words:
+    """Independent passes."""
+    return _philox(key, start, passes, units)
+
+
+def _balanced(key: str, start: int, passes: int, units: int) -> Words:
+    """Passes stratified in blocks of 32: within a block each unit's numbers fall once in every 32nd of [0, 1).
+
+    A unit with drop rate p is so dropped floor(32 p) or ceil(32 p) times a block, while each single pass stays exactly
+    Bernoulli with independent units (Latin hypercube sampling, McKay, Beckman and Conover 1979, along the passes).
+    """
+    first, last = start // _BALANCED_BLOCK, -(-(start + passes) // _BALANCED_BLOCK)
+    count = last - first
+    begin = first * _BALANCED_BLOCK
+    order = _philox(f"{key}/order", begin, count * _BALANCED_BLOCK, units).reshape(count, _BALANCED_BLOCK, units)
+    rank = np.argsort(order, axis=1, kind="stable").astype(np.uint64)
+    inside = _philox(f"{key}/inside", begin, count * _BALANCED_BLOCK, units).reshape(rank.shape)
+    words = (((rank << np.uint64(32)) + inside) // np.uint64(_BALANCED_BLOCK)).astype(np.uint32)
+    flat = words.reshape(count * _BALANCED_BLOCK, units)
+    return flat[start - begin : start - begin + passes]
+
+
+def _bernoulli(words: Words, p: float) -> NDArray[np.float32]:
+    return (words >= round(p * 2**32)).astype(np.float32)
+
+
+def _uniform(words: Words, p: float) -> NDArray[np.float32]:
+    # 24 bits, so that the largest number is still below 1 in float32
+    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def _normal(words: Words, p: float) -> NDArray[np.float32]:
+    from scipy.special import ndtri  # here, because ``import mcdrop`` needs numpy alone
+
+    return ndtri((words + 0.5) * 2.0**-32).astype(np.float32)
+
+
+SAMPLERS: dict[str, Callable[[str, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
+KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
+    "bernoulli": _bernoulli,
+    "normal": _normal,
+    "uniform": _uniform,
+}

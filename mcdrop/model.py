@@ -1,0 +1,214 @@
+"""A network made ready to be sampled: discovered once, audited, with its task and the shapes of its inputs."""
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mcdrop.audit import Audit
+from mcdrop.backends import Backend
+from mcdrop.engine import PassPlan
+from mcdrop.errors import InputError, UnknownName
+from mcdrop.intervals import INTERVALS, check_level
+from mcdrop.rows import Rows
+from mcdrop.screening import Screen
+from mcdrop.summaries import TASKS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["InputSpec", "Model", "Options", "wrap"]
+
+_EXAMPLE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of a prediction.
+
+    Raises:
+        InputError: an option outside its range, or an unknown interval.
+    """
+
+    passes: int = 100
+    level: float = 0.95
+    interval: str = "student_t"
+    seed: int = 0
+    keep_samples: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks at the door."""
+        check_level(self.level)
+        if self.interval not in INTERVALS:
+            raise UnknownName("interval", self.interval, INTERVALS)
+        assert self.plan
+
+    @property
+    def plan(self) -> PassPlan:
+        """The passes that these options need."""
+        keep = self.keep_samples or INTERVALS[self.interval].needs_samples
+        return PassPlan(self.passes, self.seed, keep_samples=keep)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input: its name, its numpy type, and its shape with -1 for the rows."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network whose every random draw is a mask; made by ``wrap`` or ``load``, safe to share between threads.
+
+    ``features`` names the columns of a single (N, F) input, or is None. ``module`` is the user's own, untouched.
+    """
+
+    module: Any
+    backend: Backend
+    audit: Audit
+    task: str
+    inputs: tuple[InputSpec, ...]
+    positional: int
+    example: Rows
+    defaults: Options = Options()
+    screen: Screen | None = None
+    name: str = ""
+    version: str = ""
+    description: str = ""
+    features: list[str] | None = None
+    references: dict[Any, Any] = field(default_factory=dict, repr=False)  # scores of the screen's rows, by plan
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def with_screen(self, screen: Screen | None) -> "Model":
+        """Gives the same model with a fitted screen."""
+        return replace(self, screen=screen, references={}, lock=threading.Lock())
+
+    def rows(self, x: Any) -> Rows:
+        """Reads inputs and checks them against what the network was wrapped with.
+
+        Raises:
+            InputError: unusable rows, unknown or missing names, or a wrong number of axes or columns.
+        """
+        rows = self._placed(x)
+        named = [*rows.named()]
+        if len(named) != len(self.inputs):
+            raise InputError(f"the network takes {len(self.inputs)} inputs ({self._names()}), got {len(named)}")
+        checked = iter([_fit(leaf, spec) for (_, leaf), spec in zip(named, self.inputs, strict=True)])
+        return rows.map(lambda leaf: next(checked))
+
+    def _placed(self, x: Any) -> Rows:
+        """Puts inputs given by name where the network takes them."""
+        if not isinstance(x, Mapping):
+            rows = Rows.of(x)
+            if rows.kwargs or len(rows.args) == self.positional:
+                return rows
+            raise InputError(f"the network takes inputs by name: {self._names()}; got {len(rows.args)} without names")
+        names = [spec.name for spec in self.inputs]
+        if sorted(map(str, x)) != sorted(names):
+            raise InputError(f"inputs must be named {', '.join(names)}; got {', '.join(map(str, x)) or 'none'}")
+        rows = Rows.of({name: x[name] for name in names})
+        leaves = [leaf for _, leaf in rows.named()]
+        by_name = dict(zip(names[self.positional :], leaves[self.positional :], strict=True))
+        return Rows(tuple(leaves[: self.positional]), by_name, rows.count)
+
+    def _names(self) -> str:
+        return ", ".join(spec.name for spec in self.inputs)
+
+
+def _fit(leaf: Any, spec: InputSpec) -> Any:
+    """Checks one leaf against its specification and gives it in the specified type."""
+    wanted = ("N", *spec.shape[1:])
+    # a real (N, F) input has F columns; longer inputs and token ids may vary in length
+    wide = spec.dtype.startswith("float") and leaf.ndim == 2 and leaf.shape[1] != wanted[-1]
+    if leaf.ndim != len(spec.shape) or wide:
+        got = ("N", *leaf.shape[1:])
+        raise InputError(f"input {spec.name!r} must have the shape {_shape(wanted)}, got {_shape(got)}")
+    if hasattr(leaf, "detach"):
+        return leaf
+    if np.dtype(spec.dtype).kind in "iu" and leaf.dtype.kind == "f" and (leaf != np.floor(leaf)).any():
+        raise InputError(f"input {spec.name!r} must be whole numbers, got {leaf[leaf != np.floor(leaf)][0]:g}")
+    with np.errstate(over="ignore"):
+        fitted = leaf.astype(spec.dtype)
+    if fitted.dtype.kind == "f" and not np.isfinite(fitted).all():
+        raise InputError(f"input {spec.name!r} holds numbers that are too large for {spec.dtype}")
+    return fitted
+
+
+def _shape(axes: tuple[Any, ...]) -> str:
+    return f"({', '.join(map(str, axes))}{',' if len(axes) == 1 else ''})"
+
+
+def wrap(
+    module: "nn.Module | Model",
+    *,
+    example: Any,
+    task: str = "regression",
+    output: str | Callable[[Any], Any] | None = None,
+) -> Model:
+    """Discovers a network's random draws once and gives a model that can be sampled.
+
+    Args:
+        module: any ``torch.nn.Module``; it is not modified, and later changes of its weights are seen.
+        example: a few real rows: an array or tensor, a tuple of positional inputs, or a dict of keyword inputs; the
+            first dimension of each is the rows.
+        task: one of ``TASKS``: "regression", "gaussian" (mean and log-variance) or "classification" (logits).
+        output: the name or position of the output to read where the network returns several, or a function that
+            picks it.
+
+    Raises:
+        InputError: an unknown task, or an example that the network cannot take.
+        NoStochasticSite: nothing in the network is random.
+        UncontrolledDraw: something in it is random and cannot be controlled.
+    """
+    if isinstance(module, Model):
+        return module
+    from mcdrop.backends.torch import TorchBackend  # here, because a model of another backend needs no torch
+    from mcdrop.discover import discover
+    from mcdrop.outputs import picker
+
+    if task not in TASKS:
+        raise UnknownName("task", task, TASKS)
+    rows, pick = Rows.of(example), picker(output)
+    rows = rows.take(slice(0, _EXAMPLE_ROWS))
+    try:
+        found = discover(module, rows, pick)
+    except InputError:
+        if not _all_whole(rows):
+            raise
+        rows = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
+        found = discover(module, rows, pick)  # whole numbers may stand for real ones, as in [[1], [2]]
+    backend = TorchBackend(found.live, found.plain, pick, found.idle)
+    tier, reason = backend.tier(rows)
+    TASKS[task].statistic(backend.deterministic(rows).astype(np.float64)[None])
+    return Model(
+        module=module, backend=backend, audit=replace(found.audit, tier=tier, tier_reason=reason), task=task,
+        inputs=_specs(module, rows), positional=len(rows.args), example=rows,
+    )  # fmt: skip
+
+
+def _all_whole(rows: Rows) -> bool:
+    return all(np.dtype(str(leaf.dtype).removeprefix("torch.")).kind in "iub" for _, leaf in rows.named())
+
+
+def _specs(module: Any, rows: Rows) -> tuple[InputSpec, ...]:
+    """Names positional inputs as the module's forward does."""
+    try:
+        signature = inspect.signature(module.forward).parameters.values()
+        parameters = [parameter.name for parameter in signature if parameter.kind < parameter.VAR_POSITIONAL]
+    except (TypeError, ValueError):
+        parameters = []
+    double = any(str(parameter.dtype) == "torch.float64" for parameter in module.parameters())
+    specs = []
+    for index, (name, leaf) in enumerate(rows.named()):
+        label = parameters[index] if index < len(rows.args) and index < len(parameters) else name
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        if "float" in dtype:
+            dtype = "float64" if double else "float32"
+        specs.append(InputSpec(label, dtype, (-1, *leaf.shape[1:])))
+    return tuple(specs)

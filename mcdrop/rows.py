@@ -1,0 +1,113 @@
+"""Rows: what a network is given, as leaves whose first dimension is the rows."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mcdrop.errors import InputError
+
+__all__ = ["Rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch of inputs: positional leaves and keyword leaves, all with the same number of rows.
+
+    A leaf is a numpy array, or a tensor that is passed through as it is.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    count: int
+
+    @classmethod
+    def of(cls, x: Any) -> "Rows":
+        """Reads an array or tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+        Raises:
+            InputError: text, ragged rows, no rows, a number that is not finite, or leaves of unequal length.
+        """
+        if isinstance(x, Rows):
+            return x
+        args = tuple(_leaf(value, f"input {i}") for i, value in enumerate(x)) if isinstance(x, tuple) else ()
+        kwargs = {name: _leaf(value, repr(name)) for name, value in x.items()} if isinstance(x, Mapping) else {}
+        if not isinstance(x, tuple | Mapping):
+            args = (_leaf(x, "inputs"),)
+        counts = {len(leaf) for leaf in (*args, *kwargs.values())}
+        if not counts:
+            raise InputError("no inputs were given")
+        if len(counts) > 1:
+            raise InputError(f"all inputs must have the same number of rows, got {sorted(counts)}")
+        count = counts.pop()
+        if count == 0:
+            raise InputError("inputs hold no rows; give at least one")
+        return cls(args, kwargs, count)
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """Walks over (name, leaf); positional leaves are named by their position."""
+        yield from ((str(i), leaf) for i, leaf in enumerate(self.args))
+        yield from self.kwargs.items()
+
+    def map(self, change: Callable[[Any], Any]) -> "Rows":
+        """Gives the same inputs with every leaf changed; the change may alter the number of rows."""
+        args = tuple(change(leaf) for leaf in self.args)
+        kwargs = {name: change(leaf) for name, leaf in self.kwargs.items()}
+        first = args[0] if args else next(iter(kwargs.values()))
+        return Rows(args, kwargs, len(first))
+
+    def take(self, which: Any) -> "Rows":
+        """Gives the chosen rows: a slice or an index array."""
+        return self.map(lambda leaf: leaf[which])
+
+    def split(self, size: int) -> Iterator["Rows"]:
+        """Cuts into blocks of at most ``size`` rows."""
+        for begin in range(0, self.count, size):
+            yield self if size >= self.count else self.take(slice(begin, begin + size))
+
+
+def _leaf(value: Any, name: str) -> Any:
+    if hasattr(value, "detach"):  # a tensor: left alone, so that it stays on its device
+        leaf = value.detach()
+        if leaf.ndim == 0:
+            raise InputError(f"{name} must have rows as its first dimension, got a single number")
+        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            raise InputError(f"{name} must be finite numbers; {_first_bad(leaf.float().cpu().numpy())}")
+        return leaf
+    try:
+        leaf = np.asarray(value)
+    except ValueError:
+        raise InputError(f"{name} must be rows of equal length; {_ragged(value)}") from None
+    if leaf.dtype.kind not in "fiub":
+        raise InputError(f"{name} must be numbers, got {_text(leaf)}")
+    if leaf.ndim == 0:
+        raise InputError(f"{name} must have rows as its first dimension, got a single number")
+    if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
+        raise InputError(f"{name} must be finite numbers; {_first_bad(leaf)}")
+    return leaf
+
+
+def _first_bad(leaf: np.ndarray[Any, Any]) -> str:
+    place = tuple(int(i) for i in np.argwhere(~np.isfinite(leaf))[0])
+    where = f" at {list(place[1:])}" if len(place) > 1 else ""
+    return f"row {place[0]} holds {leaf[place]}{where}"
+
+
+def _ragged(value: Any) -> str:
+    lengths: dict[object, int] = {}
+    for i, row in enumerate(value):
+        lengths.setdefault(len(row) if hasattr(row, "__len__") else "a single number", i)
+    if len(lengths) < 2:
+        return "some row is nested unevenly"
+    (first, i), (second, j) = list(lengths.items())[:2]
+    return f"row {i} has {first} values and row {j} has {second}"
+
+
+def _text(leaf: np.ndarray[Any, Any]) -> str:
+    for item in leaf.ravel()[:1000]:
+        if isinstance(item, str):
+            return f"the text {item[:40]!r}"
+        if item is None:
+            return "a missing value (null)"
+    return f"values of type {leaf.dtype}"

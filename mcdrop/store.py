@@ -1,0 +1,135 @@
+"""A store of model folders, ``STORE/NAME/VERSION``: manifests, hashes and what may lie in a folder. Needs no torch."""
+
+import hashlib
+import re
+import stat
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcdrop.errors import ArtifactError, ModelNotFound
+
+__all__ = ["FORMAT", "MANIFEST", "Entry", "check_name", "list_models", "read_manifest", "resolve", "sha256", "verify"]
+
+MANIFEST = "model.toml"
+FORMAT = 1
+
+_MANIFEST_BYTES = 2**20
+_FILE_BYTES = 16 * 2**30
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version of one model in a store."""
+
+    name: str
+    version: str
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def check_name(name: str) -> None:
+    """Refuses a name or version that could not be a folder, or a part of an address.
+
+    Raises:
+        ArtifactError: it holds anything but letters, digits, '.', '_' and '-', or does not begin with the first two.
+    """
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(f"{name!r} cannot be a name or version: use letters, digits, '.', '_' and '-'")
+
+
+def list_models(store: str | Path) -> list[Entry]:
+    """Lists the model folders of a store by name and version, oldest version first; reads manifests only.
+
+    Raises:
+        ArtifactError: the store is not a folder, or a manifest in it cannot be read.
+    """
+    root = Path(store)
+    if not root.is_dir():
+        raise ModelNotFound(f"{root} is not a folder of models")
+    manifests = sorted(root.glob(f"[!.]*/[!.]*/{MANIFEST}"))
+    entries = [_entry(path.parent) for path in manifests]
+    return sorted(entries, key=lambda entry: (entry.name, _version_key(entry.version)))
+
+
+def _version_key(version: str) -> list[tuple[int, int, str]]:
+    """Orders 9 before 10, and 1.9 before 1.10."""
+    parts = re.split(r"[._-]", version)
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
+
+
+def _entry(folder: Path) -> Entry:
+    manifest = read_manifest(folder)
+    return Entry(str(manifest["name"]), str(manifest["version"]), folder, manifest)
+
+
+def resolve(folder: str | Path) -> Path:
+    """Gives the folder itself if it is a model, or the newest version in it.
+
+    Raises:
+        ModelNotFound: it is neither.
+    """
+    place = Path(folder)
+    if (place / MANIFEST).is_file():
+        return place
+    versions = sorted((path.parent for path in place.glob(f"[!.]*/{MANIFEST}")), key=lambda p: _version_key(p.name))
+    if not versions:
+        raise ModelNotFound(f"there is no model at {place}: neither {MANIFEST} nor a version folder that has one")
+    return versions[-1]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Gives the manifest of a model folder.
+
+    Raises:
+        ArtifactError: it cannot be read, or lacks what every manifest has.
+    """
+    path = folder / MANIFEST
+    _check_plain(path, _MANIFEST_BYTES)
+    try:
+        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not a readable manifest: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    missing = {"name", "version", "task", "weights", "inputs", "defaults", "sha256"} - manifest.keys()
+    if missing:
+        raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}")
+    return manifest
+
+
+def _check_plain(path: Path, most: int) -> None:
+    """Refuses links, pipes and the like, and files above a size, before anything is read."""
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise ArtifactError(f"{path} must be a plain file, not a link or a special file")
+    if status.st_size > most:
+        raise ArtifactError(f"{path} has {status.st_size} bytes, above the limit of {most}")
+
+
+def sha256(path: Path) -> str:
+    """Gives the sha256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Checks every file of a model folder against the manifest's sha256.
+
+    Raises:
+        ArtifactError: a file is missing, changed, added, or not a plain file.
+    """
+    expected = manifest["sha256"]
+    names = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if not isinstance(expected, dict) or names != set(expected):
+        raise ArtifactError(f"{folder} holds {sorted(names)}, its manifest lists {sorted(expected)}")
+    for name in sorted(names):
+        _check_plain(folder / name, _FILE_BYTES)
+        if sha256(folder / name) != expected[name]:
+            raise ArtifactError(f"{folder / name} is not the file that its manifest was written for (sha256 differs)")
