@@ -3,7 +3,7 @@
 ``ZOO`` maps names to specimens. To add one, add one function to a family module; to add a family, name it below.
 """
 
-from . import awkward, conv, forms, handmade, language, mlp, sequence, vision
+from . import awkward, conv, coupled, elusive, forms, handmade, language, mlp, sequence, vision
 from .reference import Draws, Expected, reference, reference_passes
 from .specimen import ROWS, Example, Specimen, call, specimens, why_missing
 
@@ -23,7 +23,7 @@ __all__ = [
 
 FAMILIES = {
     module.__name__.rpartition(".")[2]: specimens(vars(module))
-    for module in (mlp, handmade, conv, sequence, vision, language, awkward, forms)
+    for module in (mlp, handmade, conv, sequence, vision, language, awkward, coupled, forms, elusive)
 }
 
 ZOO: dict[str, Specimen] = {specimen.name: specimen for family in FAMILIES.values() for specimen in family}

@@ -79,7 +79,14 @@ def spectral_norm() -> Built:
     return module, example
 
 
-@specimen(draws=1, note="an observer moves its range in eval too", live=("2",), row_coupled=True, around=restored)
+@specimen(
+    draws=1,
+    note="an observer moves its range in eval too",
+    live=("2",),
+    row_coupled=True,
+    around=restored,
+    refused="eval itself moves its range: answers depend on those before",
+)
 def fake_quantised() -> Built:
     from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 
@@ -205,22 +212,6 @@ def own_generator() -> Built:
     return gated(lambda h: h * torch.bernoulli(torch.full_like(h, 0.7), generator=source) / 0.7)
 
 
-def _mixup(h: Tensor) -> Tensor:
-    weight = torch.rand([])
-    return weight * h + (1 - weight) * h[torch.randperm(len(h))]
-
-
-@specimen(
-    draws=2,
-    note="rows are mixed with rows in a drawn order",
-    refused="torch.randperm gives an order, not a mask",
-    row_coupled=True,
-    mean_preserving=False,
-)
-def mixup() -> Built:
-    return gated(_mixup)
-
-
 # Draws that torch does not know of.
 
 
@@ -268,7 +259,7 @@ def torchscript() -> Built:
     return scripted, example
 
 
-@specimen(draws=2, note="a drawn value that reaches nothing, and a live dropout")
+@specimen(draws=2, note="a drawn value that reaches nothing, and a live dropout", idle=1)
 def discarded_draw() -> Built:
     def between(net: nn.Module, h: Tensor) -> Tensor:
         F.dropout(h, 0.5, net.training)

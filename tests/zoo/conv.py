@@ -107,7 +107,12 @@ def shake_shake() -> Built:
     return ShakeShake(), images()
 
 
-@specimen(draws=1, draws_in_eval=1, note="FractionalMaxPool2d draws the borders of its cells, in eval as well")
+@specimen(
+    draws=1,
+    draws_in_eval=1,
+    note="FractionalMaxPool2d draws the borders of its cells, in eval as well",
+    refused="draws inside a function that hides them",
+)
 def fractional_pool() -> Built:
     return pooled(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.FractionalMaxPool2d(2, output_size=4)), images(size=12)
 

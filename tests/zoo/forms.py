@@ -1,4 +1,4 @@
-"""Ordinary dropout in unusual surroundings: outputs, number formats, wrappers, hooks, modules that are hard to see."""
+"""Ordinary dropout in unusual surroundings: inputs, outputs, number formats, code that resists vectorising."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .awkward import TwoLayers, rows
-from .mlp import hidden, layered
+from .mlp import hidden
 from .specimen import Built, specimen
 
 # Outputs.
@@ -125,16 +125,6 @@ def numpy_inside() -> Built:
     return hidden(_numpy_inside)
 
 
-def _branch_on_value(net: nn.Module, h: Tensor) -> Tensor:
-    h = F.dropout(h, 0.3, net.training)
-    return h if h.sum().item() > 0 else -h
-
-
-@specimen(draws=1, note="a Python branch on a dropped value, over all rows", row_coupled=True)
-def branch_on_value() -> Built:
-    return hidden(_branch_on_value)
-
-
 def _dynamic_shape(net: nn.Module, h: Tensor) -> Tensor:
     h = F.dropout(h, 0.3, net.training)
     out = torch.zeros_like(h)
@@ -176,76 +166,32 @@ def remembers_activation() -> Built:
     return Remembers(), rows()
 
 
-# Modules that are hard to see.
-
-
-class InContainer(TwoLayers):
-    """Calls its layers through a dict and a bound method, which a copy of the tree must follow."""
+class Slope(nn.Module):
+    """Gives an energy and its slope along the inputs, as force fields do: a gradient is taken inside the forward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: dict[str, Any] = {"first": self.first, "rest": [self.drop, self.last]}
-        self.activate = self.dropped_relu
-
-    def dropped_relu(self, x: Tensor) -> Tensor:
-        return F.dropout(x.relu(), 0.2, self.training)
-
-    def forward(self, x: Tensor) -> Any:
-        drop, last = self.steps["rest"]
-        return last(drop(self.activate(self.steps["first"](x))))
-
-
-@specimen(draws=2, note="layers called through a dict, a list and a bound method")
-def called_through_container() -> Built:
-    return InContainer(), rows()
-
-
-class Unregistered(nn.Module):
-    """Holds a dropout in a plain list and nowhere else: eval() does not reach it, so it is always live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
-        self.drops = [nn.Dropout(0.3)]
+        self.first, self.drop, self.last = nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.drops[0](self.first(x).relu()))  # type: ignore[no-any-return]
+        with torch.enable_grad():
+            place = x.detach().requires_grad_()
+            energy = self.last(self.drop(self.first(place).tanh()))
+            (slope,) = torch.autograd.grad(energy.sum(), place)
+        return torch.cat([energy, slope], -1).detach()
 
 
-@specimen(draws=1, draws_in_eval=1, note="a dropout in a plain list, which eval() cannot reach")
-def unregistered_dropout() -> Built:
-    return Unregistered(), rows()
+@specimen(draws=1, note="a gradient is taken inside the forward, through the dropout")
+def gradient_inside() -> Built:
+    return Slope(), rows()
 
 
-@specimen(draws=1, note="a forward hook that drops by the flag of the module it is given")
-def hook() -> Built:
-    module, example = layered(nn.ReLU())
-    module.get_submodule("1").register_forward_hook(lambda m, _, out: F.dropout(out, 0.3, m.training))
-    return module, example
+class Inference(TwoLayers):
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)
 
 
-@specimen(
-    draws=1,
-    note="a forward hook that drops by the flag of a module it has closed over",
-    refused="the flag that it reads cannot be set without touching the network",
-)
-def closure_hook() -> Built:
-    module, example = layered(nn.ReLU())
-    module.get_submodule("1").register_forward_hook(lambda _, __, out: F.dropout(out, 0.3, module.training))
-    return module, example
-
-
-# Wrappers of torch.
-
-
-@specimen(draws=1, note="nn.DataParallel without a GPU")
-def data_parallel() -> Built:
-    module, example = layered(nn.ReLU(), nn.Dropout(0.3))
-    return nn.DataParallel(module), example
-
-
-@specimen(draws=1, note="torch.compile, by a backend that runs the graph as it is")
-def compiled() -> Built:
-    module, example = layered(nn.ReLU(), nn.Dropout(0.3))
-    wrapped: nn.Module = torch.compile(module, backend="eager")  # type: ignore[assignment]
-    return wrapped, example
+@specimen(draws=1, note="forward is decorated with torch.inference_mode")
+def inference_mode_inside() -> Built:
+    return Inference(), rows()

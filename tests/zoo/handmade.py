@@ -82,6 +82,21 @@ def uniform_mask() -> Built:
     return gated(lambda h: h * (torch.empty_like(h).uniform_() < KEEP) / KEEP)
 
 
+@specimen(draws=1, note="inverted mask by Tensor.bernoulli_ of booleans")
+def bool_mask() -> Built:
+    return gated(lambda h: torch.where(torch.empty(h.shape, dtype=torch.bool).bernoulli_(KEEP), h / KEEP, 0.0))
+
+
+@specimen(draws=1, note="a half of the units by torch.randint")
+def randint_mask() -> Built:
+    return gated(lambda h: 2 * h * torch.randint(0, 2, h.shape))
+
+
+@specimen(draws=2, note="noise on some units: with one draw at its expectation the other reaches nothing")
+def sparse_noise() -> Built:
+    return gated(lambda h: h + torch.randn_like(h) * torch.bernoulli(torch.full_like(h, 0.3)))
+
+
 @specimen(draws=1, note="additive Gaussian noise by torch.randn_like")
 def gaussian_noise() -> Built:
     return gated(lambda h: h + 0.3 * torch.randn_like(h))

@@ -67,6 +67,13 @@ def dropout_all_zero() -> Built:
     return layered(nn.ReLU(), nn.Dropout(0.0))
 
 
+@specimen(
+    draws=0, note="everything is dropped, always", refused="a rate of 1 leaves nothing to chance", mean_preserving=False
+)
+def dropout_rate_one() -> Built:
+    return layered(nn.ReLU(), nn.Dropout(1.0))
+
+
 @specimen(draws=0, note="a network without any dropout", refused="there is nothing to draw")
 def no_dropout() -> Built:
     return layered(nn.ReLU())

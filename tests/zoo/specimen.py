@@ -33,7 +33,9 @@ class Specimen:
 
     ``draws`` counts the random operations of one forward in the network's proper stochastic behaviour: dropout and its
     like are live, statistics stand still, the output has the form that it has in eval. ``draws_in_eval`` counts those
-    that happen in plain eval already. Draws with a generator that is not torch's are not counted; ``foreign`` says so.
+    that happen in plain eval already; ``idle`` counts those of ``draws`` that reach no output. Draws that torch's
+    dispatcher cannot see in this thread (by another library's generator, in another thread) are not counted;
+    ``foreign`` says that there are some.
 
     ``live`` lists the submodules whose training flag brings that behaviour about ("" is the root); None means all but
     normalisations. ``around`` is for what a flag cannot do: a context manager entered around every reference pass.
@@ -51,6 +53,7 @@ class Specimen:
     note: str
     maker: Callable[[], Built] = field(repr=False)
     draws_in_eval: int = 0
+    idle: int = 0
     foreign: bool = False
     refused: str | None = None
     row_coupled: bool = False
