@@ -176,5 +176,5 @@ def compiled_block() -> Built:
 @specimen(draws=1, note="compiled in place by Module.compile()")
 def compiled_in_place() -> Built:
     module, example = layered(nn.ReLU(), nn.Dropout(0.3))
-    module.compile(backend="eager")  # type: ignore[no-untyped-call]
+    module.compile(backend="eager")
     return module, example

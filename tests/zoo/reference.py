@@ -105,6 +105,8 @@ class Expected(TorchDispatchMode):
             raise UnknownExpectation(f"{func} has no expectation")
         given = _arguments(func, args, kwargs)
         if name.endswith("_"):
+            if not given["self"].is_floating_point():
+                raise UnknownExpectation(f"{func} of {given['self'].dtype} has an expectation of another type")
             expectation = torch.as_tensor(_EXPECTATIONS[name](given)).to(given["self"].dtype)
             return given["self"].copy_(expectation.expand_as(given["self"]))
         drawn = func(*args, **kwargs)  # for its shape and dtype
@@ -119,6 +121,7 @@ def _either(given: dict[str, Any]) -> Any:
 _EXPECTATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bernoulli": _either,
     "bernoulli_": _either,
+    "dropout": lambda given: given["input"],
     "rand": lambda given: 0.5,
     "rand_like": lambda given: 0.5,
     "uniform_": lambda given: (given["from"] + given["to"]) / 2,
