@@ -1,6 +1,7 @@
-"""Running T passes over N rows: in chunks, under a memory bound, with statistics gathered as the chunks come.
+"""Running passes over N rows: in chunks, under a memory bound, with statistics gathered as the chunks come.
 
-A row's answer depends on neither the chunk nor its neighbours, because the masks do not: cutting is free.
+A row's answer depends on neither the chunk nor its neighbours, because the masks do not: cutting is free, and a row
+whose mean is known well enough may leave the batch without changing the answer of any other.
 """
 
 from collections.abc import Callable
@@ -11,30 +12,35 @@ from numpy.typing import NDArray
 
 from mcdrop.backends import Backend
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import SAMPLERS, SEED_LIMIT
-from mcdrop.moments import Moments
+from mcdrop.masks import BLOCKS, SAMPLERS, SEED_LIMIT
+from mcdrop.moments import Gathered
 from mcdrop.rows import Rows
 
-__all__ = ["MOST_PASSES", "PassPlan", "PassResult", "run_passes"]
+__all__ = ["MOST_PASSES", "PassPlan", "PassResult", "Statistics", "run_passes"]
 
 MOST_PASSES = 1_000_000
-_CHUNK_BYTES = 16 * 2**20  # what one chunk's activations may take: about a CPU's cache, where chunks run fastest
+_ROUND = 64  # passes between two looks at the error of an adaptive run
 
-Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class PassPlan:
     """Which passes to run. Requests with equal plans can share them.
 
+    With a ``tolerance`` a row stops as soon as the standard error of its mean is at most that, for every output, and
+    after ``passes`` at the latest.
+
     Raises:
-        InputError: passes below 2 (a variance needs two) or above a million, or a seed outside 0 to 2**64 - 1.
+        InputError: passes below 2 (a variance needs two) or above a million, a seed outside 0 to 2**64 - 1, a tolerance
+            that is not above 0, or one together with kept samples.
     """
 
     passes: int = 100
     seed: int = 0
     sampler: str = "iid"
     keep_samples: bool = False
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         """Checks at the door."""
@@ -44,6 +50,17 @@ class PassPlan:
             raise InputError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed!r}")
         if self.sampler not in SAMPLERS:
             raise UnknownName("sampler", self.sampler, SAMPLERS)
+        if self.tolerance is None:
+            return
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, int | float | np.number):
+            raise InputError(f"tolerance must be a number, got {self.tolerance!r}")
+        if not 0 < self.tolerance < float("inf"):
+            raise InputError(f"tolerance must be above 0, got {self.tolerance!r}")
+        if self.keep_samples:
+            raise InputError(
+                "tolerance ends each row after its own number of passes, so samples cannot be kept and an interval "
+                "that needs them all ('quantile') cannot be read; leave out tolerance or choose 'student_t'"
+            )
 
 
 def _whole(value: object) -> bool:
@@ -51,51 +68,111 @@ def _whole(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class PassResult:
-    """Moments over the passes of K statistics (N, ..., K), and the statistics themselves if kept (T, N, ..., K)."""
+class Statistics:
+    """What is gathered: outputs (t, N, ...) to statistics (t, N, ..., K); the first ``width(K)`` are the mean's."""
 
-    moments: Moments
-    samples: NDArray[np.float64] | None
-    deterministic: NDArray[np.float64]
+    of: Callable[[Array], Array]
+    width: Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What the passes gave for K statistics, arrays (N, ..., K).
+
+    ``passes`` and ``degrees`` (of freedom of the standard error) are (N,), ``samples`` (T, N, ..., K) where kept.
+    """
+
+    passes: NDArray[np.int64]
+    mean: Array
+    variance: Array
+    standard_error: Array
+    degrees: NDArray[np.int64]
+    deterministic: Array
+    samples: Array | None
     plan: PassPlan
 
+    @classmethod
+    def of(cls, gathered: Gathered, deterministic: Array, samples: Array | None, plan: PassPlan) -> "PassResult":
+        """Reads what was gathered for rows that all had the same passes."""
+        assert gathered.whole is not None
+        count = len(gathered.whole.mean)
+        return cls(
+            passes=np.full(count, gathered.whole.count, np.int64),
+            mean=gathered.whole.mean,
+            variance=gathered.variance,
+            standard_error=np.sqrt(gathered.error_squared),
+            degrees=np.full(count, gathered.degrees, np.int64),
+            deterministic=deterministic,
+            samples=samples,
+            plan=plan,
+        )
 
-def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistic: Statistic) -> PassResult:
-    """Runs a plan over all rows.
+    @classmethod
+    def join(cls, parts: "list[PassResult]", order: NDArray[np.int64] | None = None) -> "PassResult":
+        """Puts the rows of several results together, in the given order of rows."""
+        if len(parts) == 1 and order is None:
+            return parts[0]
+        which = slice(None) if order is None else order
+        fields = ("passes", "mean", "variance", "standard_error", "degrees", "deterministic")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts])[which] for name in fields}
+        kept = [part.samples for part in parts if part.samples is not None]
+        return cls(**joined, samples=np.concatenate(kept, axis=1)[:, which] if kept else None, plan=parts[0].plan)
 
-    ``statistic`` turns outputs (t, N, ...) into what is averaged over the passes, (t, N, ..., K). Memory follows the
-    chunk, not the number of passes, unless samples are kept.
-    """
+
+def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Statistics) -> PassResult:
+    """Runs a plan over all rows. Memory follows the chunk, not the number of passes, unless samples are kept."""
     row_bytes = max(1, backend.row_bytes(rows))
-    blocks = [_run_block(backend, block, plan, statistic, row_bytes) for block in rows.split(_block_size(row_bytes))]
-    if len(blocks) == 1:
-        return blocks[0]
-    moments = Moments(
-        plan.passes,
-        np.concatenate([block.moments.mean for block in blocks]),
-        np.concatenate([block.moments.squares for block in blocks]),
-    )
-    kept = [block.samples for block in blocks if block.samples is not None]
-    samples = np.concatenate(kept, axis=1) if kept else None
-    return PassResult(moments, samples, np.concatenate([block.deterministic for block in blocks]), plan)
+    size = max(1, backend.chunk_bytes // row_bytes)
+    run = _fixed if plan.tolerance is None else _adaptive
+    return PassResult.join([run(backend, block, plan, statistics, row_bytes) for block in rows.split(size)])
 
 
-def _block_size(row_bytes: int) -> int:
-    return max(1, _CHUNK_BYTES // row_bytes)
+def _deterministic(backend: Backend, rows: Rows, statistics: Statistics) -> Array:
+    outputs = backend.deterministic(rows).astype(np.float64)
+    return np.asarray(statistics.of(outputs[None])[0])
 
 
-def _run_block(backend: Backend, rows: Rows, plan: PassPlan, statistic: Statistic, row_bytes: int) -> PassResult:
-    chunk = min(plan.passes, max(1, _CHUNK_BYTES // (row_bytes * rows.count)))
-    moments: Moments | None = None
-    kept = []
-    for start in range(0, plan.passes, chunk):
-        count = min(chunk, plan.passes - start)
+def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int) -> PassResult:
+    kept: list[Array] | None = [] if plan.keep_samples else None
+    gathered = Gathered(BLOCKS[plan.sampler])
+    gathered = _gather(gathered, backend, rows, plan, statistics, row_bytes, (0, plan.passes), kept)
+    samples = np.concatenate(kept) if kept else None
+    return PassResult.of(gathered, _deterministic(backend, rows, statistics), samples, plan)
+
+
+def _gather(
+    gathered: Gathered, backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int,
+    span: tuple[int, int], kept: list[Array] | None = None,
+) -> Gathered:  # fmt: skip
+    """Runs the passes of a span in chunks, and adds them to what was gathered."""
+    chunk = max(1, backend.chunk_bytes // (row_bytes * rows.count))
+    for start in range(*span, chunk):
+        count = min(chunk, span[1] - start)
         outputs = backend.forward(rows, count, seed=plan.seed, start=start, sampler=plan.sampler)
-        values = statistic(outputs.astype(np.float64))
-        piece = Moments.of(values)
-        moments = piece if moments is None else moments.merge(piece)
-        if plan.keep_samples:
+        values = statistics.of(outputs.astype(np.float64))
+        gathered = gathered.add(values)
+        if kept is not None:
             kept.append(values)
-    assert moments is not None
-    deterministic = statistic(backend.deterministic(rows).astype(np.float64)[None])[0]
-    return PassResult(moments, np.concatenate(kept) if kept else None, deterministic, plan)
+    return gathered
+
+
+def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int) -> PassResult:
+    """Looks at the error after each round and lets the rows go that are done."""
+    assert plan.tolerance is not None
+    deterministic = _deterministic(backend, rows, statistics)
+    width = statistics.width(deterministic.shape[-1])
+    active, left = np.arange(rows.count), rows
+    gathered, done, order = Gathered(BLOCKS[plan.sampler]), [], []
+    for start in range(0, plan.passes, _ROUND):
+        stop = min(start + _ROUND, plan.passes)
+        gathered = _gather(gathered, backend, left, plan, statistics, row_bytes, (start, stop))
+        error = np.sqrt(gathered.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)
+        finished = (error <= plan.tolerance) | (stop == plan.passes)
+        if finished.any():
+            done.append(PassResult.of(gathered.take(finished), deterministic[active[finished]], None, plan))
+            order.append(active[finished])
+            if finished.all():
+                break
+            active, gathered = active[~finished], gathered.take(~finished)
+            left = rows.take(active)
+    return PassResult.join(done, np.argsort(np.concatenate(order)))

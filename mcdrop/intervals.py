@@ -71,8 +71,8 @@ def _symmetric(centre: Array, half: Array) -> tuple[Array, Array]:
 
 
 def _mean(summary: Summary, level: float) -> tuple[Array, Array]:
-    """Mean plus or minus t standard errors, T - 1 degrees of freedom."""
-    return _symmetric(summary.mean, _t(level, summary.passes - 1) * summary.standard_error)
+    """Mean plus or minus t standard errors, with the degrees of freedom of the error."""
+    return _symmetric(summary.mean, _t(level, summary.degrees, summary.mean) * summary.standard_error)
 
 
 def _normal(summary: Summary, level: float) -> tuple[Array, Array]:
@@ -82,7 +82,8 @@ def _normal(summary: Summary, level: float) -> tuple[Array, Array]:
 
 def _student_t(summary: Summary, level: float) -> tuple[Array, Array]:
     """Where one further pass would fall, were the passes normal: mean plus or minus t s sqrt(1 + 1/T)."""
-    half = _t(level, summary.passes - 1) * np.sqrt(summary.epistemic * (1 + 1 / summary.passes))
+    passes = _by_row(summary.passes, summary.mean)
+    half = _t(level, summary.passes - 1, summary.mean) * np.sqrt(summary.epistemic * (1 + 1 / passes))
     return _symmetric(summary.mean, half)
 
 
@@ -92,20 +93,26 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
     The k-th smallest and k-th largest of T passes, k = floor((T + 1)(1 - level) / 2): needs T >= 2 / (1 - level) - 1.
     """
     # the tail is rounded before it is cut, so that 39 passes are enough at 0.95 in floating point too
-    rank = math.floor(round((summary.passes + 1) * (1 - level) / 2, 9))
+    passes = int(summary.passes[0])  # kept samples mean that all rows had the same
+    rank = math.floor(round((passes + 1) * (1 - level) / 2, 9))
     if rank < 1:
         needed = math.ceil(round(2 / (1 - level) - 1, 6))
         raise InputError(
-            f"interval 'quantile' at level {level:g} needs at least {needed} passes, got {summary.passes}; "
+            f"interval 'quantile' at level {level:g} needs at least {needed} passes, got {passes}; "
             "raise passes or choose 'student_t'"
         )
     assert summary.samples is not None, "the plan of a method that needs samples keeps them"
-    ordered = np.partition(summary.samples, (rank - 1, summary.passes - rank), axis=0)
-    return ordered[rank - 1], ordered[summary.passes - rank]
+    ordered = np.partition(summary.samples, (rank - 1, passes - rank), axis=0)
+    return ordered[rank - 1], ordered[passes - rank]
 
 
-def _t(level: float, degrees: int) -> float:
-    return float(special.stdtrit(degrees, 0.5 + level / 2))
+def _by_row(values: NDArray[np.int64], like: Array) -> Array:
+    """One value a row (N,), shaped so that it meets (N, D)."""
+    return values.astype(np.float64).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _t(level: float, degrees: NDArray[np.int64], like: Array) -> Array:
+    return np.asarray(special.stdtrit(_by_row(degrees, like), 0.5 + level / 2), np.float64)
 
 
 INTERVALS: dict[str, IntervalMethod] = {

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, UnknownName
 
-__all__ = ["KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "sample_masks"]
+__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "sample_masks"]
 
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
-_BALANCED_BLOCK = 32
 
 Masks = dict[str, NDArray[np.float32]]
 Words = NDArray[np.uint32]
@@ -111,20 +110,19 @@ def _iid(key: str, start: int, passes: int, units: int) -> Words:
 
 
 def _balanced(key: str, start: int, passes: int, units: int) -> Words:
-    """Passes stratified in blocks of 32: within a block each unit's numbers fall once in every 32nd of [0, 1).
+    """Passes stratified in blocks of 16: within a block each unit's numbers fall once in every 16th of [0, 1).
 
-    A unit with drop rate p is so dropped floor(32 p) or ceil(32 p) times a block, while each single pass stays exactly
+    A unit with drop rate p is so dropped floor(16 p) or ceil(16 p) times a block, while each single pass stays exactly
     Bernoulli with independent units (Latin hypercube sampling, McKay, Beckman and Conover 1979, along the passes).
     """
-    first, last = start // _BALANCED_BLOCK, -(-(start + passes) // _BALANCED_BLOCK)
-    count = last - first
-    begin = first * _BALANCED_BLOCK
-    order = _philox(f"{key}/order", begin, count * _BALANCED_BLOCK, units).reshape(count, _BALANCED_BLOCK, units)
-    rank = np.argsort(order, axis=1, kind="stable").astype(np.uint64)
-    inside = _philox(f"{key}/inside", begin, count * _BALANCED_BLOCK, units).reshape(rank.shape)
-    words = (((rank << np.uint64(32)) + inside) // np.uint64(_BALANCED_BLOCK)).astype(np.uint32)
-    flat = words.reshape(count * _BALANCED_BLOCK, units)
-    return flat[start - begin : start - begin + passes]
+    size = BLOCKS["balanced"]
+    first, last = start // size, -(-(start + passes) // size)
+    begin, count = first * size, (last - first) * size
+    order = _philox(f"{key}/order", begin, count, units).reshape(last - first, size, units)
+    rank = np.argsort(np.argsort(order, axis=1, kind="stable"), axis=1).astype(np.uint64)
+    inside = _philox(f"{key}/inside", begin, count, units).reshape(rank.shape)
+    words = (((rank << np.uint64(32)) + inside) // np.uint64(size)).astype(np.uint32)
+    return words.reshape(count, units)[start - begin : start - begin + passes]
 
 
 def _bernoulli(words: Words, p: float) -> NDArray[np.float32]:
@@ -142,6 +140,7 @@ def _normal(words: Words, p: float) -> NDArray[np.float32]:
     return ndtri((words + 0.5) * 2.0**-32).astype(np.float32)
 
 
+BLOCKS = {"balanced": 16, "iid": 1}  # passes that depend on one another
 SAMPLERS: dict[str, Callable[[str, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
 KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
     "bernoulli": _bernoulli,

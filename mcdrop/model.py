@@ -185,7 +185,7 @@ def wrap(
         found = discover(module, rows, pick)  # whole numbers may stand for real ones, as in [[1], [2]]
     backend = TorchBackend(found.live, found.plain, pick, found.idle)
     tier, reason = backend.tier(rows)
-    TASKS[task].statistic(backend.deterministic(rows).astype(np.float64)[None])
+    TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
     return Model(
         module=module, backend=backend, audit=replace(found.audit, tier=tier, tier_reason=reason), task=task,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,

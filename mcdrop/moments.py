@@ -1,11 +1,15 @@
-"""Streaming, mergeable moments over passes."""
+"""Streaming, mergeable moments over passes, and the Monte Carlo error that follows from them."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Moments"]
+__all__ = ["FEWEST_BLOCKS", "Gathered", "Moments"]
+
+Array = NDArray[np.float64]
+
+FEWEST_BLOCKS = 4  # fewer block means say too little about their own spread
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,8 @@ class Moments:
     """
 
     count: int
-    mean: NDArray[np.float64]
-    squares: NDArray[np.float64]
+    mean: Array
+    squares: Array
 
     @classmethod
     def of(cls, values: ArrayLike) -> "Moments":
@@ -36,9 +40,96 @@ class Moments:
         squares = self.squares + other.squares + delta**2 * (self.count * other.count / count)
         return Moments(count, mean, squares)
 
+    def take(self, which: NDArray[np.bool_]) -> "Moments":
+        """Gives the moments of some rows, the first axis of mean and squares."""
+        return Moments(self.count, self.mean[which], self.squares[which])
+
     @property
-    def variance(self) -> NDArray[np.float64]:
-        """Unbiased variance (divided by count - 1); NaN for a single value."""
+    def variance(self) -> Array:
+        """Unbiased variance of independent values (divided by count - 1); NaN for a single value."""
         if self.count < 2:
             return np.full_like(self.mean, np.nan)
         return self.squares / (self.count - 1)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Moments of all passes, and for passes that come in balanced blocks the moments of the block means.
+
+    Passes are independent where ``block`` is 1. In a block of more they are not; whole blocks are, so the error of
+    the mean is read off the spread of the block means (replicated Latin hypercube sampling, Owen 1992).
+    """
+
+    block: int
+    whole: Moments | None = None
+    means: Moments | None = None
+    open_sum: Array | None = None
+    open_count: int = 0
+
+    def add(self, values: Array) -> "Gathered":
+        """Gives the state after further passes (t, ...), in order."""
+        piece = Moments.of(values)
+        whole = piece if self.whole is None else self.whole.merge(piece)
+        if self.block == 1:
+            return Gathered(1, whole)
+        means, total, count = self.means, self.open_sum, self.open_count
+        start = 0
+        while start < len(values):
+            part = values[start : start + self.block - count]
+            start += len(part)
+            total = part.sum(axis=0) if total is None else total + part.sum(axis=0)
+            count += len(part)
+            if count == self.block:
+                done = Moments.of((total / count)[None])
+                means = done if means is None else means.merge(done)
+                total, count = None, 0
+        return Gathered(self.block, whole, means, total, count)
+
+    def take(self, which: NDArray[np.bool_]) -> "Gathered":
+        """Gives the state of some rows."""
+        return Gathered(
+            self.block,
+            None if self.whole is None else self.whole.take(which),
+            None if self.means is None else self.means.take(which),
+            None if self.open_sum is None else self.open_sum[which],
+            self.open_count,
+        )
+
+    @property
+    def _by_blocks(self) -> bool:
+        return self.means is not None and self.means.count >= FEWEST_BLOCKS
+
+    @property
+    def degrees(self) -> int:
+        """Degrees of freedom of the standard error."""
+        if self._by_blocks:
+            assert self.means is not None
+            return self.means.count - 1
+        assert self.whole is not None
+        return self.whole.count - 1
+
+    @property
+    def error_squared(self) -> Array:
+        """Squared standard error of the mean; from above where balanced blocks are too few to tell.
+
+        The whole blocks and the passes of the open one are independent, so their errors add; within the open one passes
+        are negatively dependent, so that taking them as independent errs on the wide side.
+        """
+        assert self.whole is not None
+        total = self.whole.count
+        if not self._by_blocks:
+            return self.whole.variance / total
+        assert self.means is not None
+        closed = self.means.count * self.block
+        by_blocks = self.means.variance / self.means.count * (closed / total) ** 2
+        return by_blocks + self.whole.variance * (total - closed) / total**2
+
+    @property
+    def variance(self) -> Array:
+        """Unbiased variance of one pass.
+
+        ``E[squares / T]`` is the variance less that of the mean; adding the latter back gives the usual T - 1 for
+        independent passes and nearly T for balanced ones.
+        """
+        assert self.whole is not None
+        return self.whole.squares / self.whole.count + self.error_squared

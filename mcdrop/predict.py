@@ -4,7 +4,7 @@
 Library, command line, tables and service call these two: there is no second pipeline.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,14 +76,15 @@ def sample(model: Model, x: Any, plan: PassPlan) -> PassResult:
     rows = model.rows(x)
     task = TASKS[model.task]
     if plan.keep_samples:
-        width = task.statistic(model.backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)[None]).size
+        first = model.backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
+        width = task.statistics.of(first[None]).size
         needed = plan.passes * rows.count * width * 8
         if needed > _SAMPLE_BYTES:
             raise InputError(
                 f"{plan.passes} passes of {rows.count} rows need {needed / 2**30:.1f} GiB to keep every pass; "
                 "give fewer rows or passes, or an interval that does not need them all, such as 'student_t'"
             )
-    return run_passes(model.backend, rows, plan, statistic=task.statistic)
+    return run_passes(model.backend, rows, plan, statistics=task.statistics)
 
 
 def interpret(
@@ -107,7 +108,7 @@ def interpret(
         upper=interval.upper,
         standard_error=summary.standard_error,
         deterministic=summary.deterministic,
-        passes=np.full(len(summary.mean), summary.passes),
+        passes=summary.passes,
         seed=result.plan.seed,
         level=options.level,
         interval=interval.name,
@@ -135,7 +136,7 @@ def _flags(model: Model, summary: Summary, plan: PassPlan, screen: Screen | None
 
 def _reference(model: Model, screen: Screen, plan: PassPlan) -> Array:
     """The scores of the screen's rows under the plan of a request: same passes, same masks."""
-    wanted = PassPlan(plan.passes, plan.seed, plan.sampler)
+    wanted = replace(plan, keep_samples=False)
     if wanted == screen.plan:
         return screen.scores
     key = (id(screen), wanted)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import entr, softmax
 
-from mcdrop.engine import PassResult
+from mcdrop.engine import PassResult, Statistics
 from mcdrop.errors import InputError
 
 __all__ = ["TASKS", "Classes", "Summary", "Task"]
@@ -34,11 +34,13 @@ class Classes:
 class Summary:
     """Statistics of the passes, (N, D): the mean function's mean and variance, and the noise that a head reports.
 
-    ``epistemic`` is the variance over the passes (divided by T - 1), ``aleatoric`` the mean of the noise variance that
-    the network gives itself, or None. ``support`` is where the mean function can lie.
+    ``epistemic`` is the variance over the passes (unbiased), ``aleatoric`` the mean of the noise variance that the
+    network gives itself, or None. ``standard_error`` is the Monte Carlo error of the mean, with its ``degrees`` of
+    freedom (N,); ``passes`` (N,). ``support`` is where the mean function can lie.
     """
 
-    passes: int
+    passes: NDArray[np.int64]
+    degrees: NDArray[np.int64]
     mean: Array
     epistemic: Array
     aleatoric: Array | None
@@ -56,28 +58,36 @@ class Summary:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of task: outputs (t, N, ...) to statistics (t, N, ..., K), and moments to a summary."""
+    """A kind of task: which statistics of the outputs are gathered, and how they are read into a summary."""
 
-    statistic: Callable[[Array], Array]
+    statistics: Statistics
     read: Callable[[PassResult], Summary]
 
 
 def _basic(
-    result: PassResult, width: int, *, aleatoric: Array | None = None, support: tuple[float, float] = (-np.inf, np.inf)
+    result: PassResult, task: str, *, aleatoric: Array | None = None, support: tuple[float, float] = (-np.inf, np.inf)
 ) -> Summary:
-    """Reads the first ``width`` statistics as the mean function."""
-    moments = result.moments
-    epistemic = moments.variance[..., :width]
+    """Reads the mean function, the first of the statistics."""
+    width = TASKS[task].statistics.width(result.mean.shape[-1])
     return Summary(
-        passes=moments.count,
-        mean=moments.mean[..., :width],
-        epistemic=epistemic,
+        passes=result.passes,
+        degrees=result.degrees,
+        mean=result.mean[..., :width],
+        epistemic=result.variance[..., :width],
         aleatoric=aleatoric,
-        standard_error=np.sqrt(epistemic / moments.count),
+        standard_error=result.standard_error[..., :width],
         deterministic=result.deterministic[..., :width],
         samples=None if result.samples is None else result.samples[..., :width],
         support=support,
     )
+
+
+def _all(count: int) -> int:
+    return count
+
+
+def _half(count: int) -> int:
+    return count // 2
 
 
 def _identity(outputs: Array) -> Array:
@@ -85,7 +95,7 @@ def _identity(outputs: Array) -> Array:
 
 
 def _read_regression(result: PassResult) -> Summary:
-    return _basic(result, result.moments.mean.shape[-1])
+    return _basic(result, "regression")
 
 
 def _split_gaussian(outputs: Array) -> Array:
@@ -100,8 +110,7 @@ def _split_gaussian(outputs: Array) -> Array:
 
 
 def _read_gaussian(result: PassResult) -> Summary:
-    width = result.moments.mean.shape[-1] // 2
-    return _basic(result, width, aleatoric=result.moments.mean[..., width:])
+    return _basic(result, "gaussian", aleatoric=result.mean[..., result.mean.shape[-1] // 2 :])
 
 
 def _class_statistics(outputs: Array) -> Array:
@@ -116,9 +125,9 @@ def _class_statistics(outputs: Array) -> Array:
 
 def _read_classes(result: PassResult) -> Summary:
     """Entropy H(mean p), expected entropy mean H(p_t), their difference and the votes (Gal 2016, section 3.3.1)."""
-    width = result.moments.mean.shape[-1] // 2
-    chances, votes = result.moments.mean[..., :width], result.moments.mean[..., width:-1]
-    entropy, expected = entr(chances).sum(axis=-1), result.moments.mean[..., -1]
+    width = result.mean.shape[-1] // 2
+    chances, votes = result.mean[..., :width], result.mean[..., width:-1]
+    entropy, expected = entr(chances).sum(axis=-1), result.mean[..., -1]
     classes = Classes(
         label=chances.argmax(axis=-1),
         entropy=entropy,
@@ -126,12 +135,12 @@ def _read_classes(result: PassResult) -> Summary:
         mutual_information=np.maximum(entropy - expected, 0.0),  # never negative but for rounding (Jensen)
         variation_ratio=1 - votes.max(axis=-1),
     )
-    summary = _basic(result, width, support=(0.0, 1.0))
+    summary = _basic(result, "classification", support=(0.0, 1.0))
     return Summary(**{**vars(summary), "classes": classes})
 
 
 TASKS: dict[str, Task] = {
-    "classification": Task(_class_statistics, _read_classes),
-    "gaussian": Task(_split_gaussian, _read_gaussian),
-    "regression": Task(_identity, _read_regression),
+    "classification": Task(Statistics(_class_statistics, _half), _read_classes),
+    "gaussian": Task(Statistics(_split_gaussian, _half), _read_gaussian),
+    "regression": Task(Statistics(_identity, _all), _read_regression),
 }

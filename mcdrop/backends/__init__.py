@@ -11,7 +11,12 @@ __all__ = ["Backend"]
 
 
 class Backend(Protocol):
-    """A network whose draws are masks."""
+    """A network whose draws are masks.
+
+    ``chunk_bytes`` is what the activations of one chunk of passes may take.
+    """
+
+    chunk_bytes: int
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""

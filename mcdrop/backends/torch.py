@@ -25,6 +25,7 @@ __all__ = ["TIERS", "TorchBackend"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
+CHUNK_BYTES = 16 * 2**20  # about a CPU's cache: chunks of 8 to 32 MiB ran fastest on small and large networks
 _MASK_CACHE_BYTES = 64 * 2**20
 _CHECK_PASSES = 3
 
@@ -91,6 +92,7 @@ class TorchBackend:
     def __init__(self, live: nn.Module, plain: nn.Module, pick: Pick, idle: frozenset[str] = frozenset()) -> None:
         """Takes the shadow whose draws are on, the one with all of them off, and the names of sites left off."""
         self.live = live
+        self.chunk_bytes = CHUNK_BYTES
         self._plain = plain
         self._pick = pick
         self._idle = idle
