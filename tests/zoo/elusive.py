@@ -65,11 +65,7 @@ def hook() -> Built:
     return module, example
 
 
-@specimen(
-    draws=1,
-    note="a forward hook that drops by the flag of a module it has closed over",
-    refused="the flag that it reads cannot be set without touching the network",
-)
+@specimen(draws=1, note="a forward hook that drops by the flag of a module it has closed over")
 def closure_hook() -> Built:
     module, example = layered(nn.ReLU())
     module.get_submodule("1").register_forward_hook(lambda _, __, out: F.dropout(out, 0.3, module.training))
