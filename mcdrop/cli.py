@@ -1,0 +1,189 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 the work failed (one line on stderr), 2 wrong usage.
+
+Heavy modules are imported inside the commands, so that help and usage errors come at once.
+"""
+
+import errno
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mcdrop.errors import InputError, MCDropError, MissingExtra
+
+if TYPE_CHECKING:
+    from mcdrop.model import InputSpec, Model
+    from mcdrop.table import Table
+
+__all__ = ["app", "inspect", "main", "predict", "serve"]
+
+STANDARD_STREAM = "-"
+
+
+class _Commands(TyperGroup):
+    """Turns the errors that we raise on purpose into one line and exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except MCDropError as error:
+            said = str(error)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read our output has left: typer ends quietly
+                raise
+            said = str(error)
+        typer.echo(f"error: {' '.join(said.split())}", err=True)
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="How sure is a trained network? Stochastic passes as means, intervals and flags.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain lines can be read by people and by scripts
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="mcdrop")
+
+
+def _option(name: str) -> Callable[[Any], Any]:
+    """Gives a check of one option that calls a bad value wrong usage, before any work is done."""
+
+    def check(value: Any) -> Any:
+        from mcdrop.model import Options
+
+        try:
+            return value if value is None else getattr(Options(**{name: value}), name)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return check
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mcdrop {importlib.import_module('mcdrop').__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which random draws a model has, and which of them are live."""
+    from mcdrop.artifact import load
+
+    found = load(model)
+    if as_json:
+        head = {"name": found.name, "version": found.version, "task": found.task}
+        typer.echo(json.dumps({**head, "audit": found.audit.to_dict()}, indent=2))
+        return
+    inputs = ", ".join(f"{spec.name} {spec.dtype} ({', '.join(map(str, spec.shape))})" for spec in found.inputs)
+    screen = "none" if found.screen is None else f"{found.screen.score} at a false-alarm rate of {found.screen.fpr:g}"
+    typer.echo(f"{found.name} {found.version}, {found.task}\ninputs: {inputs}\nscreen: {screen}\n{found.audit}")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
+    rows: Annotated[str, typer.Argument(help="CSV file with the rows; - is standard input.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="CSV file to write; - is standard output.")] = "-",
+    passes: Annotated[int | None, typer.Option(callback=_option("passes"), help="Stochastic passes.")] = None,
+    level: Annotated[float | None, typer.Option(callback=_option("level"), help="Such as 0.95.")] = None,
+    interval: Annotated[str | None, typer.Option(callback=_option("interval"), help="Kind of interval.")] = None,
+    seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
+    prefix: Annotated[str, typer.Option(help="Put before the name of every new column.")] = "",
+) -> None:
+    """Predict the rows of a table: its columns followed by mean, variance, interval and flags."""
+    from mcdrop.artifact import load
+    from mcdrop.table import write_rows
+
+    if STANDARD_STREAM not in (rows, output) and _same_file(Path(rows), Path(output)):
+        raise typer.BadParameter("the output would replace the input; choose another file", param_hint="--output")
+    options = {"passes": passes, "level": level, "interval": interval, "seed": seed}
+    loaded = load(model)
+    with _progress(rows, output) as advance:
+        count = write_rows(output, _predicted(loaded, rows, options, prefix, advance))
+    if output != STANDARD_STREAM:
+        typer.echo(f"{count} rows written to {output}", err=True)
+
+
+@app.command()
+def serve(
+    store: Annotated[Path | None, typer.Argument(help="Folder of models.", show_default="models/store")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="0 is any free.", show_default="8000")] = None,
+) -> None:
+    """Serve the models of a store over HTTP. MCDROP_... variables set what is not given here."""
+    try:  # by name: the service knows mcdrop, never the reverse
+        settings = importlib.import_module("service.settings")
+        server = importlib.import_module("service.server")
+    except ModuleNotFoundError as error:
+        raise MissingExtra(error.name or str(error), "serve") from None
+    given = {"store": store, "host": host, "port": port}
+    server.serve(settings.read_settings(**{name: value for name, value in given.items() if value is not None}))
+
+
+def _predicted(
+    model: "Model", source: str, options: dict[str, Any], prefix: str, advance: Callable[[int], None]
+) -> Iterator["Table"]:
+    from mcdrop.predict import predict as predict_block
+    from mcdrop.table import read_rows, with_prediction
+
+    spec = _only_input(model)
+    width = math.prod(spec.shape[1:])
+    for block in read_rows(source, width=width, features=model.features, dtype=spec.dtype):
+        inputs = {spec.name: block.values.reshape(-1, *spec.shape[1:])}
+        yield with_prediction(block, predict_block(model, inputs, **options), prefix=prefix)
+        advance(block.position)
+
+
+def _only_input(model: "Model") -> "InputSpec":
+    if len(model.inputs) != 1:
+        names = ", ".join(spec.name for spec in model.inputs)
+        raise InputError(
+            f"the model takes several inputs ({names}) and a table gives one; call mcdrop.predict in Python"
+        )
+    return model.inputs[0]
+
+
+def _same_file(source: Path, target: Path) -> bool:
+    return source.exists() and target.exists() and source.samefile(target)
+
+
+@contextmanager
+def _progress(source: str, output: str) -> Iterator[Callable[[int], None]]:
+    """Gives what is to be told the bytes that were read; shows a bar on a terminal that prints nothing else."""
+    if not sys.stderr.isatty() or (output == STANDARD_STREAM and sys.stdout.isatty()):
+        yield lambda position: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    total = Path(source).stat().st_size if Path(source).is_file() else None
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("predicting", total=total)
+        yield lambda position: bar.update(task, completed=position)

@@ -1,0 +1,133 @@
+"""The models that are served: read from a store once, then only looked up."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mcdrop.artifact import load
+from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelNotFound
+from mcdrop.model import Model
+from mcdrop.store import MANIFEST, Entry, list_models
+
+__all__ = ["NotReady", "Registry", "Served"]
+
+logger = logging.getLogger(__name__)
+
+
+class NotReady(MCDropError):
+    """The models are not loaded yet, or could not be."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is ready, and the manifest of its folder."""
+
+    model: Model
+    manifest: dict[str, Any]
+
+
+@dataclass
+class Registry:
+    """All versions of all models of a store. Nothing is served before everything is loaded.
+
+    ``on_failure`` is called, from the thread that loads, when the store cannot be served; ``problem`` then says why.
+    """
+
+    store: Path
+    default: str | None = None
+    on_failure: Callable[[], None] | None = None
+    problem: str | None = None
+    _models: dict[str, dict[str, Served]] | None = field(default=None, repr=False)
+
+    def load(self) -> None:
+        """Reads the store. A failure is kept and told, not raised: health must be able to answer meanwhile."""
+        try:
+            self._models = self._read()
+        except MCDropError as error:
+            self.problem = str(error)
+            if self.on_failure is None:  # else whoever is called tells it, once
+                logger.error("cannot serve: %s", error)
+        except Exception as error:
+            self.problem = f"the models in {self.store} could not be loaded ({type(error).__name__}); the log says why"
+            logger.exception("cannot serve the models in %s", self.store)
+        else:
+            logger.info("ready: %s", ", ".join(self._models))
+        if self.problem and self.on_failure:
+            self.on_failure()
+
+    def models(self) -> dict[str, dict[str, Served]]:
+        """Gives the models by name and version, the newest version last.
+
+        Raises:
+            NotReady: they are not loaded.
+        """
+        if self._models is None:
+            raise NotReady(self.problem or "the models are still being loaded; try again in a few seconds")
+        return self._models
+
+    def find(self, name: str | None, version: str | None = None) -> Served:
+        """Gives one model: the only one or the default when no name is given, its newest version when none is.
+
+        Raises:
+            InputError: no name is given and there are several models.
+            ModelNotFound: there is no such model or version.
+        """
+        models = self.models()
+        known = ", ".join(models)
+        if name is None:
+            name = self.default or (next(iter(models)) if len(models) == 1 else None)
+        if name is None:
+            raise InputError(f"the field 'model' is missing; choose one of: {known}")
+        if name not in models:
+            raise ModelNotFound(f"unknown model {name[:100]!r}; choose one of: {known}")
+        versions = models[name]
+        if version is None:
+            return next(reversed(versions.values()))
+        if version not in versions:
+            raise ModelNotFound(
+                f"unknown version {version[:100]!r} of model {name!r}; choose one of: {', '.join(versions)}"
+            )
+        return versions[version]
+
+    def entries(self) -> list[Entry]:
+        """Lists what the store holds; reads manifests only, so that a wrong store is told at once.
+
+        Raises:
+            ArtifactError: no store, nothing in it, a folder without a manifest, or no default model.
+        """
+        entries = list_models(self.store)
+        _check_layout(self.store)
+        if not entries:
+            raise ArtifactError(f"{self.store} holds no model; save one there with mcdrop.save, as NAME/VERSION")
+        names = dict.fromkeys(entry.name for entry in entries)
+        if self.default is not None and self.default not in names:
+            raise ArtifactError(
+                f"the default model {self.default!r} is not in {self.store}; it holds: {', '.join(names)}"
+            )
+        return entries
+
+    def _read(self) -> dict[str, dict[str, Served]]:
+        models: dict[str, dict[str, Served]] = {}
+        for entry in self.entries():
+            try:
+                model = load(entry.folder)
+            except MCDropError as error:
+                raise ArtifactError(f"the model in {entry.folder} cannot be served: {error}") from error
+            versions = models.setdefault(entry.name, {})
+            if entry.version in versions:
+                raise ArtifactError(
+                    f"{entry.folder} says that it is {entry.name} {entry.version}, and so does another folder"
+                )
+            versions[entry.version] = Served(model, entry.manifest)
+        return models
+
+
+def _check_layout(store: Path) -> None:
+    """Refuses what would be passed over in silence: a version without a manifest, a model in place of a store."""
+    if (store / MANIFEST).is_file():
+        raise ArtifactError(f"{store} is a model, not a store; give the folder above its name: STORE/NAME/VERSION")
+    bare = [folder for folder in store.glob("[!.]*/[!.]*") if folder.is_dir() and not (folder / MANIFEST).is_file()]
+    if bare:
+        raise ArtifactError(f"the model in {min(bare)} cannot be served: it has no {MANIFEST}")

@@ -1,0 +1,59 @@
+"""The process around the app: takes the port, runs uvicorn, and ends with one clear line when it cannot."""
+
+import copy
+import logging
+import socket
+from contextlib import suppress
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
+
+from mcdrop.errors import ArtifactError, InputError
+from service.app import create_app
+from service.settings import Settings
+
+__all__ = ["serve"]
+
+
+def serve(settings: Settings) -> None:
+    """Serves until it is told to stop; running requests are finished.
+
+    Raises:
+        InputError: the address cannot be listened on.
+        ArtifactError: the store cannot be served.
+    """
+    app = create_app(settings)
+    registry = app.state.registry
+    with _listen(settings.host, settings.port) as listener:  # before the models are loaded: a busy port is told at once
+        registry.entries()
+        server = uvicorn.Server(_configured(app, settings))
+
+        def stop() -> None:
+            server.should_exit = True
+
+        registry.on_failure = stop
+        host, port = listener.getsockname()[:2]
+        at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        logging.getLogger("service").info("mcdrop on %s, docs on %s/docs; Ctrl-C stops it", at, at)
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+    if registry.problem:
+        raise ArtifactError(registry.problem)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise InputError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from None
+
+
+def _configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Uvicorn as it is, with our loggers beside its own."""
+    log = copy.deepcopy(LOGGING_CONFIG)
+    log["loggers"]["service"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    drain = settings.drain_seconds
+    return uvicorn.Config(app, log_config=log, lifespan="on", server_header=False, timeout_graceful_shutdown=drain)

@@ -1,0 +1,47 @@
+"""Small real models in a store, built once for the whole run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving import Server, running
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The regression ``line`` (version 1; version 2 has a screen and a named column) and the classifier ``classes``."""
+    import numpy as np
+    import torch
+
+    from mcdrop.artifact import save
+    from mcdrop.model import wrap
+    from mcdrop.predict import fit_screen
+    from models.networks import digits, noisy_line
+
+    folder = tmp_path_factory.mktemp("models") / "store"
+    torch.manual_seed(0)
+    rows = np.linspace(-1, 1, 40)[:, None]
+    line = wrap(noisy_line(), example=rows)
+    factory = "models.networks:noisy_line"
+    save(line, folder / "line" / "1", factory=factory, name="line", version="1")
+    screen = fit_screen(line, rows, fpr=0.05)
+    more = {"screen": screen, "description": "a line", "features": ["x"]}
+    save(line, folder / "line" / "2", factory=factory, name="line", version="2", **more)
+    shape = {"hidden_layers": 2, "inputs": 4}
+    classes = wrap(digits(**shape), example=np.eye(4), task="classification")
+    save(
+        classes,
+        folder / "classes" / "1",
+        factory="models.networks:digits",
+        arguments=shape,
+        name="classes",
+        version="1",
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server of these models, for tests that leave it as it was."""
+    with running(store, tmp_path_factory.mktemp("server") / "log.txt") as found:
+        yield found

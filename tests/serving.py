@@ -1,0 +1,71 @@
+"""A real server for tests: ``mcdrop serve`` in a process of its own, on a free port of 127.0.0.1."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 60.0  # seconds in which a server must be ready, or gone
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def memory_peak(self) -> int:
+        """The most bytes that its process has held."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+    def stop(self) -> int:
+        """Asks it to stop as a container does, and waits."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE)
+
+
+def start(store: Path, log: Path, *, port: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+    """Starts a server whose warnings are errors."""
+    command = [sys.executable, "-W", "error", "-m", "service", str(store), "--port", str(port)]
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stream, stderr=stream)
+
+
+@contextmanager
+def running(store: Path, log: Path, **environment: str) -> Iterator[Server]:
+    """Gives a server that is ready, and ends it."""
+    process = start(store, log, **environment)
+    try:
+        yield Server(_ready(process, log), process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        found = re.search(r"mcdrop on (http://\S+),", log.read_text())
+        try:
+            if found and httpx.get(f"{found[1]}/health/ready").status_code == 200:
+                return found[1]
+        except httpx.TransportError:
+            pass  # the port is taken, and nobody answers yet
+        time.sleep(0.05)
+    raise AssertionError(f"the server is not ready:\n{log.read_text()}")
