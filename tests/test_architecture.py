@@ -223,10 +223,15 @@ def test_importing_mcdrop_needs_numpy_alone() -> None:
     assert _run(f"import sys, mcdrop; print(*sorted({heavy!r} & set(sys.modules)))") == []
 
 
+def test_a_public_name_stays_itself_when_its_module_is_imported() -> None:
+    """``mcdrop.predict`` is a function, also after ``from mcdrop.predict import ...`` somewhere."""
+    names = "[n for n in mcdrop.__all__ if n != 'errors' and type(getattr(mcdrop, n)) is type(sys)]"
+    assert _run(f"import sys, mcdrop; [getattr(mcdrop, n) for n in sorted(mcdrop.__all__)]; print(*{names})") == []
+    assert _run(f"import sys, mcdrop, mcdrop.predict; print(*{names})") == []
+
+
 def test_asking_what_is_in_a_store_does_not_load_torch() -> None:
-    assert (
-        _run("import sys, mcdrop.artifact, models.train; print(*sorted({'torch', 'sklearn'} & set(sys.modules)))") == []
-    )
+    assert _run("import sys, mcdrop.store, models.train; print(*sorted({'torch', 'sklearn'} & set(sys.modules)))") == []
 
 
 def _run(script: str) -> list[str]:
