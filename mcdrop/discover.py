@@ -1,237 +1,217 @@
 """Discovery: which parts of a network are random, proved by looking at what they do.
 
-No list of layer types: a *differential probe* switches the training flag of one module at a time, on a shadow, and
-keeps only the flags whose effect is "draws random numbers and nothing else". BatchNorm, moving averages, losses and
-auxiliary heads of training stay in eval. Then every draw is traced, and a mask on it is shown to reach the output.
+The probe says which training flags draw; then every draw is traced, and a mask on it is shown to reach the output.
+Whatever draws and cannot be controlled is named, and by default the network is refused.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree
 
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
+from mcdrop.forward import VOLATILE, NoOverride, forward, to_tensors
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
+from mcdrop.probe import Verdict, probe
+from mcdrop.record import Spy, record
 from mcdrop.rows import Rows
-from mcdrop.shadow import live_shadow
-from mcdrop.trace import NoOverride, StateWrite, Trace, forward, one_pass, record, to_tensors, trace
+from mcdrop.shadow import live_shadow, reached_originals
+from mcdrop.trace import Trace, one_pass, trace
 
-__all__ = ["Discovery", "discover"]
+__all__ = ["Discovery", "Overrules", "discover"]
 
-_SEEDS = (1, 2, 3)
 _FEW_ROWS = 4
-_STOCHASTIC, _INERT = "draws random numbers", "no effect on this input"
+_TRIES = 6
+
+
+@dataclass(frozen=True)
+class Overrules:
+    """What the user decides over the probe: module paths or types, and dropout that its author switched off.
+
+    ``include`` switches on the training flag of modules that the probe left in eval, ``exclude`` switches draws off.
+    ``force_literal`` also drops where a call says ``training=False``. ``strict=False`` warns where a draw of training
+    is lost, instead of refusing the network.
+    """
+
+    include: tuple[str | type, ...] = ()
+    exclude: tuple[str | type, ...] = ()
+    force_literal: bool = False
+    strict: bool = True
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """A network's two shadows (draws on; all off), what is idle in it, and the audit."""
+    """A network's two shadows (draws on; all off), the sites left off, which calls are forced, and the audit."""
 
     live: nn.Module
     plain: nn.Module
-    idle: frozenset[str]
+    off: frozenset[str]
+    force: Callable[[str], bool]
     audit: Audit
 
 
-def discover(module: nn.Module, rows: Rows, pick: Pick) -> Discovery:
+def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = Overrules()) -> Discovery:
     """Finds every random draw of the module's training behaviour and proves each one live.
 
     Raises:
-        InputError: the module cannot take the rows.
+        InputError: the module cannot take the rows, or an overrule names nothing in it.
         NoStochasticSite: no draw reaches the output.
         UncontrolledDraw: something draws random numbers that no mask controls.
+        ModelRefused: the shadow does not reach a part of the network.
     """
     name = type(module).__name__
     live, plain = live_shadow(module), live_shadow(module)
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
-    _try(plain, few, pick)
-    own = _own_written_buffers(live, few, pick)
-    verdicts = _probe(live, few)
-    stochastic = tuple(path for path, verdict in verdicts.items() if verdict == _STOCHASTIC)
-    by_path = dict(live.named_modules())
-    for path in stochastic:
-        by_path[path].training = True
-    found = trace(live, few, pick)
-    if found.escaped:
-        raise UncontrolledDraw(_escaped_message(name, found))
-    reports = _reports(live, few, pick, found)
-    kept = {path: verdict for path, verdict in verdicts.items() if verdict not in (_STOCHASTIC, _INERT)}
+    spy = _first_look(live, few, pick)
+    warnings = _own_written_buffers((live, plain), spy)
+    _check_reach(module, live, few, pick)
+    verdicts = _overruled(live, probe(live, few), overrules.include, overrules.exclude)
+    _switch_on(live, verdicts)
+    refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")
+
+    def force(path: str) -> bool:
+        return overrules.force_literal or path in refused
+
+    found = trace(live, few, pick, force)
+    lost = _lost(found, verdicts)
+    if lost and overrules.strict:
+        raise UncontrolledDraw(_lost_message(name, lost))
+    warnings += lost + _unclear(found)
+    excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
+    reports = tuple(_report(live, few, pick, found, index, excluded) for index in range(len(found.sites)))
     audit = Audit(
-        model=name, modules=len(by_path), sites=reports, stochastic=stochastic, kept=kept,
-        mean_preserving=_mean_preserving(live, plain, few, pick, found), warnings=(*own, *_warnings(found)),
-    )  # fmt: skip
+        model=name,
+        modules=sum(1 for _ in live.modules()),
+        sites=reports,
+        stochastic=tuple(path for path, verdict in verdicts.items() if verdict.kind == "stochastic"),
+        kept={p: v.reason for p, v in verdicts.items() if v.kind in ("norm", "refused", "excluded")},
+        mean_preserving=_mean_preserving(live, plain, few, pick, found),
+        warnings=tuple(warnings),
+    )
     if not audit.live:
-        raise NoStochasticSite(_none_message(audit))
-    return Discovery(live, plain, frozenset(r.name for r in reports if r.verdict != "live"), audit)
+        raise NoStochasticSite(_none_message(audit, found))
+    off = frozenset(report.name for report in reports if report.verdict == "excluded")
+    return Discovery(live, plain, off, force, audit)
 
 
-def _try(module: nn.Module, rows: Rows, pick: Pick) -> None:
+def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
+    """Runs one pass that cannot write to the user's tensors, and checks that its output can be used."""
+    outputs: list[Tensor] = []
+
+    def keep(result: object) -> Tensor:
+        outputs.append(pick(result))
+        return outputs[0]
+
     try:
-        with torch.no_grad():
-            output = forward(module, rows, pick)
+        _, spy = record(live, rows, keep, seed=0)
     except InputError:
         raise
     except Exception as error:
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in rows.named())
         raise InputError(f"the network cannot take these inputs ({shapes}): {error}") from error
-    if output.shape[0] != rows.count:
+    shape = tuple(outputs[0].shape)
+    if not shape or shape[0] != rows.count:
         raise InputError(
-            f"the picked output has {output.shape[0]} rows for {rows.count} rows of input; "
-            "its first axis must be the rows"
+            f"the picked output has the shape {shape} for {rows.count} rows; its first axis must be the rows"
+        )
+    return spy
+
+
+def _check_reach(module: nn.Module, live: nn.Module, rows: Rows, pick: Pick) -> None:
+    with torch.no_grad():
+        reached = reached_originals(module, lambda: forward(live, rows, pick))
+    if reached:
+        raise ModelRefused(
+            f"{type(module).__name__} calls its own module {', '.join(map(repr, reached))} through a reference that "
+            "cannot be followed (a closure, a global or another object), so its draws would stay off; call it as an "
+            "attribute"
         )
 
 
-# -- the probe ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _noting_readers(module: nn.Module) -> Iterator[set[int]]:
-    """Collects the ids of the modules that read ``self.training``; changes classes of the shadow for the while."""
-    readers: set[int] = set()
-
-    def read(self: nn.Module) -> bool:
-        readers.add(id(self))
-        return bool(self.__dict__["training"])
-
-    def write(self: nn.Module, value: bool) -> None:
-        self.__dict__["training"] = value
-
-    children = list(module.modules())
-    classes = [type(child) for child in children]
-    for child, kind in zip(children, classes, strict=True):
-        spied = {"training": property(read, write), "__module__": kind.__module__}
-        child.__class__ = type(kind.__name__, (kind,), spied)
-    try:
-        yield readers
-    finally:
-        for child, kind in zip(children, classes, strict=True):
-            child.__class__ = kind
-
-
-def _probe(module: nn.Module, rows: Rows) -> dict[str, str]:
-    """Gives for each module that reads its training flag what switching it on does."""
-    with _noting_readers(module) as readers:
-        base = _observe(module, rows, seed=_SEEDS[0])
-    verdicts = {}
-    for path, child in module.named_modules():
-        if id(child) not in readers:
-            continue
-        if isinstance(child, _NormBase):
-            verdicts[path] = "a norm layer: its running statistics stay frozen"
-            continue
-        child.training = True
-        try:
-            verdicts[path] = _effect(module, rows, base)
-        finally:
-            child.training = False
+def _overruled(
+    live: nn.Module, verdicts: dict[str, Verdict], include: tuple[str | type, ...], exclude: tuple[str | type, ...]
+) -> dict[str, Verdict]:
+    """Puts the user's decisions over the probe's."""
+    verdicts = dict(verdicts)
+    for chosen, verdict in (
+        (include, Verdict("stochastic", "included by the user")),
+        (exclude, Verdict("excluded", "excluded by the user")),
+    ):
+        for which in chosen:
+            paths = [path for path, child in live.named_modules() if _matches(path, child, which)]
+            if not paths:
+                raise InputError(f"no module of the network matches {which!r}; paths are as in named_modules()")
+            verdicts.update(dict.fromkeys(paths, verdict))
     return verdicts
 
 
-@dataclass(frozen=True)
-class _Observation:
-    draws: int
-    structure: tuple[Any, ...]
-    values: list[Tensor]
-    changed: frozenset[tuple[str, str]]  # attributes, as (module, name)
+def _matches(path: str, child: nn.Module, which: str | type) -> bool:
+    return path == which if isinstance(which, str) else isinstance(child, which)
 
 
-def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
-    before, raw = _attributes(module), []
-
-    def keep(result: Any) -> Tensor:
-        raw.append(result)
-        return next(leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-
-    _, draws, spy, foreign = record(module, rows, keep, seed=seed)
-    leaves, spec = _pytree.tree_flatten(raw[0])
-    values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
-    changed = frozenset(key for key, value in _attributes(module).items() if before.get(key) != value)
-    return _Observation(len(draws) + len(spy.escaped) + len(foreign), structure, values, changed)
-
-
-def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
-    """Plain values that modules keep about themselves, such as step counters."""
-    return {
-        (path, name): value
-        for path, child in module.named_modules()
-        for name, value in child.__dict__.items()
-        if isinstance(value, bool | int | float | str) and name != "training"
-    }
-
-
-def _effect(module: nn.Module, rows: Rows, base: _Observation) -> str:
-    """Says in words what the flag that was just switched on does; ``_STOCHASTIC`` if it draws and nothing else."""
-    try:
-        seen = [_observe(module, rows, seed=seed) for seed in _SEEDS]
-    except StateWrite as write:
-        return f"writes to {write.name} in training mode"
-    except Exception as error:  # any failure means that this is not a flag to switch on
-        return f"fails in training mode: {type(error).__name__}: {str(error)[:100]}"
-    first = seen[0]
-    if first.changed - base.changed:
-        return f"changes its attribute {min(first.changed - base.changed)[1]} in training mode"
-    if first.structure != base.structure:
-        return "returns something else in training mode"
-    if all(one.draws == base.draws for one in seen):
-        same = all(torch.equal(a, b) for a, b in zip(first.values, base.values, strict=True))
-        return _INERT if same else "computes something else in training mode, without a draw"
-    return _STOCHASTIC
+def _switch_on(live: nn.Module, verdicts: dict[str, Verdict]) -> None:
+    by_path = dict(live.named_modules())
+    for path, verdict in verdicts.items():
+        if verdict.kind == "stochastic":
+            by_path[path].training = True
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _own_written_buffers(live: nn.Module, rows: Rows, pick: Pick) -> tuple[str, ...]:
-    """Gives the shadow its own copy of every buffer that the network writes to even in eval; says which."""
-    own: list[str] = []
-    while True:
-        try:
-            record(live, rows, pick, seed=0)
-        except StateWrite as write:
-            path, _, name = write.name.rpartition(".")
-            owner = live.get_submodule(path)
-            if write.name in own or name not in owner._buffers:
-                raise ModelRefused(f"the network writes to its parameter {write.name} in eval mode") from None
-            copies = {key: t.clone() if t is not None else None for key, t in owner._buffers.items()}
+def _own_written_buffers(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
+    """Gives the shadows their own copy of every buffer that the network writes to even in eval; says which.
+
+    Raises:
+        ModelRefused: it writes to a parameter.
+    """
+    for shadow in shadows:
+        for path in sorted({written.rpartition(".")[0] for written in spy.written}):
+            owner = shadow.get_submodule(path)
+            copies = {name: None if tensor is None else tensor.clone() for name, tensor in owner._buffers.items()}
             owner.__dict__["_buffers"] = copies
-            own.append(write.name)
-        else:
-            break
-    return tuple(f"{name} is written to even in eval mode: mcdrop writes to a copy of its own" for name in own)
+        for written in sorted(spy.written):
+            path, _, name = written.rpartition(".")
+            start = shadow.get_submodule(path)._buffers.get(name)
+            if start is None:
+                raise ModelRefused(f"the network writes to its parameter {written} in eval mode")
+            shadow.__dict__.setdefault(VOLATILE, []).append((start, start.clone()))
+    said = "is written to even in eval mode: every pass starts from mcdrop's own copy of it"
+    return [f"{name} {said}" for name in sorted(spy.written)]
 
 
-def _reports(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> tuple[SiteReport, ...]:
-    """Checks site by site whether a mask on it alone changes the output."""
-    reports = []
-    with torch.no_grad():
-        base = one_pass(live, rows, pick, found.layouts, [None] * len(found.sites))
-        for index, site in enumerate(found.sites):
-            verdict, reason = _verdict(live, rows, pick, found, index, base)
-            p = site.p if site.kind == "bernoulli" else None
-            shared = found.layouts[index] is None and site.name not in found.unclear
-            reports.append(SiteReport(site.name, site.path, site.kind, p, site.shape, verdict, reason, shared))
-    return tuple(reports)
+def _report(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int, excluded: frozenset[str]) -> SiteReport:
+    """Checks whether a mask on one site alone changes the output."""
+    site = found.sites[index]
+    verdict, reason = _verdict(live, rows, pick, found, index)
+    if site.path in excluded:
+        verdict, reason = "excluded", "excluded by the user"
+    p = site.p if site.kind == "bernoulli" else None
+    shared = found.layouts[index] is None and site.name not in found.unclear
+    return SiteReport(site.name, site.path, site.kind, p, site.shape, verdict, reason, shared)
 
 
-def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int, base: Tensor) -> tuple[str, str]:
+def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int) -> tuple[str, str]:
     site = found.sites[index]
     if site.kind == "bernoulli" and site.p in (0.0, 1.0):
         return "idle", f"its drop rate is {site.p:g}"
     # half of the units whatever the rate, so that a rare drop is seen as well as a common one
-    probe = Site(site.name, site.shape, 0.5, site.kind)
-    stack = torch.from_numpy(sample_masks([probe], 4, seed=0)[site.name]).to(base.device)
-    for mask in stack:
-        masks: list[Tensor | None] = [None] * len(found.sites)
-        masks[index] = mask
-        if not torch.equal(one_pass(live, rows, pick, found.layouts, masks), base):
+    sites = [*found.sites]
+    sites[index] = Site(site.name, site.shape, 0.5, site.kind)
+    device = next(leaf for _, leaf in rows.named()).device
+    for seed in range(_TRIES):
+        # the others drawn too: some draws only show where another one is not at its expectation
+        drawn = sample_masks(sites, 2, seed=seed)
+        stacks = [torch.as_tensor(drawn[other.name]).to(device) for other in sites]
+        masks = [stack[0] for stack in stacks]
+        with torch.no_grad():
+            base = one_pass(live, rows, pick, found, masks)
+            masks[index] = stacks[index][1]
+            output = one_pass(live, rows, pick, found, masks)
+        if output.shape != base.shape or not torch.equal(output, base):
             return "live", "changes the output"
     return "idle", "no mask on it changes the output"
 
@@ -239,9 +219,11 @@ def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int, 
 def _mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace) -> bool:
     """Whether the network with every draw at its expectation equals plain eval."""
     with torch.no_grad():
-        expected = one_pass(live, rows, pick, found.layouts, [None] * len(found.sites)).double()
+        expected = one_pass(live, rows, pick, found, [None] * len(found.sites)).double()
         with NoOverride():
             eval_output = forward(plain, rows, pick).double()
+    if expected.shape != eval_output.shape:
+        return False
     scale = max(float(eval_output.abs().max()), 1e-30)
     return float((expected - eval_output).abs().max()) <= 1e-4 * scale
 
@@ -249,26 +231,40 @@ def _mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, 
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def _warnings(found: Trace) -> tuple[str, ...]:
-    return tuple(
-        f"{name}: no axis of its draw could be told to follow the rows, so its numbers depend on the batch"
+def _unclear(found: Trace) -> list[str]:
+    return [
+        f"{name}: no axis of its draw could be told to follow the rows, so a row's answer depends on its batch"
         for name in found.unclear
-    )
+    ]
 
 
-def _escaped_message(name: str, found: Trace) -> str:
-    places = sorted({f"{operation} in {path or 'the root module'}" for path, operation in found.escaped})
+def _lost(found: Trace, verdicts: dict[str, Verdict]) -> list[str]:
+    """Names what draws and no mask controls: operations without a rule, and draws of flags that stay off."""
+    lost = sorted({f"{operation} in {path or 'the root module'}" for path, operation in found.escaped})
+    forced = [found.off[index] for index in found.forced]
+    for path, verdict in verdicts.items():
+        if verdict.kind == "refused" and verdict.draws > forced.count(path):
+            lost.append(
+                f"{verdict.draws - forced.count(path)} draws in {path or 'the root module'}, which {verdict.reason}"
+            )
+    return lost
+
+
+def _lost_message(name: str, lost: list[str]) -> str:
     return (
-        f"{name} draws random numbers that no mask controls: {'; '.join(places)}. Its answers could not be repeated. "
-        "Write the draw with torch.bernoulli, torch.rand, torch.randn or torch.nn.functional.dropout"
+        f"{name} draws random numbers that no mask controls: {'; '.join(lost)}. Write the draw with torch.bernoulli, "
+        "torch.rand, torch.randn or F.dropout in a module of its own, teach mcdrop with mcdrop.register, or accept "
+        "partial coverage with strict=False"
     )
 
 
-def _none_message(audit: Audit) -> str:
+def _none_message(audit: Audit, found: Trace) -> str:
     seen = "; ".join(f"{site.path or 'root'}: {site.kind}, {site.reason}" for site in audit.sites) or "no draw at all"
     kept = "".join(f"; {path or 'root'} {reason}" for path, reason in audit.kept.items())
+    off = sorted({path or "root" for path in found.off if path})
+    literal = f"; dropout switched off in {', '.join(off)} (force_literal=True drops there)" if off else ""
     return (
         f"{audit.model} has no live stochastic site: every variance would be 0. Looked at {audit.modules} modules and "
-        f"found: {seen}{kept}. Train it with dropout (torch.nn.Dropout with 0 < p < 1, or "
+        f"found: {seen}{kept}{literal}. Train it with dropout (torch.nn.Dropout with 0 < p < 1, or "
         "F.dropout(..., training=self.training)), or check that it was not stripped when the network was exported"
     )

@@ -3,21 +3,21 @@
 The mode is thread-local and touches no module. Each draw gets the next number in order of execution and asks a
 ``Source`` for its values; with the values given, a forward pass is one deterministic function, so it may be batched
 over passes with ``torch.vmap``. While any function mode is active torch leaves the fused transformer path by itself.
-
-To teach it a function that draws, add one rule to ``RULES``: same arguments as the function, after the mode.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["RULES", "Given", "Interception", "Layout", "Source"]
+__all__ = ["Given", "Interception", "Layout", "Rules", "Source"]
 
+Rules = Mapping[Callable[..., Any], Callable[..., Any]]
+
+_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__", "__ixor__", "__setitem__"}
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
 
 
@@ -48,15 +48,35 @@ class Source(Protocol):
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
         """Gives values that broadcast to the shape, or None for the expectation."""
 
+    def forces(self, p: float) -> bool:
+        """Whether a dropout call that is switched off drops all the same."""
+
+    @property
+    def lift(self) -> Tensor | None:
+        """A zero that carries the sample axis of a batch of passes; None where there is none."""
+
 
 class Given:
-    """A source that hands out ready masks, one for each draw in order; None is the expectation."""
+    """A source that hands out ready masks, one for each draw in order; None is the expectation.
 
-    def __init__(self, masks: Sequence[Tensor | None], layouts: Sequence[Layout | None]) -> None:
+    ``forced`` holds the numbers of the switched-off dropout calls, in order, that drop all the same; ``rates`` those of
+    the dropouts whose rate is only known when they are reached, so that their masks are uniform numbers.
+    """
+
+    def __init__(
+        self,
+        masks: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
+        forced: frozenset[int] = frozenset(),
+        rates: frozenset[int] = frozenset(),
+    ) -> None:
         """Takes one mask and one layout a draw; a layout of None is a draw that no row owns, such as a weight's."""
         self._masks = masks
         self._layouts = layouts
+        self._forced = forced
+        self._rates = rates
         self._next = 0
+        self._off = 0
 
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
         """Gives the next mask, spread over the rows."""
@@ -64,32 +84,75 @@ class Given:
         if index >= len(self._masks):
             raise RuntimeError(f"draw {index} was not there when this network was traced: its control flow is random")
         mask, layout = self._masks[index], self._layouts[index]
-        if mask is None or layout is None:
-            return mask
-        return layout.spread(mask, shape)
+        if mask is None:
+            return None
+        if index in self._rates:
+            mask = (mask >= p).float()
+        return mask if layout is None else layout.spread(mask, shape)
+
+    def forces(self, p: float) -> bool:
+        """Counts the switched-off dropout calls and forces the chosen ones."""
+        index, self._off = self._off, self._off + 1
+        return index in self._forced
+
+    @property
+    def lift(self) -> Tensor | None:
+        """A zero made from the first mask, so that it is batched under vmap as the masks are."""
+        mask = next((mask for mask in self._masks if mask is not None), None)
+        return None if mask is None else mask.reshape(-1)[0] * 0
 
 
 class Interception(TorchFunctionMode):
-    """While active, every draw that has a rule takes its values from the source."""
+    """While active, every draw that has a rule takes its values from the source.
 
-    def __init__(self, source: Source) -> None:
-        """Takes the source that answers the draws."""
+    A rule is a function with the arguments of the function that it replaces, after the mode.
+    """
+
+    def __init__(self, source: Source, rules: Rules) -> None:
+        """Takes the source that answers the draws, and the rules by function."""
         super().__init__()
         self.source = source
+        self._rules = rules
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the rule of a function that draws, and any other function as it is."""
-        rule = RULES.get(func)
-        if rule is None:
-            return func(*args, **(kwargs or {}))
-        return rule(self, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        rule = self._rules.get(func)
+        if rule is not None:
+            return rule(self, *args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            return self._lifted(func, args, kwargs)
 
-    def keep(self, like: Tensor, shape: tuple[int, ...], p: float) -> Tensor | None:
-        """Gives 0/1 for dropped/kept units in the type of a tensor, or None for the expectation."""
-        mask = self.source.draw("bernoulli", shape, p)
-        return None if mask is None else mask.to(like.dtype)
+    def _lifted(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Redoes an in-place write whose target lacks the sample axis that the value has."""
+        name = getattr(func, "__name__", "")
+        lift = self.source.lift
+        target = kwargs.get("out")
+        if lift is not None and isinstance(target, Tensor):
+            result = func(*args, **{key: value for key, value in kwargs.items() if key != "out"})
+            torch.utils.swap_tensors(target, result.to(target.dtype))
+            return target
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.startswith("__"))
+        # a view would be swapped without its base: left to fail, and to a tier that needs no sample axis
+        if lift is None or not in_place or not isinstance(args[0], Tensor) or args[0]._is_view():
+            return func(*args, **kwargs)
+        zero = lift.to(args[0].dtype)
+        torch.utils.swap_tensors(args[0], args[0] | zero if args[0].dtype == torch.bool else args[0] + zero)
+        return func(*args, **kwargs)
+
+    def write(self, target: Tensor, value: Tensor) -> Tensor:
+        """Does an in-place write; a target without the sample axis is swapped for one that has it."""
+        try:
+            return target.copy_(value)
+        except RuntimeError:
+            torch.utils.swap_tensors(target, value)
+            return target
 
     def numbers(self, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Gives uniform or normal numbers of a shape, in the type and on the device of a tensor."""
@@ -99,177 +162,22 @@ class Interception(TorchFunctionMode):
         # expanded, because the caller asked for a tensor of this shape and may reshape it or write to it
         return values.to(like.device, like.dtype).expand(shape).clone()
 
+    def drop(self, x: Tensor, p: float, leading: int | None = None) -> Tensor:
+        """Inverted dropout (Srivastava et al. 2014, section 10): kept units are divided by 1 - p.
 
-def _write(target: Tensor, value: Tensor) -> Tensor:
-    """Does an in-place write; under vmap a tensor without the sample axis is swapped for one that has it."""
-    try:
-        return target.copy_(value)
-    except RuntimeError:
-        torch.utils.swap_tensors(target, value)
-        return target
+        The mask has the first ``leading`` axes of the tensor (None: all).
+        """
+        keep = self._keep(x, p, x.dim() if leading is None else leading)
+        return x if keep is None else x * (keep * (1 / (1 - p) if p < 1 else 0.0))
 
+    def alpha_drop(self, x: Tensor, p: float, leading: int | None = None) -> Tensor:
+        """Alpha dropout: dropped units go to SELU's floor, and moments are restored (Klambauer et al. 2017, sec. 3)."""
+        keep = self._keep(x, p, x.dim() if leading is None else leading)
+        if keep is None:
+            return x
+        scale = 0.0 if p == 1 else ((1 - p) * (1 + p * _SELU_FLOOR**2)) ** -0.5
+        return scale * (x * keep + _SELU_FLOOR * (1 - keep)) - scale * _SELU_FLOOR * p
 
-def _scaled(mode: Interception, x: Tensor, p: float, leading: int, inplace: bool) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014, section 10): kept units are divided by 1 - p."""
-    keep = mode.keep(x, tuple(x.shape[:leading]), p)
-    if keep is None:
-        return x
-    factor = keep * (1 / (1 - p) if p < 1 else 0.0)
-    value = x * factor.reshape(*factor.shape, *(1,) * (x.dim() - leading))
-    return _write(x, value) if inplace else value
-
-
-def _alpha(mode: Interception, x: Tensor, p: float, leading: int, inplace: bool) -> Tensor:
-    """Alpha dropout (Klambauer et al. 2017, section 3): dropped units go to SELU's floor, then moments are restored."""
-    keep = mode.keep(x, tuple(x.shape[:leading]), p)
-    if keep is None:
-        return x
-    keep = keep.reshape(*keep.shape, *(1,) * (x.dim() - leading))
-    scale = 0.0 if p == 1 else ((1 - p) * (1 + p * _SELU_FLOOR**2)) ** -0.5
-    value = scale * (x * keep + _SELU_FLOOR * (1 - keep)) - scale * _SELU_FLOOR * p
-    return _write(x, value) if inplace else value
-
-
-def _check(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-
-
-def _drop_rule(apply: Callable[..., Tensor], leading: int | None, unbatched: int = -1) -> Callable[..., Tensor]:
-    """A rule for a function of (input, p, training, inplace).
-
-    ``leading`` says how many axes the mask has (None: all); an input of ``unbatched`` axes has no rows, and one less.
-    """
-
-    def rule(mode: Interception, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        _check(p)
-        if not training:
-            return input
-        axes = input.dim() if leading is None else min(leading - (input.dim() == unbatched), input.dim())
-        return apply(mode, input, p, axes, inplace)
-
-    return rule
-
-
-def _torch_rule(apply: Callable[..., Tensor], leading: int | None, inplace: bool) -> Callable[..., Tensor]:
-    """A rule for a function of (input, p, train), such as ``torch.dropout``."""
-    inner = _drop_rule(apply, leading)
-
-    def rule(mode: Interception, input: Tensor, p: float, train: bool) -> Tensor:
-        return inner(mode, input, p, train, inplace)
-
-    return rule
-
-
-def _rrelu(
-    mode: Interception, input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
-    inplace: bool = False,
-) -> Tensor:  # fmt: skip
-    slope: Tensor | float = (lower + upper) / 2
-    if training:
-        slope = mode.numbers("uniform", tuple(input.shape), input) * (upper - lower) + lower
-    value = torch.where(input >= 0, input, input * slope)
-    return _write(input, value) if inplace else value
-
-
-def _bernoulli(mode: Interception, input: Tensor, p: float | Tensor | None = None, **ignored: Any) -> Tensor:
-    """``torch.bernoulli(input)`` reads probabilities of one from the input; with ``p`` only its shape counts."""
-    chance = input if p is None else p
-    if isinstance(chance, Tensor):
-        values = mode.source.draw("uniform", tuple(input.shape), 0.0)
-        if values is None:
-            return chance.to(input.dtype).expand(input.shape).clone()
-        return (values.to(input.device) < chance).to(input.dtype)
-    values = mode.source.draw("bernoulli", tuple(input.shape), 1 - chance)
-    if values is None:
-        return torch.full_like(input, chance)
-    return values.to(input.device, input.dtype).expand(input.shape).clone()
-
-
-def _bernoulli_(mode: Interception, input: Tensor, p: float | Tensor = 0.5, **ignored: Any) -> Tensor:
-    return _write(input, _bernoulli(mode, input, p))
-
-
-def _uniform_(mode: Interception, input: Tensor, *args: float, **kwargs: Any) -> Tensor:
-    low = args[0] if args else kwargs.get("from", 0.0)
-    high = args[1] if len(args) > 1 else kwargs.get("to", 1.0)
-    return _write(input, mode.numbers("uniform", tuple(input.shape), input) * (high - low) + low)
-
-
-def _normal_(mode: Interception, input: Tensor, mean: float = 0.0, std: float = 1.0, **ignored: Any) -> Tensor:
-    return _write(input, mode.numbers("normal", tuple(input.shape), input) * std + mean)
-
-
-def _exponential_(mode: Interception, input: Tensor, lambd: float = 1.0, **ignored: Any) -> Tensor:
-    return _write(input, -torch.log1p(-mode.numbers("uniform", tuple(input.shape), input)) / lambd)
-
-
-def _normal(mode: Interception, mean: Tensor | float, std: Tensor | float = 1.0, *args: Any, **kwargs: Any) -> Tensor:
-    tensors = [value for value in (mean, std) if isinstance(value, Tensor)]
-    like = tensors[0] if tensors else _blank(kwargs)
-    size = args[0] if args else kwargs.get("size")
-    shape = tuple(size) if size else tuple(torch.broadcast_shapes(*(value.shape for value in tensors)))
-    return mode.numbers("normal", shape, like) * std + mean
-
-
-def _like_rule(kind: str) -> Callable[..., Tensor]:
-    def rule(mode: Interception, input: Tensor, **kwargs: Any) -> Tensor:
-        return mode.numbers(kind, tuple(input.shape), _blank(kwargs, input))
-
-    return rule
-
-
-def _size_rule(kind: str) -> Callable[..., Tensor]:
-    def rule(mode: Interception, *size: Any, **kwargs: Any) -> Tensor:
-        given = kwargs.get("size", size)
-        shape = given[0] if len(given) == 1 and not isinstance(given[0], int) else given
-        return mode.numbers(kind, tuple(int(n) for n in shape), _blank(kwargs))
-
-    return rule
-
-
-def _randint(mode: Interception, *args: Any, **kwargs: Any) -> Tensor:
-    bounds = [*args[:-1]] if "size" not in kwargs else [*args]
-    size = kwargs["size"] if "size" in kwargs else args[-1]
-    low, high = (0, bounds[0]) if len(bounds) == 1 else (bounds[0], bounds[1])
-    blank = torch.empty(0, device=kwargs.get("device"))
-    values = torch.floor(mode.numbers("uniform", tuple(size), blank) * (high - low)) + low
-    return values.to(kwargs.get("dtype") or torch.int64)
-
-
-def _blank(kwargs: dict[str, Any], like: Tensor | None = None) -> Tensor:
-    """An empty tensor with the type and device that the arguments of a factory function ask for."""
-    dtype = kwargs.get("dtype") or (like.dtype if like is not None else None)
-    device = kwargs.get("device") or (like.device if like is not None else None)
-    return torch.empty(0, dtype=dtype, device=device)
-
-
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.dropout: _drop_rule(_scaled, None),
-    F.dropout1d: _drop_rule(_scaled, 2, unbatched=2),
-    F.dropout2d: _drop_rule(_scaled, 2),
-    F.dropout3d: _drop_rule(_scaled, 2, unbatched=4),
-    F.alpha_dropout: _drop_rule(_alpha, None),
-    F.feature_alpha_dropout: _drop_rule(_alpha, 2),
-    F.rrelu: _rrelu,
-    torch.dropout: _torch_rule(_scaled, None, inplace=False),
-    torch.dropout_: _torch_rule(_scaled, None, inplace=True),
-    torch.feature_dropout: _torch_rule(_scaled, 2, inplace=False),
-    torch.feature_dropout_: _torch_rule(_scaled, 2, inplace=True),
-    torch.alpha_dropout: _torch_rule(_alpha, None, inplace=False),
-    torch.alpha_dropout_: _torch_rule(_alpha, None, inplace=True),
-    torch.feature_alpha_dropout: _torch_rule(_alpha, 2, inplace=False),
-    torch.feature_alpha_dropout_: _torch_rule(_alpha, 2, inplace=True),
-    torch.bernoulli: _bernoulli,
-    Tensor.bernoulli: _bernoulli,
-    Tensor.bernoulli_: _bernoulli_,
-    Tensor.uniform_: _uniform_,
-    Tensor.normal_: _normal_,
-    Tensor.exponential_: _exponential_,
-    torch.normal: _normal,
-    torch.rand: _size_rule("uniform"),
-    torch.randn: _size_rule("normal"),
-    torch.rand_like: _like_rule("uniform"),
-    torch.randn_like: _like_rule("normal"),
-    torch.randint: _randint,
-}
+    def _keep(self, x: Tensor, p: float, leading: int) -> Tensor | None:
+        keep = self.source.draw("bernoulli", tuple(x.shape[:leading]), p)
+        return None if keep is None else keep.to(x.dtype).reshape(*keep.shape, *(1,) * (x.dim() - leading))

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from mcdrop.audit import Audit
 from mcdrop.backends import Backend
+from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.intervals import INTERVALS, check_level
@@ -78,6 +79,7 @@ class Model:
     example: Rows
     defaults: Options = Options()
     screen: Screen | None = None
+    calibration: Calibration | None = None
     name: str = ""
     version: str = ""
     description: str = ""
@@ -88,6 +90,10 @@ class Model:
     def with_screen(self, screen: Screen | None) -> "Model":
         """Gives the same model with a fitted screen."""
         return replace(self, screen=screen, references={}, lock=threading.Lock())
+
+    def with_calibration(self, calibration: Calibration | None) -> "Model":
+        """Gives the same model with a calibration; it holds for the passes, seed and weights it was fitted with."""
+        return replace(self, calibration=calibration, references={}, lock=threading.Lock())
 
     def rows(self, x: Any) -> Rows:
         """Reads inputs and checks them against what the network was wrapped with.
@@ -149,7 +155,11 @@ def wrap(
     *,
     example: Any,
     task: str = "regression",
-    output: str | Callable[[Any], Any] | None = None,
+    output: str | int | Callable[[Any], Any] | None = None,
+    include: Sequence[str | type] = (),
+    exclude: Sequence[str | type] = (),
+    force_literal: bool = False,
+    strict: bool = True,
 ) -> Model:
     """Discovers a network's random draws once and gives a model that can be sampled.
 
@@ -160,6 +170,11 @@ def wrap(
         task: one of ``TASKS``: "regression", "gaussian" (mean and log-variance) or "classification" (logits).
         output: the name or position of the output to read where the network returns several, or a function that
             picks it.
+        include: paths or types of modules whose training behaviour is switched on whatever the probe says of it.
+        exclude: paths or types of modules whose draws stay off.
+        force_literal: whether dropout calls with a literal ``training=False`` drop as well.
+        strict: whether a draw of training that cannot be controlled refuses the network; False makes it a warning in
+            the audit.
 
     Raises:
         InputError: an unknown task, or an example that the network cannot take.
@@ -169,21 +184,22 @@ def wrap(
     if isinstance(module, Model):
         return module
     from mcdrop.backends.torch import TorchBackend  # here, because a model of another backend needs no torch
-    from mcdrop.discover import discover
+    from mcdrop.discover import Overrules, discover
     from mcdrop.outputs import picker
 
     if task not in TASKS:
         raise UnknownName("task", task, TASKS)
     rows, pick = Rows.of(example), picker(output)
     rows = rows.take(slice(0, _EXAMPLE_ROWS))
+    overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     try:
-        found = discover(module, rows, pick)
+        found = discover(module, rows, pick, overrules)
     except InputError:
         if not _all_whole(rows):
             raise
         rows = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
-        found = discover(module, rows, pick)  # whole numbers may stand for real ones, as in [[1], [2]]
-    backend = TorchBackend(found.live, found.plain, pick, found.idle)
+        found = discover(module, rows, pick, overrules)  # whole numbers may stand for real ones, as in [[1], [2]]
+    backend = TorchBackend(found.live, found.plain, pick, found.off, found.force)
     tier, reason = backend.tier(rows)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
     return Model(

@@ -12,7 +12,7 @@ __all__ = ["Pick", "picker"]
 Pick = Callable[[Any], Tensor]
 
 
-def picker(output: str | Callable[[Any], Any] | None) -> Pick:
+def picker(output: str | int | Callable[[Any], Any] | None) -> Pick:
     """Gives the function that picks one tensor where a network returns several.
 
     ``output`` is the name of an entry (of a dict or an attribute of a record), a position, a callable, or None for the

@@ -5,7 +5,12 @@ The user's module is never touched, so there is nothing to restore, and another 
 the original are seen by the shadow at once. Layers added to or taken from the original later are not.
 """
 
+import copy
+import functools
+import sys
 import types
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +18,7 @@ from torch import nn
 
 from mcdrop.errors import ModelRefused
 
-__all__ = ["live_shadow", "unwrapped"]
+__all__ = ["live_shadow", "reached_originals", "unwrapped"]
 
 _SHARED = ("_parameters", "_buffers")
 _DEEPEST = 3  # containers inside containers that may still hold a module
@@ -25,24 +30,48 @@ def live_shadow(module: nn.Module) -> nn.Module:
     Raises:
         ModelRefused: a TorchScript module, whose Python structure is gone.
     """
-    module = unwrapped(module)
     originals = list(module.modules())
     for original in originals:
         if isinstance(original, torch.jit.ScriptModule):
             raise ModelRefused(
-                f"{type(module).__name__} is a TorchScript module: its draws cannot be turned into masks; "
+                f"{type(module).__name__} is or holds a TorchScript module: its draws cannot be turned into masks; "
                 "wrap the Python module it was made from"
             )
-    copies = {id(original): object.__new__(type(original)) for original in originals}
+    copies = {id(original): object.__new__(type(original)) for original in originals if unwrapped(original) is original}
+    copies.update(
+        {id(original): copies[id(unwrapped(original))] for original in originals if id(original) not in copies}
+    )
     for original in originals:
-        copies[id(original)].__dict__.update(_state(original, copies))
+        if unwrapped(original) is original:
+            copies[id(original)].__dict__.update(_state(original, copies))
     return copies[id(module)]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Gives the module inside what ``torch.compile`` made of it, or the module itself."""
-    inner = module._modules.get("_orig_mod")
-    return module if inner is None else inner
+    while isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        module = module._orig_mod
+    return module
+
+
+def reached_originals(module: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Runs something made of a shadow, and gives the paths of the original modules that it reached all the same."""
+    paths = {id(child): path for path, child in module.named_modules()}
+    reached: dict[str, None] = {}
+
+    def look(frame: types.FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            for value in tuple(frame.f_locals.values()):
+                if id(value) in paths and isinstance(value, nn.Module):
+                    reached[paths[id(value)]] = None
+
+    before = sys.getprofile()
+    sys.setprofile(look)  # of this thread alone
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return list(reached)
 
 
 def _state(original: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
@@ -52,17 +81,70 @@ def _state(original: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
     children = ((name, copies[id(child)] if child is not None else None) for name, child in original._modules.items())
     state["_modules"] = type(original._modules)(children)
     state["training"] = False
+    state["_compiled_call_impl"] = None  # compiled code of ``module.compile()`` would run the original
     return state
 
 
 def _remap(value: Any, copies: dict[int, Any], depth: int = 0) -> Any:
-    """Points modules and bound methods at the shadow; plain containers become its own, never written for the user."""
+    """Points everything that leads to a module at the shadow.
+
+    Plain containers become the shadow's own, so that it never writes to the user's. Functions, partial functions and
+    plain objects are rebuilt only where they hold a module.
+    """
     if isinstance(value, nn.Module):
         return copies.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
-        return types.MethodType(value.__func__, copies[id(value.__self__)])
-    if depth < _DEEPEST and type(value) in (list, tuple):
-        return type(value)(_remap(item, copies, depth + 1) for item in value)
-    if depth < _DEEPEST and type(value) is dict:
-        return {key: _remap(item, copies, depth + 1) for key, item in value.items()}
-    return value
+    if depth >= _DEEPEST:
+        return value
+    remap = functools.partial(_remap, copies=copies, depth=depth + 1)
+    if type(value) in (list, tuple):
+        return type(value)(remap(item) for item in value)
+    if type(value) is dict:
+        return {key: remap(item) for key, item in value.items()}
+    if type(value) is OrderedDict:  # hooks: the user's own as long as none of them holds a module
+        mapped = OrderedDict((key, remap(item)) for key, item in value.items())
+        return value if all(mapped[key] is value[key] for key in value) else mapped
+    if isinstance(value, types.MethodType):
+        owner = remap(value.__self__)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if isinstance(value, functools.partial):
+        return functools.partial(
+            remap(value.func), *map(remap, value.args), **{k: remap(v) for k, v in value.keywords.items()}
+        )
+    if isinstance(value, types.FunctionType):
+        return _remap_function(value, remap)
+    return _remap_object(value, remap)
+
+
+def _remap_function(function: types.FunctionType, remap: Callable[[Any], Any]) -> types.FunctionType:
+    """Rebuilds a function whose closure holds a module, such as a lambda made in ``__init__``."""
+    cells = function.__closure__ or ()
+    contents = [_content(cell) for cell in cells]
+    mapped = [remap(content) for content in contents]
+    if all(new is old for new, old in zip(mapped, contents, strict=True)):
+        return function
+    fresh = tuple(types.CellType(content) for content in mapped)
+    rebuilt = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, fresh
+    )
+    rebuilt.__kwdefaults__ = function.__kwdefaults__
+    rebuilt.__dict__.update(function.__dict__)
+    return rebuilt
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+def _remap_object(value: Any, remap: Callable[[Any], Any]) -> Any:
+    """Copies a plain object that holds a module among its attributes."""
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(value, type | types.ModuleType | torch.Tensor):
+        return value
+    if not any(isinstance(item, nn.Module | types.MethodType | functools.partial) for item in attributes.values()):
+        return value
+    twin = copy.copy(value)
+    twin.__dict__.update({name: remap(item) for name, item in attributes.items()})
+    return twin

@@ -8,6 +8,7 @@ one function and one line to ``TIERS``.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mcdrop.errors import InputError
+from mcdrop.features import hidden_features, weights_digest
+from mcdrop.forward import VOLATILE, NoOverride, forward, to_tensors
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
+from mcdrop.record import nowhere
 from mcdrop.rows import Rows
-from mcdrop.trace import Layouts, NoOverride, Trace, forward, one_pass, to_tensors, trace
+from mcdrop.trace import Trace, one_pass, trace
 
 __all__ = ["TIERS", "TorchBackend"]
 
@@ -30,24 +34,24 @@ _MASK_CACHE_BYTES = 64 * 2**20
 _CHECK_PASSES = 3
 
 
-def _loop(module: nn.Module, rows: Rows, pick: Pick, layouts: Layouts, stacks: Stacks) -> Tensor:
+def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
     passes = next(len(stack) for stack in stacks if stack is not None)
     each = ([None if stack is None else stack[t] for stack in stacks] for t in range(passes))
-    return torch.stack([one_pass(module, rows, pick, layouts, masks) for masks in each])
+    return torch.stack([one_pass(module, rows, pick, found, masks) for masks in each])
 
 
-def _vmap(module: nn.Module, rows: Rows, pick: Pick, layouts: Layouts, stacks: Stacks) -> Tensor:
+def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
     present = [stack for stack in stacks if stack is not None]
 
     def one(*masks: Tensor) -> Tensor:
         left = iter(masks)
-        return one_pass(module, rows, pick, layouts, [None if stack is None else next(left) for stack in stacks])
+        return one_pass(module, rows, pick, found, [None if stack is None else next(left) for stack in stacks])
 
     output: Tensor = torch.vmap(one, randomness="error")(*present)
     return output
 
 
-TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Layouts, Stacks], Tensor]] = {
+TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor]] = {
     "loop": _loop,
     "vmap": _vmap,
 }
@@ -58,7 +62,7 @@ class _Plan:
     """How passes of one input signature are run."""
 
     trace: Trace
-    idle: frozenset[str]
+    off: frozenset[str]
     tier: str
     reason: str
 
@@ -89,13 +93,24 @@ class _MaskCache:
 class TorchBackend:
     """A torch module with its draws as masks; safe to use from several threads at once."""
 
-    def __init__(self, live: nn.Module, plain: nn.Module, pick: Pick, idle: frozenset[str] = frozenset()) -> None:
-        """Takes the shadow whose draws are on, the one with all of them off, and the names of sites left off."""
+    def __init__(
+        self,
+        live: nn.Module,
+        plain: nn.Module,
+        pick: Pick,
+        off: frozenset[str] = frozenset(),
+        force: Callable[[str], bool] = nowhere,
+    ) -> None:
+        """Takes the shadow whose draws are on, the one with all of them off, and the names of sites left off.
+
+        ``force`` says of a module path whether dropout calls that are switched off there drop all the same.
+        """
         self.live = live
         self.chunk_bytes = CHUNK_BYTES
         self._plain = plain
         self._pick = pick
-        self._idle = idle
+        self._off = off
+        self._force = force
         self._plans: dict[object, _Plan] = {}
         self._lock = threading.Lock()
         self._cache = _MaskCache()
@@ -104,8 +119,9 @@ class TorchBackend:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
         plan, tensors = self._prepare(rows)
         stacks = self._stacks(plan, passes, seed, start, sampler)
-        with torch.no_grad():
-            output = TIERS[plan.tier](self.live, tensors, self._pick, plan.trace.layouts, stacks)
+        volatile = VOLATILE in vars(self.live)  # passes that write to buffers go one at a time
+        with torch.no_grad(), self._lock if volatile else nullcontext():
+            output = TIERS[plan.tier](self.live, tensors, self._pick, plan.trace, stacks)
         return _numpy(output)
 
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
@@ -113,6 +129,15 @@ class TorchBackend:
         _, tensors = self._prepare(rows)
         with torch.no_grad(), NoOverride():
             return _numpy(forward(self._plain, tensors, self._pick))
+
+    def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
+        """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
+        _, tensors = self._prepare(rows)
+        return _numpy(hidden_features(self._plain, tensors, self._pick, layer))
+
+    def digest(self) -> str:
+        """Gives a sha256 over the weights."""
+        return weights_digest(self._plain)
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs: some four of its largest results are alive at a time."""
@@ -126,49 +151,52 @@ class TorchBackend:
     def _prepare(self, rows: Rows) -> tuple[_Plan, Rows]:
         tensors = to_tensors(rows, self.live)
         signature = tuple((name, tuple(leaf.shape[1:]), leaf.dtype, leaf.device) for name, leaf in tensors.named())
-        plan = self._plans.get(signature)
+        # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
+        plan = self._plans.get(signature) or self._plans.get((signature, tensors.count))
         if plan is None:
             with self._lock:
-                plan = self._plans.get(signature) or self._make_plan(tensors)
-                self._plans[signature] = plan
+                plan = self._plans.get(signature) or self._plans.get((signature, tensors.count))
+                if plan is None:
+                    plan = self._make_plan(tensors)
+                    self._plans[(signature, tensors.count) if plan.trace.unclear else signature] = plan
         return plan, tensors
 
     def _make_plan(self, tensors: Rows) -> _Plan:
         shapes = ", ".join(f"{name}: {('N', *leaf.shape[1:])}" for name, leaf in tensors.named())
         try:
-            found = trace(self.live, tensors, self._pick)
+            found = trace(self.live, tensors, self._pick, self._force)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the network cannot take inputs of shape {shapes}: {_first_line(error)}") from error
-        few = tensors.take(slice(0, min(tensors.count, 4)))
-        plan = _Plan(found, self._idle, "loop", "")
+        few = tensors if found.unclear else tensors.take(slice(0, min(tensors.count, 4)))
+        plan = _Plan(found, self._off, "loop", "")
         stacks = self._stacks(plan, _CHECK_PASSES, seed=0, start=0, sampler="iid")
-        tier, reason = _choose(self.live, few, self._pick, found.layouts, stacks)
-        return _Plan(found, self._idle, tier, reason)
+        tier, reason = _choose(self.live, few, self._pick, found, stacks)
+        return _Plan(found, self._off, tier, reason)
 
     def _stacks(self, plan: _Plan, passes: int, seed: int, start: int, sampler: str) -> Stacks:
         device = next((t.device for t in (*self.live.parameters(), *self.live.buffers())), torch.device("cpu"))
         stacks: Stacks = []
         for site in plan.trace.sites:
-            if site.name in plan.idle:
+            if site.name in plan.off:
                 stacks.append(None)
                 continue
 
             def make(site: Site = site) -> Tensor:
                 masks = sample_masks([site], passes, seed=seed, start=start, sampler=sampler)
-                return torch.from_numpy(masks[site.name]).to(device)
+                return torch.as_tensor(np.asarray(masks[site.name])).to(device)
 
             stacks.append(self._cache.get((site, passes, seed, start, sampler, device), make))
         return stacks
 
 
-def _choose(module: nn.Module, rows: Rows, pick: Pick, layouts: Layouts, stacks: Stacks) -> tuple[str, str]:
+def _choose(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> tuple[str, str]:
     """Gives the fastest tier that agrees with the loop on the same masks, and why."""
     with torch.no_grad():
-        expected = TIERS["loop"](module, rows, pick, layouts, stacks)
+        expected = TIERS["loop"](module, rows, pick, found, stacks)
         try:
-            got = TIERS["vmap"](module, rows, pick, layouts, stacks)
+            got = TIERS["vmap"](module, rows, pick, found, stacks)
         except Exception as error:  # whatever a network does under vmap, the loop is right
             return "loop", f"vmap does not take this network: {_first_line(error)}"
     worst = _difference(got, expected)

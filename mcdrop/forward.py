@@ -1,0 +1,50 @@
+"""Calling a network: rows become tensors of its device and type, and the picked output comes back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mcdrop.outputs import Pick
+from mcdrop.rows import Rows
+
+__all__ = ["VOLATILE", "NoOverride", "forward", "to_tensors"]
+
+VOLATILE = "_mcdrop_volatile"  # on a shadow's root: its own buffers that passes write to, with what they start from
+
+
+def to_tensors(rows: Rows, module: nn.Module) -> Rows:
+    """Gives fresh tensors on the module's device, floating leaves in the module's floating type."""
+    state = [*module.parameters(), *module.buffers()]
+    device = state[0].device if state else torch.device("cpu")
+    dtype = next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
+
+    def convert(leaf: Any) -> Tensor:
+        tensor = leaf if isinstance(leaf, Tensor) else torch.as_tensor(np.asarray(leaf))
+        # always a copy: a network may write to its input, and the input is the user's
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    return rows.map(convert)
+
+
+def forward(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
+    """Runs the module on its own copy of the rows and gives the picked output, (N, ...)."""
+    for tensor, start in vars(module).get(VOLATILE, ()):
+        tensor.copy_(start)
+    args = tuple(leaf.clone() for leaf in rows.args)
+    kwargs = {name: leaf.clone() for name, leaf in rows.kwargs.items()}
+    output = pick(module(*args, **kwargs))
+    return output.unsqueeze(-1) if output.dim() == 1 else output
+
+
+class NoOverride(TorchFunctionMode):
+    """Changes nothing, but keeps torch off its fused paths, so that eval runs what the passes run."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the function."""
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,143 @@
+"""The differential probe: what does switching on the training flag of one module do?
+
+No list of layer types: one flag at a time, on a shadow, and only flags whose effect is "draws random numbers and
+nothing else" are kept. BatchNorm, moving averages, losses and auxiliary heads of training stay in eval.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree
+
+from mcdrop.record import record
+from mcdrop.rows import Rows
+
+__all__ = ["Verdict", "probe"]
+
+_SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a module's training flag does, in words.
+
+    ``kind`` is "stochastic" (draws and nothing else), "inert" (no effect on this input), "norm" or "refused"; ``draws``
+    counts the random draws that the flag switches on.
+    """
+
+    kind: str
+    reason: str
+    draws: int = 0
+
+
+@contextmanager
+def _noting_readers(module: nn.Module) -> Iterator[set[int]]:
+    """Collects the ids of the modules that read ``self.training``; changes classes of the shadow for the while."""
+    readers: set[int] = set()
+
+    def read(self: nn.Module) -> bool:
+        readers.add(id(self))
+        return bool(self.__dict__["training"])
+
+    def write(self: nn.Module, value: bool) -> None:
+        self.__dict__["training"] = value
+
+    children = list(module.modules())
+    classes = [type(child) for child in children]
+    for child, kind in zip(children, classes, strict=True):
+        spied = {"training": property(read, write), "__module__": kind.__module__}
+        child.__class__ = type(kind.__name__, (kind,), spied)
+    try:
+        yield readers
+    finally:
+        for child, kind in zip(children, classes, strict=True):
+            child.__class__ = kind
+
+
+def probe(module: nn.Module, rows: Rows) -> dict[str, Verdict]:
+    """Gives for each module that reads its training flag what switching it on does; all flags are off at the end."""
+    with _noting_readers(module) as readers:
+        base = _observe(module, rows, seed=_SEEDS[0])
+    verdicts = {}
+    for path, child in module.named_modules():
+        if id(child) not in readers:
+            continue
+        if isinstance(child, _NormBase):
+            verdicts[path] = Verdict("norm", "a norm layer: its running statistics stay frozen")
+            continue
+        child.training = True
+        try:
+            verdicts[path] = _effect(module, rows, base)
+        finally:
+            child.training = False
+    return verdicts
+
+
+@dataclass(frozen=True)
+class _Observation:
+    draws: int
+    structure: tuple[Any, ...]
+    values: list[Tensor]
+    written: frozenset[str]
+    changed: frozenset[tuple[str, str]]  # attributes, as (module, name)
+
+
+def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
+    before, raw = _attributes(module), []
+
+    def keep(result: Any) -> Tensor:
+        raw.append(result)
+        return next(leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+
+    source, spy = record(module, rows, keep, seed=seed)
+    leaves, spec = _pytree.tree_flatten(raw[0])
+    values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
+    changed = frozenset(key for key, value in _attributes(module).items() if before.get(key) != value)
+    draws = len(source.draws) + len(spy.escaped)
+    return _Observation(draws, structure, values, frozenset(spy.written), changed)
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """Plain values that modules keep about themselves, such as step counters."""
+    return {
+        (path, name): value
+        for path, child in module.named_modules()
+        for name, value in child.__dict__.items()
+        if isinstance(value, bool | int | float | str) and name != "training"
+    }
+
+
+def _effect(module: nn.Module, rows: Rows, base: _Observation) -> Verdict:
+    """Says what the flag that was just switched on does."""
+    try:
+        seen = [_observe(module, rows, seed=seed) for seed in _SEEDS]
+    except Exception as error:  # any failure means that this is not a flag to switch on
+        return Verdict("refused", f"fails in training mode: {type(error).__name__}: {str(error)[:100]}")
+    first = seen[0]
+    draws = max(one.draws for one in seen) - base.draws
+    if first.written - base.written:
+        return Verdict(
+            "refused", f"writes to {', '.join(sorted(first.written - base.written))} in training mode", draws
+        )
+    if first.changed - base.changed:
+        return Verdict(
+            "refused", f"changes its attribute {min(first.changed - base.changed)[1]} in training mode", draws
+        )
+    if any(one.structure != base.structure for one in seen) and not _shapes_vary(seen):
+        return Verdict("refused", "returns something else in training mode", draws)
+    if all(one.draws == base.draws for one in seen):
+        if all(torch.equal(a, b) for a, b in zip(first.values, base.values, strict=True)):
+            return Verdict("inert", "no effect on this input")
+        return Verdict("refused", "computes something else in training mode, without a draw")
+    return Verdict("stochastic", "draws random numbers", draws)
+
+
+def _shapes_vary(seen: list[_Observation]) -> bool:
+    """Whether the shape of the output itself is random."""
+    return len({one.structure for one in seen}) > 1

@@ -1,0 +1,196 @@
+"""One forward pass seen from outside: what it draws, what escapes control, what it writes to."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mcdrop.forward import forward
+from mcdrop.intercept import Interception
+from mcdrop.masks import Site, sample_masks
+from mcdrop.outputs import Pick
+from mcdrop.rows import Rows
+from mcdrop.rules import RULES
+
+__all__ = ["Draw", "Recorder", "Spy", "nowhere", "record"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw as the forward pass asked for it."""
+
+    kind: str
+    shape: tuple[int, ...]
+    p: float
+    path: str
+
+
+def module_paths(module: nn.Module) -> dict[int, str]:
+    """Maps the id of every module of a tree to its path."""
+    return {id(child): path for path, child in module.named_modules()}
+
+
+def _caller(paths: dict[int, str]) -> str:
+    """The innermost module of the tree on the Python stack: who draws. Needs no hook on anybody's module."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in paths:
+            return paths[id(owner)]
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+class Recorder:
+    """A source that notes every draw and answers it from a seed, or with expectations."""
+
+    lift: Tensor | None = None
+
+    def __init__(
+        self, paths: dict[int, str], device: torch.device, *, seed: int | None, force: Callable[[str], bool]
+    ) -> None:
+        """Takes the module paths; with ``seed=None`` every draw gets its expectation.
+
+        ``force`` says of a module path whether a dropout call there that is switched off drops all the same.
+        """
+        self.draws: list[Draw] = []
+        self.off: list[str] = []
+        self.forced: set[int] = set()
+        self._paths = paths
+        self._device = device
+        self._seed = seed
+        self._force = force
+
+    def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
+        """Notes the draw and gives numbers of its whole shape."""
+        site = Site(f"site{len(self.draws)}", shape, p, kind)
+        self.draws.append(Draw(kind, shape, p, _caller(self._paths)))
+        if self._seed is None:
+            return None
+        return torch.as_tensor(np.asarray(sample_masks([site], 1, seed=self._seed)[site.name][0])).to(self._device)
+
+    def forces(self, p: float) -> bool:
+        """Notes a dropout call that is switched off."""
+        path = _caller(self._paths)
+        self.off.append(path if p > 0 else "")
+        if p > 0 and self._force(path):
+            self.forced.add(len(self.off) - 1)
+            return True
+        return False
+
+
+@dataclass
+class Spy(TorchDispatchMode):
+    """Notes random operations that no rule caught and the sizes of results; diverts a write to a watched tensor."""
+
+    paths: dict[int, str]
+    watched: dict[int, str]
+    escaped: list[tuple[str, str]] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
+    largest: int = 0
+
+    def __post_init__(self) -> None:
+        """Sets up the mode itself."""
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Looks at one operation and runs it."""
+        kwargs = kwargs or {}
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        if _draws(func, given):
+            self.escaped.append((_caller(self.paths), str(func).removeprefix("aten.")))
+        diverted = {name: value.clone() for name, value in given.items() if self._is_write(func, given, name, value)}
+        if diverted:
+            names = [argument.name for argument in func._schema.arguments]
+            args = tuple(diverted.get(name, value) for name, value in zip(names, args, strict=False))
+            kwargs = {name: diverted.get(name, value) for name, value in kwargs.items()}
+        result = func(*args, **kwargs)
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.watched:
+                self.largest = max(self.largest, value.numel() * value.element_size())
+        return result
+
+    def _is_write(self, func: Any, given: dict[str, Any], name: str, value: Any) -> bool:
+        """Whether an operation writes to this argument and it is watched; then it gets a copy to write to."""
+        if not isinstance(value, Tensor) or not value.numel():
+            return False
+        owner = self.watched.get(value.untyped_storage().data_ptr())
+        if owner is None:
+            return False
+        said = any(
+            a.name == name and a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
+        )
+        # batch norm's own kernels write to the running statistics without saying so in their schema
+        unsaid = "batch_norm" in str(func) and bool(given.get("training")) and name in ("running_mean", "running_var")
+        if said or unsaid:
+            self.written.add(owner)
+        return said or unsaid
+
+
+def _draws(func: Any, given: dict[str, Any]) -> bool:
+    """Whether an operation draws from a torch generator; attention is tagged so even with a rate of 0."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    return "scaled_dot_product" not in str(func) or bool(given.get("dropout_p"))
+
+
+class _Foreign:
+    """Notices draws from global generators that happen out of sight."""
+
+    def __init__(self) -> None:
+        self._before = self._state()
+
+    @staticmethod
+    def _state() -> tuple[Any, Any, bytes]:
+        # read only, to see whether it moved
+        numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+        numbers = repr(numpy["state"]["pos"]), numpy["state"]["key"].tobytes()
+        return random.getstate(), numbers, torch.get_rng_state().numpy().tobytes()
+
+    def moved(self, *, known: bool) -> list[tuple[str, str]]:
+        """Names the generators that moved; torch's own only if no operation of this thread explains it."""
+        names = ("Python's random", "numpy.random", "torch's generator in another thread")
+        pairs = zip(names, self._before, self._state(), strict=True)
+        return [("", name) for name, before, after in pairs if before != after and not (known and "torch" in name)]
+
+
+@contextmanager
+def own_generator() -> Iterator[None]:
+    """Leaves torch's global generators as they were, whatever escapes control inside."""
+    with torch.random.fork_rng(), torch.no_grad():
+        yield
+
+
+def watched(module: nn.Module) -> dict[int, str]:
+    """Maps the storage address of every parameter and buffer to its name."""
+    state = (*module.named_parameters(), *module.named_buffers())
+    return {tensor.untyped_storage().data_ptr(): name for name, tensor in state if tensor.numel()}
+
+
+def nowhere(path: str) -> bool:
+    """Forces nothing."""
+    return False
+
+
+def record(
+    module: nn.Module, rows: Rows, pick: Pick, *, seed: int | None, force: Callable[[str], bool] = nowhere
+) -> tuple[Recorder, Spy]:
+    """Runs one pass and gives what it drew, and what the spy saw."""
+    paths = module_paths(module)
+    leaf = next(leaf for _, leaf in rows.named())
+    source, spy = Recorder(paths, leaf.device, seed=seed, force=force), Spy(paths, watched(module))
+    with own_generator():
+        foreign = _Foreign()
+        with spy, Interception(source, RULES):
+            forward(module, rows, pick)
+        spy.escaped += foreign.moved(known=bool(spy.escaped))
+    return source, spy

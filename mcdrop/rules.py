@@ -1,0 +1,162 @@
+"""What each function that draws does with values from a source.
+
+To teach mcdrop a function, add one rule to ``RULES``: a function of the mode and the same arguments.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcdrop.intercept import Interception
+from mcdrop.sequences import SEQUENCE_RULES, body_rule
+
+__all__ = ["RULES"]
+
+Apply = Callable[[Interception, Tensor, float, int], Tensor]
+
+
+def _drop_rule(apply: Apply, leading: int | None, unbatched: int = -1) -> Callable[..., Tensor]:
+    """A rule for a function of (input, p, training, inplace).
+
+    ``leading`` says how many axes the mask has (None: all); an input of ``unbatched`` axes has no rows, and one less.
+    """
+
+    def rule(mode: Interception, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not 0 <= p <= 1:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        if not training and not mode.source.forces(p):
+            return input
+        axes = input.dim() if leading is None else min(leading - (input.dim() == unbatched), input.dim())
+        value = apply(mode, input, p, axes)
+        return mode.write(input, value) if inplace else value
+
+    return rule
+
+
+def _torch_rule(apply: Apply, leading: int | None, inplace: bool) -> Callable[..., Tensor]:
+    """A rule for a function of (input, p, train), such as ``torch.dropout``."""
+    inner = _drop_rule(apply, leading)
+
+    def rule(mode: Interception, input: Tensor, p: float, train: bool) -> Tensor:
+        return inner(mode, input, p, train, inplace)
+
+    return rule
+
+
+def _rrelu(
+    mode: Interception, input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
+    inplace: bool = False,
+) -> Tensor:  # fmt: skip
+    slope: Tensor | float = (lower + upper) / 2
+    if training:
+        slope = mode.numbers("uniform", tuple(input.shape), input) * (upper - lower) + lower
+    value = torch.where(input >= 0, input, input * slope)
+    return mode.write(input, value) if inplace else value
+
+
+def _bernoulli(mode: Interception, input: Tensor, p: float | Tensor | None = None, **ignored: Any) -> Tensor:
+    """``torch.bernoulli(input)`` reads probabilities of one from the input; with ``p`` only its shape counts."""
+    chance = input if p is None else p
+    if isinstance(chance, Tensor):
+        values = mode.source.draw("uniform", tuple(input.shape), 0.0)
+        if values is None:
+            return chance.to(input.dtype).expand(input.shape).clone()
+        return (values.to(input.device) < chance).to(input.dtype)
+    values = mode.source.draw("bernoulli", tuple(input.shape), 1 - chance)
+    if values is None:
+        return torch.full_like(input, chance)
+    return values.to(input.device, input.dtype).expand(input.shape).clone()
+
+
+def _bernoulli_(mode: Interception, input: Tensor, p: float | Tensor = 0.5, **ignored: Any) -> Tensor:
+    return mode.write(input, _bernoulli(mode, input, p))
+
+
+def _uniform_(mode: Interception, input: Tensor, *args: float, **kwargs: Any) -> Tensor:
+    low = args[0] if args else kwargs.get("from", 0.0)
+    high = args[1] if len(args) > 1 else kwargs.get("to", 1.0)
+    return mode.write(input, mode.numbers("uniform", tuple(input.shape), input) * (high - low) + low)
+
+
+def _normal_(mode: Interception, input: Tensor, mean: float = 0.0, std: float = 1.0, **ignored: Any) -> Tensor:
+    return mode.write(input, mode.numbers("normal", tuple(input.shape), input) * std + mean)
+
+
+def _exponential_(mode: Interception, input: Tensor, lambd: float = 1.0, **ignored: Any) -> Tensor:
+    return mode.write(input, -torch.log1p(-mode.numbers("uniform", tuple(input.shape), input)) / lambd)
+
+
+def _normal(mode: Interception, mean: Tensor | float, std: Tensor | float = 1.0, *args: Any, **kwargs: Any) -> Tensor:
+    tensors = [value for value in (mean, std) if isinstance(value, Tensor)]
+    like = tensors[0] if tensors else _blank(kwargs)
+    size = args[0] if args else kwargs.get("size")
+    shape = tuple(size) if size else tuple(torch.broadcast_shapes(*(value.shape for value in tensors)))
+    return mode.numbers("normal", shape, like) * std + mean
+
+
+def _like_rule(kind: str) -> Callable[..., Tensor]:
+    def rule(mode: Interception, input: Tensor, **kwargs: Any) -> Tensor:
+        return mode.numbers(kind, tuple(input.shape), _blank(kwargs, input))
+
+    return rule
+
+
+def _size_rule(kind: str) -> Callable[..., Tensor]:
+    def rule(mode: Interception, *size: Any, **kwargs: Any) -> Tensor:
+        given = kwargs.get("size", size)
+        shape = given[0] if len(given) == 1 and not isinstance(given[0], int) else given
+        return mode.numbers(kind, tuple(int(n) for n in shape), _blank(kwargs))
+
+    return rule
+
+
+def _randint(mode: Interception, *args: Any, **kwargs: Any) -> Tensor:
+    bounds = [*args[:-1]] if "size" not in kwargs else [*args]
+    size = kwargs["size"] if "size" in kwargs else args[-1]
+    low, high = (0, bounds[0]) if len(bounds) == 1 else (bounds[0], bounds[1])
+    blank = torch.empty(0, device=kwargs.get("device"))
+    values = torch.floor(mode.numbers("uniform", tuple(size), blank) * (high - low)) + low
+    return values.to(kwargs.get("dtype") or torch.int64)
+
+
+def _blank(kwargs: dict[str, Any], like: Tensor | None = None) -> Tensor:
+    """An empty tensor with the type and device that the arguments of a factory function ask for."""
+    dtype = kwargs.get("dtype") or (like.dtype if like is not None else None)
+    device = kwargs.get("device") or (like.device if like is not None else None)
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **SEQUENCE_RULES,
+    F.gumbel_softmax: body_rule(F.gumbel_softmax),
+    F.dropout: _drop_rule(Interception.drop, None),
+    F.dropout1d: _drop_rule(Interception.drop, 2, unbatched=2),
+    F.dropout2d: _drop_rule(Interception.drop, 2),
+    F.dropout3d: _drop_rule(Interception.drop, 2, unbatched=4),
+    F.alpha_dropout: _drop_rule(Interception.alpha_drop, None),
+    F.feature_alpha_dropout: _drop_rule(Interception.alpha_drop, 2),
+    F.rrelu: _rrelu,
+    torch.dropout: _torch_rule(Interception.drop, None, inplace=False),
+    torch.dropout_: _torch_rule(Interception.drop, None, inplace=True),
+    torch.feature_dropout: _torch_rule(Interception.drop, 2, inplace=False),
+    torch.feature_dropout_: _torch_rule(Interception.drop, 2, inplace=True),
+    torch.alpha_dropout: _torch_rule(Interception.alpha_drop, None, inplace=False),
+    torch.alpha_dropout_: _torch_rule(Interception.alpha_drop, None, inplace=True),
+    torch.feature_alpha_dropout: _torch_rule(Interception.alpha_drop, 2, inplace=False),
+    torch.feature_alpha_dropout_: _torch_rule(Interception.alpha_drop, 2, inplace=True),
+    torch.bernoulli: _bernoulli,
+    Tensor.bernoulli: _bernoulli,
+    Tensor.bernoulli_: _bernoulli_,
+    Tensor.uniform_: _uniform_,
+    Tensor.normal_: _normal_,
+    Tensor.exponential_: _exponential_,
+    torch.normal: _normal,
+    torch.rand: _size_rule("uniform"),
+    torch.randn: _size_rule("normal"),
+    torch.rand_like: _like_rule("uniform"),
+    torch.randn_like: _like_rule("normal"),
+    torch.randint: _randint,
+}
