@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mcdrop.model import InputSpec, Model
     from mcdrop.table import Table
 
-__all__ = ["app", "inspect", "main", "predict", "serve"]
+__all__ = ["app", "inspect", "main", "predict", "predicted", "serve"]
 
 STANDARD_STREAM = "-"
 
@@ -126,7 +126,7 @@ def predict(
     options = {"passes": passes, "level": level, "interval": interval, "seed": seed}
     loaded = load(model)
     with _progress(rows, output) as advance:
-        count = write_rows(output, _predicted(loaded, rows, options, prefix, advance))
+        count = write_rows(output, predicted(loaded, rows, options, prefix, advance))
     if output != STANDARD_STREAM:
         typer.echo(f"{count} rows written to {output}", err=True)
 
@@ -147,9 +147,10 @@ def serve(
     server.serve(settings.read_settings(**{name: value for name, value in given.items() if value is not None}))
 
 
-def _predicted(
+def predicted(
     model: "Model", source: str, options: dict[str, Any], prefix: str, advance: Callable[[int], None]
 ) -> Iterator["Table"]:
+    """Predicts a table block by block; tells ``advance`` how many bytes of it are done."""
     from mcdrop.predict import predict as predict_block
     from mcdrop.table import read_rows, with_prediction
 

@@ -31,7 +31,7 @@ MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no ta
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows as they stood in the file, and as numbers (N, F); ``position``: bytes of the file read, 0 if unknown."""
+    """Some rows as they stood in the file, and as numbers (N, F); ``position``: bytes of the file read, or 0."""
 
     header: list[str]
     cells: list[list[str]]

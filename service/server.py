@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import socket
 from contextlib import suppress
 
@@ -23,6 +24,8 @@ def serve(settings: Settings) -> None:
         InputError: the address cannot be listened on.
         ArtifactError: the store cannot be served.
     """
+    # the requests that are computed at once share the cores; torch reads this when the first model brings it in
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.threads)))
     app = create_app(settings)
     registry = app.state.registry
     with _listen(settings.host, settings.port) as listener:  # before the models are loaded: a busy port is told at once

@@ -1,10 +1,17 @@
-"""Small real models in a store, built once for the whole run."""
+"""What several test files need: small real models, built once for the whole run, and runs that repeat."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 from serving import Server, running
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is loaded; the networks here are tiny
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +22,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from mcdrop.artifact import save
     from mcdrop.model import wrap
-    from mcdrop.predict import fit_screen
+    from mcdrop.fitting import fit_screen
     from models.networks import digits, noisy_line
 
     folder = tmp_path_factory.mktemp("models") / "store"
@@ -25,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     factory = "models.networks:noisy_line"
     save(line, folder / "line" / "1", factory=factory, name="line", version="1")
     screen = fit_screen(line, rows, fpr=0.05)
-    more = {"screen": screen, "description": "a line", "features": ["x"]}
+    more: dict[str, Any] = {"screen": screen, "description": "a line", "features": ["x"]}
     save(line, folder / "line" / "2", factory=factory, name="line", version="2", **more)
     shape = {"hidden_layers": 2, "inputs": 4}
     classes = wrap(digits(**shape), example=np.eye(4), task="classification")

@@ -24,7 +24,7 @@ from service.schemas import PredictRequest, PredictResponse
 
 ROWS = [[-0.5], [0.0], [3.0]]
 LINE = {"model": "line", "inputs": ROWS, "passes": 50}
-LONG = {"model": "line", "version": "1", "inputs": [[x / 1000] for x in range(1000)], "passes": 2500}
+LONG = {"model": "line", "version": "1", "inputs": [[x / 1000] for x in range(1000)], "passes": 1500}
 CLASSES = {"model": "classes", "inputs": np.eye(4).tolist(), "passes": 50}
 
 

@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mcdrop.audit import Audit
 from mcdrop.errors import InputError
+from mcdrop.predict import Prediction
 from mcdrop.table import Block, Table, read_rows, with_prediction, write_rows
 
 
@@ -168,13 +169,15 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert written < 1_000_000
 
 
-def prediction(rows: int = 2, outputs: int = 1, **fields: Any) -> Any:
-    """A stand-in record with the fields of a Prediction; predictions of real models are in test_cli.py."""
+def prediction(rows: int = 2, outputs: int = 1, **known: Any) -> Prediction:
+    """Counts up from 0 in the mean, from 1 in the variance, and so on; predictions of models are in test_cli.py."""
     wide = np.arange(rows * outputs, dtype=float).reshape(rows, outputs)
-    names = ["mean", "variance", "std", "lower", "upper", "standard_error"]
-    known = {name: wide + i for i, name in enumerate(names)}
-    known |= dict.fromkeys(["label", "entropy", "mutual_information", "score", "p_value", "is_anomaly"])
-    return SimpleNamespace(**(known | fields))
+    arrays: dict[str, Any] = {
+        name: wide + i for i, name in enumerate(["mean", "variance", "std", "lower", "upper", "standard_error"])
+    }
+    arrays |= {"epistemic": wide, "deterministic": wide, "aleatoric": None, "passes": np.full(rows, 2)}
+    options: dict[str, Any] = {"seed": 0, "level": 0.9, "interval": "normal", "interval_kind": "credible"}
+    return Prediction(**arrays, **options, audit=Audit("", 0, (), ()), **known)
 
 
 def block(header: list[str], cells: list[list[str]]) -> Block:
