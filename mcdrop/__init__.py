@@ -7,6 +7,8 @@
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mcdrop import errors
@@ -16,13 +18,15 @@ __version__ = "0.1.0"
 # loaded when first used, so that ``import mcdrop`` needs numpy alone
 _HOMES = {
     "Audit": "audit",
+    "Calibration": "calibration",
     "Model": "model",
     "Options": "model",
     "PassPlan": "engine",
     "Prediction": "predict",
     "Screen": "screening",
     "Site": "masks",
-    "fit_screen": "predict",
+    "calibrate": "fitting",
+    "fit_screen": "fitting",
     "interpret": "predict",
     "list_models": "store",
     "load": "artifact",
@@ -35,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "Audit",
+    "Calibration",
     "Model",
     "Options",
     "PassPlan",
@@ -42,6 +47,7 @@ __all__ = [
     "Screen",
     "Site",
     "__version__",
+    "calibrate",
     "errors",
     "fit_screen",
     "interpret",
@@ -57,10 +63,12 @@ __all__ = [
 if TYPE_CHECKING:
     from mcdrop.artifact import load, save
     from mcdrop.audit import Audit
+    from mcdrop.calibration import Calibration
     from mcdrop.engine import PassPlan
+    from mcdrop.fitting import calibrate, fit_screen
     from mcdrop.masks import Site, sample_masks
     from mcdrop.model import Model, Options, wrap
-    from mcdrop.predict import Prediction, fit_screen, interpret, predict, sample
+    from mcdrop.predict import Prediction, interpret, predict, sample
     from mcdrop.screening import Screen
     from mcdrop.store import list_models
 
@@ -71,6 +79,17 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"mcdrop.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps ``mcdrop.predict`` the function: importing a submodule would put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -1,12 +1,15 @@
 """Intervals, and what each may claim.
 
 ``confidence``: with endless passes the mean would lie here; Monte Carlo error only. ``credible``: the dropout posterior
-of the mean function; epistemic, no promise about y. To add a method, add one function and one line to ``INTERVALS``.
+of the mean function; epistemic, no promise about y. ``prediction``: a future y; ``predictive`` if the noise model is
+right, ``conformal`` for at least ``level`` of the rows exchangeable with those of its calibration, on average over
+calibrations and rows. To add a method, add one function and one line to ``INTERVALS``.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +18,22 @@ from scipy import special
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.summaries import Summary
 
-__all__ = ["INTERVALS", "Interval", "IntervalMethod", "check_level", "interval_of"]
+__all__ = [
+    "INTERVALS",
+    "Calibrated",
+    "Interval",
+    "IntervalMethod",
+    "check_level",
+    "interval_of",
+    "predictive_bounds",
+    "predictive_cdf",
+]
 
 Array = NDArray[np.float64]
+
+_BLOCK = 2**22  # entries of the passes that a mixture is solved for at a time
+_HALVINGS = 60
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -31,13 +47,24 @@ class Interval:
     kind: str
 
 
+class Calibrated(Protocol):
+    """What was fitted on held-out rows and gives bounds that hold for future y."""
+
+    def bounds(self, summary: Summary, level: float) -> tuple[Array, Array]:
+        """Gives bounds (N, D) at a level."""
+
+
 @dataclass(frozen=True)
 class IntervalMethod:
-    """A method: bounds of a summary at a level, the kind of its claim, and whether it needs every pass."""
+    """A method: bounds of a summary at a level, the kind of its claim, and what it needs.
 
-    bounds: Callable[[Summary, float], tuple[Array, Array]]
+    With ``needs_calibration`` the bounds take a calibration (or None) as third argument.
+    """
+
+    bounds: Callable[..., tuple[Array, Array]]
     kind: str
     needs_samples: bool = False
+    needs_calibration: bool = False
 
 
 def check_level(level: float) -> float:
@@ -53,16 +80,16 @@ def check_level(level: float) -> float:
     return float(level)
 
 
-def interval_of(name: str, summary: Summary, level: float) -> Interval:
+def interval_of(name: str, summary: Summary, level: float, calibration: Calibrated | None = None) -> Interval:
     """Gives the named interval of a summary, kept inside the support of the mean function.
 
     Raises:
-        InputError: an unknown name, or too few passes for the method at this level.
+        InputError: an unknown name, too few passes for the method at this level, or no calibration where one is needed.
     """
     if name not in INTERVALS:
         raise UnknownName("interval", name, INTERVALS)
     method = INTERVALS[name]
-    lower, upper = method.bounds(summary, level)
+    lower, upper = method.bounds(summary, level, *([calibration] if method.needs_calibration else []))
     return Interval(np.clip(lower, *summary.support), np.clip(upper, *summary.support), level, name, method.kind)
 
 
@@ -106,6 +133,87 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
     return ordered[rank - 1], ordered[passes - rank]
 
 
+def _conformal(summary: Summary, level: float, calibration: Calibrated | None) -> tuple[Array, Array]:
+    """Bounds of split conformal prediction; infinite where the held-out rows are too few for the level."""
+    if calibration is None:
+        raise InputError(
+            "interval 'conformal' needs a calibration; fit one on held-out rows with "
+            "mcdrop.calibrate(model, x_held, y_held)"
+        )
+    return calibration.bounds(summary, level)
+
+
+def predictive_bounds(summary: Summary, level: float) -> tuple[Array, Array]:
+    """Quantiles of y: solves (1/T) sum Phi((u - f_t) / sigma_t) = tail where the passes are kept.
+
+    Otherwise y is taken as normal with the total variance, epistemic plus noise (Kendall and Gal 2017, eq. 9).
+
+    Raises:
+        InputError: no noise is known, or the rows are classes.
+    """
+    tail = (1 - level) / 2
+    noise = _noise(summary)
+    if summary.samples is None:
+        half = -float(special.ndtri(tail)) * np.sqrt(summary.variance) * _scale(summary)
+        return _symmetric(summary.mean, half)
+    shape = summary.mean.shape
+    samples = summary.samples.reshape(len(summary.samples), -1)
+    spread = np.sqrt(np.maximum(noise, _TINY)).reshape(len(noise), -1)
+    lower, upper = np.empty(samples.shape[1]), np.empty(samples.shape[1])
+    size = max(1, _BLOCK // len(samples))
+    for start in range(0, samples.shape[1], size):
+        part = slice(start, start + size)
+        lower[part] = _mixture_quantile(samples[:, part], spread[:, part], tail)
+        upper[part] = _mixture_quantile(samples[:, part], spread[:, part], 1 - tail)
+    scale = _scale(summary)
+    bounds = [summary.mean + scale * (bound.reshape(shape) - summary.mean) for bound in (lower, upper)]
+    return bounds[0], bounds[1]
+
+
+def predictive_cdf(summary: Summary, y: Array) -> Array:
+    """Gives the probability that the predictive distribution of each row puts below y, both (N, D).
+
+    Raises:
+        InputError: no noise is known, or the rows are classes.
+    """
+    noise = _noise(summary)
+    at = summary.mean + (y - summary.mean) / _scale(summary)
+    if summary.samples is None:
+        return np.asarray(special.ndtr((at - summary.mean) / np.sqrt(summary.variance)), np.float64)
+    return np.asarray(special.ndtr((at - summary.samples) / np.sqrt(np.maximum(noise, _TINY))).mean(axis=0), np.float64)
+
+
+def _noise(summary: Summary) -> Array:
+    """The noise variance of each pass, (T, N, D) or (1, N, D)."""
+    if summary.classes is not None:
+        raise InputError(
+            "interval 'predictive' is about numbers, not classes; calibrate the model and read prediction_set"
+        )
+    if summary.aleatoric is None:
+        raise InputError(
+            "interval 'predictive' needs to know the noise of y: give a network with a log-variance head "
+            "(task='gaussian'), or fit the noise on held-out rows with mcdrop.calibrate(model, x_held, y_held)"
+        )
+    return summary.aleatoric[None] if summary.noise_samples is None else summary.noise_samples
+
+
+def _scale(summary: Summary) -> Array | float:
+    return 1.0 if summary.scale is None else summary.scale
+
+
+def _mixture_quantile(centres: Array, spread: Array, share: float) -> Array:
+    """Halves the bracket of the components' own quantiles, where that of an even mixture lies: (T, M) -> (M,)."""
+    own = centres + spread * float(special.ndtri(share))
+    low, high = own.min(axis=0), own.max(axis=0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        below = special.ndtr((middle - centres) / spread).mean(axis=0) < share
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+        if (high - low <= 1e-12 * np.maximum(np.abs(low), np.abs(high))).all():
+            break
+    return np.asarray((low + high) / 2, np.float64)
+
+
 def _by_row(values: NDArray[np.int64], like: Array) -> Array:
     """One value a row (N,), shaped so that it meets (N, D)."""
     return values.astype(np.float64).reshape(-1, *(1,) * (like.ndim - 1))
@@ -116,8 +224,10 @@ def _t(level: float, degrees: NDArray[np.int64], like: Array) -> Array:
 
 
 INTERVALS: dict[str, IntervalMethod] = {
+    "conformal": IntervalMethod(_conformal, "prediction", needs_calibration=True),
     "mean": IntervalMethod(_mean, "confidence"),
     "normal": IntervalMethod(_normal, "credible"),
+    "predictive": IntervalMethod(predictive_bounds, "prediction"),
     "quantile": IntervalMethod(_quantile, "credible", needs_samples=True),
     "student_t": IntervalMethod(_student_t, "credible"),
 }

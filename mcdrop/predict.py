@@ -4,16 +4,18 @@
 Library, command line, tables and service call these two: there is no second pipeline.
 """
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.audit import Audit
+from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan, PassResult, run_passes
 from mcdrop.errors import InputError
-from mcdrop.intervals import interval_of
+from mcdrop.intervals import INTERVALS, interval_of
 from mcdrop.model import Model, Options, wrap
 from mcdrop.screening import Screen, check_fpr, p_values, score_of
 from mcdrop.summaries import TASKS, Summary
@@ -21,7 +23,7 @@ from mcdrop.summaries import TASKS, Summary
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Prediction", "fit_screen", "interpret", "predict", "sample"]
+__all__ = ["Prediction", "fingerprint", "interpret", "predict", "sample", "scores_under"]
 
 Array = NDArray[np.float64]
 
@@ -34,9 +36,10 @@ class Prediction:
     """What the passes say about N rows. Arrays are (N, D), or (N,) where said; what is unknown is None.
 
     For a classifier mean, bounds and the rest speak of class probabilities. ``interval_kind`` says what the interval
-    claims: "confidence" (of the mean, Monte Carlo error only) or "credible" (of the dropout posterior of the mean
-    function). ``score``, ``p_value`` and ``is_anomaly`` (N,) come from a fitted screen; without one ``screen_note``
-    says why they are None.
+    claims: "confidence" (of the mean, Monte Carlo error only), "credible" (of the dropout posterior of the mean
+    function) or "prediction" (of a future y). With a calibration of classes ``prediction_set`` says which classes hold
+    the true one with probability ``level``, and ``probabilities`` are the means at the fitted temperature. ``score``,
+    ``p_value`` and ``is_anomaly`` (N,) come from a fitted screen; without one ``screen_note`` says why they are None.
     """
 
     mean: Array
@@ -65,6 +68,8 @@ class Prediction:
     mutual_information: Array | None = None
     variation_ratio: Array | None = None
     samples: Array | None = None  # (T, N, D)
+    prediction_set: NDArray[np.bool_] | None = None
+    probabilities: Array | None = None
 
 
 def sample(model: Model, x: Any, plan: PassPlan) -> PassResult:
@@ -88,16 +93,26 @@ def sample(model: Model, x: Any, plan: PassPlan) -> PassResult:
 
 
 def interpret(
-    model: Model, result: PassResult, options: Options, *, screen: Screen | None = None, fpr: float | None = None
-) -> Prediction:
-    """Reads passes: intervals at the asked level, and flags of the model's screen (or of the one given).
+    model: Model, result: PassResult, options: Options, *, screen: Screen | None = None, fpr: float | None = None,
+    calibration: Calibration | None = None,
+) -> Prediction:  # fmt: skip
+    """Reads passes: intervals at the asked level, and what the model's calibration and screen (or those given) add.
 
     Raises:
-        InputError: too few passes for the interval, or an ``fpr`` that the screen's reference rows cannot resolve.
+        InputError: too few passes for the interval, a calibration of another model or plan, or an ``fpr`` that the
+            screen's reference rows cannot resolve.
     """
     summary = TASKS[model.task].read(result)
-    interval = interval_of(options.interval, summary, options.level)
+    calibration = _binding(model, result.plan, options, calibration)
+    if calibration is not None:
+        summary = calibration.applied(summary)
+    interval = interval_of(options.interval, summary, options.level, calibration)
     classes = vars(summary.classes) if summary.classes is not None else {}
+    if calibration is not None and summary.classes is not None:
+        classes = classes | {
+            "prediction_set": calibration.prediction_set(summary, options.level),
+            "probabilities": calibration.probabilities(summary),
+        }
     return Prediction(
         mean=summary.mean,
         variance=summary.variance,
@@ -118,6 +133,36 @@ def interpret(
         **_flags(model, summary, result.plan, screen, fpr),
         **classes,
     )
+
+
+def fingerprint(model: Model, plan: PassPlan) -> str:
+    """Gives a sha256 over what the passes depend on: task, weights, live sites and plan."""
+    sites = [(site.name, site.kind, site.p) for site in model.audit.live]
+    drawn = sorted(asdict(replace(plan, keep_samples=False)).items())
+    return hashlib.sha256(repr((model.task, model.backend.digest(), sites, drawn)).encode()).hexdigest()
+
+
+def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration | None) -> Calibration | None:
+    """The calibration that holds for a plan: the given one must, the model's own is left out where it does not."""
+    calibration = given or model.calibration
+    if calibration is None or fingerprint(model, plan) == calibration.fingerprint:
+        return calibration
+    if given is None and INTERVALS[options.interval].kind != "prediction":
+        return None
+    fitted, asked = replace(calibration.plan, keep_samples=False), replace(plan, keep_samples=False)
+    if fitted != asked:
+        raise InputError(
+            f"the calibration was fitted with {_words(fitted)} and does not hold for {_words(asked)}; "
+            "ask for the same passes, or calibrate again"
+        )
+    raise InputError(
+        "the calibration belongs to another model, or the weights or live sites have changed since; calibrate again"
+    )
+
+
+def _words(plan: PassPlan) -> str:
+    said = f"passes={plan.passes} seed={plan.seed} sampler={plan.sampler}"
+    return said if plan.tolerance is None else f"{said} tolerance={plan.tolerance:g}"
 
 
 def _flags(model: Model, summary: Summary, plan: PassPlan, screen: Screen | None, fpr: float | None) -> dict[str, Any]:
@@ -143,7 +188,7 @@ def _reference(model: Model, screen: Screen, plan: PassPlan) -> Array:
     with model.lock:
         known = model.references.get(key)
     if known is None:
-        known = _scores(model, screen.rows, wanted, screen.score)
+        known = scores_under(model, screen.rows, wanted, screen.score)
         with model.lock:
             while len(model.references) >= _REFERENCES_KEPT:
                 model.references.pop(next(iter(model.references)))
@@ -152,7 +197,8 @@ def _reference(model: Model, screen: Screen, plan: PassPlan) -> Array:
     return scores
 
 
-def _scores(model: Model, x: Any, plan: PassPlan, score: str) -> Array:
+def scores_under(model: Model, x: Any, plan: PassPlan, score: str) -> Array:
+    """Gives the named score of rows (N,) under a plan."""
     return score_of(score, TASKS[model.task].read(sample(model, x, plan)))
 
 
@@ -168,6 +214,7 @@ def predict(
     task: str | None = None,
     screen: Screen | None = None,
     fpr: float | None = None,
+    calibration: Calibration | None = None,
 ) -> Prediction:
     """Gives mean, variance, interval and flags of N rows from stochastic passes.
 
@@ -182,20 +229,26 @@ def predict(
         task: what the module's outputs are (see ``wrap``); a ``Model`` knows its own.
         screen: a fitted screen; None is the model's own.
         fpr: false-positive rate of the flags; None is the screen's.
+        calibration: what ``calibrate`` gave; None is the model's own. Where one is given, passes and seed left out are
+            those it was fitted with, and the interval left out is "conformal" (for classes: sets, beside the interval).
 
     Raises:
         InputError: unusable rows or options; the message says what would work.
         ModelRefused: the module has no live stochastic site, or one that cannot be controlled.
     """
-    if not isinstance(model, Model):
-        Options()  # nothing of a bare module's defaults to read
-        options = _options(Options(), passes, level, interval, seed, keep_samples)
-        model = wrap(model, example=x, task=task or "regression")
-    elif task not in (None, model.task):
+    if isinstance(model, Model) and task not in (None, model.task):
         raise InputError(f"this model was wrapped for {model.task}, not for {task!r}")
-    else:
-        options = _options(model.defaults, passes, level, interval, seed, keep_samples)
-    return interpret(model, sample(model, x, options.plan), options, screen=screen, fpr=fpr)
+    defaults = model.defaults if isinstance(model, Model) else Options()
+    if calibration is not None:
+        interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
+        defaults = replace(defaults, passes=calibration.plan.passes, seed=calibration.plan.seed)
+    options = _options(defaults, passes, level, interval, seed, keep_samples)
+    if not isinstance(model, Model):
+        model = wrap(model, example=x, task=task or "regression")
+    plan, holding = options.plan, calibration or model.calibration
+    if options.interval == "conformal" and holding is not None and holding.needs_samples:
+        plan = replace(plan, keep_samples=True)
+    return interpret(model, sample(model, x, plan), options, screen=screen, fpr=fpr, calibration=calibration)
 
 
 def _options(
@@ -208,26 +261,3 @@ def _options(
         seed=defaults.seed if seed is None else seed,
         keep_samples=keep,
     )
-
-
-def fit_screen(
-    model: Model,
-    x_reference: Any,
-    *,
-    score: str = "variance",
-    fpr: float = 0.01,
-    passes: int | None = None,
-    seed: int | None = None,
-) -> Screen:
-    """Fits anomaly flags on inlier rows that the network was not trained on.
-
-    A row is flagged where its conformal p-value against these rows is at most ``fpr``: of rows exchangeable with
-    them, at most this share is flagged, on average over reference sets.
-
-    Raises:
-        InputError: unusable rows, an unknown score, or too few rows for the rate.
-    """
-    plan = PassPlan(model.defaults.passes if passes is None else passes, model.defaults.seed if seed is None else seed)
-    rows = model.rows(x_reference)
-    check_fpr(fpr, rows.count)
-    return Screen(score, rows, _scores(model, rows, plan, score), plan, fpr)

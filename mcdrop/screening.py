@@ -14,7 +14,7 @@ from mcdrop.errors import InputError, UnknownName
 from mcdrop.rows import Rows
 from mcdrop.summaries import Summary
 
-__all__ = ["SCORES", "Score", "Screen", "p_values", "score_of"]
+__all__ = ["SCORES", "Score", "Screen", "check_fpr", "p_values", "score_of"]
 
 Array = NDArray[np.float64]
 

@@ -2,10 +2,15 @@
 
 A task turns a network's outputs into statistics whose moments are gathered over the passes, and reads those moments
 into a ``Summary``. To add a task, add one entry to ``TASKS``.
+
+Outputs may be dense. Regression takes any shape (N, ...). Where there are more than two axes the channels are axis 1,
+as in torch's losses: classes (N, C, H, W) are read as (N, H, W, C), and a gaussian head's (N, 2 C, H, W) as means and
+log-variances (N, C, H, W). Statistics of classes then have one entry for each place, (N, H, W).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +19,26 @@ from scipy.special import entr, softmax
 from mcdrop.engine import PassResult, Statistics
 from mcdrop.errors import InputError
 
-__all__ = ["TASKS", "Classes", "Summary", "Task"]
+__all__ = [
+    "TASKS",
+    "Classes",
+    "Summary",
+    "Task",
+    "corrected_mutual_information",
+    "noise_from_weight_decay",
+]
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What the passes of a classifier say about each row, (N,); entropies in nats."""
+    """What the passes of a classifier say about each row, (N,); entropies in nats.
+
+    ``mutual_information`` lies between 0 and the smaller of log T and log C. From T passes it comes out too small, by
+    sum_c Var(p_c) / (2 T p_c) to first order, because the entropy of an estimated mean is too small while the expected
+    entropy is unbiased; ``corrected_mutual_information`` adds that back.
+    """
 
     label: NDArray[np.int64]
     entropy: Array
@@ -36,7 +53,9 @@ class Summary:
 
     ``epistemic`` is the variance over the passes (unbiased), ``aleatoric`` the mean of the noise variance that the
     network gives itself, or None. ``standard_error`` is the Monte Carlo error of the mean, with its ``degrees`` of
-    freedom (N,); ``passes`` (N,). ``support`` is where the mean function can lie.
+    freedom (N,); ``passes`` (N,). ``support`` is where the mean function can lie. ``samples`` are all passes (T, N, D)
+    where kept, ``noise_samples`` the noise variance of each where a head gives one. ``scale`` (D,) is what a
+    calibration multiplies the standard deviation of predictions of y by.
     """
 
     passes: NDArray[np.int64]
@@ -49,11 +68,23 @@ class Summary:
     samples: Array | None
     support: tuple[float, float]
     classes: Classes | None = None
+    noise_samples: Array | None = None
+    scale: Array | None = None
 
     @property
     def variance(self) -> Array:
         """Epistemic variance plus the noise variance where the network reports one (Kendall and Gal 2017, eq. 9)."""
         return self.epistemic if self.aleatoric is None else self.epistemic + self.aleatoric
+
+    def take(self, which: Any) -> "Summary":
+        """Gives the summary of some rows: a slice, an index array or a mask."""
+        by_row = ("passes", "degrees", "mean", "epistemic", "aleatoric", "standard_error", "deterministic")
+        rows = {name: value[which] for name in by_row if (value := getattr(self, name)) is not None}
+        passes = ("samples", "noise_samples")
+        rows |= {name: value[:, which] for name in passes if (value := getattr(self, name)) is not None}
+        if self.classes is not None:
+            rows["classes"] = Classes(**{name: value[which] for name, value in vars(self.classes).items()})
+        return replace(self, **rows)
 
 
 @dataclass(frozen=True)
@@ -62,6 +93,40 @@ class Task:
 
     statistics: Statistics
     read: Callable[[PassResult], Summary]
+
+
+def noise_from_weight_decay(weight_decay: float, *, rows: int, p: float, length_scale: float = 1.0) -> float:
+    """Gives the noise variance that weight decay implies, 1 / tau with tau = (1 - p) l^2 / (2 N lambda).
+
+    Gal and Ghahramani (2016, eq. 7), for the loss mean((y - f)^2) / 2 + lambda * sum(W^2) over N rows with drop rate p
+    and prior length scale l; in the units of y in that loss. With torch's ``MSELoss`` and an optimiser's
+    ``weight_decay=w`` lambda is w / 4.
+
+    Raises:
+        InputError: a number that is not above 0, or p outside [0, 1).
+    """
+    if not (weight_decay > 0 and rows > 0 and length_scale > 0 and 0 <= p < 1):
+        raise InputError(
+            "noise from weight decay needs weight_decay, rows and length_scale above 0 and p in [0, 1), got "
+            f"{weight_decay:g}, {rows:g}, {length_scale:g} and {p:g}"
+        )
+    return 2 * rows * weight_decay / ((1 - p) * length_scale**2)
+
+
+def corrected_mutual_information(summary: Summary) -> Array:
+    """Gives the mutual information (N,) without its bias of first order in 1 / T, in nats.
+
+    The entropy's expansion around the true mean gives E[H(estimate)] = H - sum_c se_c^2 / (2 p_c) + O(T^-2), with the
+    standard error of each class's probability (Miller 1955 for counts). It holds where that error is small against
+    p_c; where it is not, the correction stays finite: below (C - 1) / (2 T - 2) for independent passes.
+
+    Raises:
+        InputError: the summary is not a classifier's.
+    """
+    if summary.classes is None:
+        raise InputError("mutual information needs a classifier; this summary has no classes")
+    share = np.divide(summary.standard_error**2, summary.mean, out=np.zeros_like(summary.mean), where=summary.mean > 0)
+    return np.asarray(summary.classes.mutual_information + share.sum(axis=-1) / 2, np.float64)
 
 
 def _basic(
@@ -99,25 +164,28 @@ def _read_regression(result: PassResult) -> Summary:
 
 
 def _split_gaussian(outputs: Array) -> Array:
-    """Mean and log-variance halves of the last axis -> mean and variance halves."""
-    if outputs.shape[-1] % 2:
+    """Mean and log-variance channels (t, N, 2 D, ...) -> means and variances side by side on the last axis."""
+    channels = outputs.shape[2] if outputs.ndim > 2 else 1
+    if channels % 2:
         raise InputError(
             "a gaussian network gives means and log-variances side by side, an even number of outputs; "
-            f"this one gives {outputs.shape[-1]}"
+            f"this one gives {channels}"
         )
-    mean, log_variance = np.split(outputs, 2, axis=-1)
+    mean, log_variance = np.split(outputs, 2, axis=2)
     return np.concatenate([mean, np.exp(log_variance)], axis=-1)
 
 
 def _read_gaussian(result: PassResult) -> Summary:
-    return _basic(result, "gaussian", aleatoric=result.mean[..., result.mean.shape[-1] // 2 :])
+    half = result.mean.shape[-1] // 2
+    summary = _basic(result, "gaussian", aleatoric=result.mean[..., half:])
+    return replace(summary, noise_samples=None if result.samples is None else result.samples[..., half:])
 
 
 def _class_statistics(outputs: Array) -> Array:
-    """Logits (t, N, C) -> probabilities, one vote for the largest, and the entropy of the pass: (t, N, 2C + 1)."""
-    if outputs.shape[-1] < 2:
+    """Logits (t, N, C, ...) -> probabilities, one vote for the largest, and the pass's entropy: (t, N, ..., 2C + 1)."""
+    if outputs.ndim < 3 or outputs.shape[2] < 2:
         raise InputError("a classifier gives one logit for each class, at least two; this network gives one output")
-    chances = softmax(outputs, axis=-1)
+    chances = softmax(np.moveaxis(outputs, 2, -1), axis=-1)
     votes = np.zeros_like(chances)
     np.put_along_axis(votes, chances.argmax(axis=-1, keepdims=True), 1.0, axis=-1)
     return np.concatenate([chances, votes, entr(chances).sum(axis=-1, keepdims=True)], axis=-1)
@@ -136,7 +204,7 @@ def _read_classes(result: PassResult) -> Summary:
         variation_ratio=1 - votes.max(axis=-1),
     )
     summary = _basic(result, "classification", support=(0.0, 1.0))
-    return Summary(**{**vars(summary), "classes": classes})
+    return replace(summary, classes=classes)
 
 
 TASKS: dict[str, Task] = {

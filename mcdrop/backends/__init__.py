@@ -24,5 +24,11 @@ class Backend(Protocol):
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
 
+    def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
+        """Gives the output of a named layer, or by default what enters the last linear one, with draws off: (N, F)."""
+
+    def digest(self) -> str:
+        """Gives a sha256 over the weights."""
+
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs, in bytes, roughly from above."""

@@ -1,0 +1,254 @@
+"""Calibration on held-out rows: split conformal bounds and sets, and fits of noise, scale and temperature.
+
+What conformal bounds and sets promise: of rows exchangeable with the held-out ones at least ``level`` fall inside, on
+average over held-out sets and rows (Lei et al. 2018, theorem 2.2); for one held-out set of n rows the coverage follows
+Beta(n + 1 - l, l), l = floor((n + 1)(1 - level)). That holds for each output on its own, not for each row, not under
+drift, and not for any model or passes but those it was fitted with. Noise, scale and temperature promise nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.conformal import CONFORMAL, ConformalMethod, conformal_rank
+from mcdrop.engine import PassPlan
+from mcdrop.errors import ArtifactError, InputError, UnknownName
+from mcdrop.fits import fit_noise, fit_scale, fit_temperature, tempered
+from mcdrop.intervals import check_level, predictive_cdf
+from mcdrop.summaries import Summary
+
+__all__ = [
+    "LEVELS",
+    "Calibration",
+    "calibration_curve",
+    "fit_calibration",
+]
+
+Array = NDArray[np.float64]
+
+LEVELS = (0.8, 0.9, 0.95, 0.99)
+DEFAULTS = {"classification": "lac", "gaussian": "standardised", "regression": "standardised"}
+
+_SPENT_STEP = 5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted on ``rows`` held-out rows, and for which passes of which model.
+
+    ``scores`` (L, n, ...) are the conformal scores in ascending order, one set for each of ``levels``, or one for all
+    where ``levels`` is empty; n is less than ``rows`` where some rows were spent on ``offset``, the noise variance that
+    the score is standardised with. ``noise`` (D,) is added to the epistemic variance, ``scale`` (D,) multiplies the
+    predictive standard deviation, ``temperature`` divides the logarithms of the mean probabilities.
+    """
+
+    method: str
+    task: str
+    rows: int
+    scores: Array
+    plan: PassPlan
+    fingerprint: str
+    levels: tuple[float, ...] = ()
+    offset: Array | None = None
+    noise: Array | None = None
+    scale: Array | None = None
+    temperature: float | None = None
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether the bounds need every pass."""
+        return CONFORMAL[self.method].needs_samples
+
+    def applied(self, summary: Summary) -> Summary:
+        """Gives the summary with the fitted noise and scale in it."""
+        aleatoric = summary.aleatoric
+        if self.noise is not None:
+            aleatoric = np.broadcast_to(self.noise, summary.mean.shape).copy()
+        return replace(summary, aleatoric=aleatoric, scale=self.scale)
+
+    def bounds(self, summary: Summary, level: float) -> tuple[Array, Array]:
+        """Gives conformal bounds (N, D); infinite where the held-out rows are too few for the level.
+
+        Raises:
+            InputError: the calibration is of classes, was not fitted for this level, or needs passes that are not kept.
+        """
+        method = CONFORMAL[self.method]
+        if method.bounds is None:
+            raise InputError(
+                f"a calibration of classes ({self.method}) gives prediction_set, not bounds; choose another interval"
+            )
+        if method.needs_samples and summary.samples is None:
+            raise InputError(f"calibration {self.method!r} reads every pass; give keep_samples=True")
+        lower, upper = method.bounds(summary, self.quantile(level), level, self.offset)
+        return lower, upper
+
+    def prediction_set(self, summary: Summary, level: float) -> NDArray[np.bool_] | None:
+        """Gives for each class whether it belongs to the row's set, (N, C); None for a regression.
+
+        Every class does where the held-out rows are too few for the level.
+        """
+        method = CONFORMAL[self.method]
+        return None if method.members is None else method.members(summary, self.quantile(level))
+
+    def probabilities(self, summary: Summary) -> Array | None:
+        """Gives the mean class probabilities at the fitted temperature, (N, C); None for a regression."""
+        return None if self.temperature is None else tempered(summary.mean, self.temperature)
+
+    def quantile(self, level: float) -> Array:
+        """Gives the score that ``level`` of future rows do not exceed, for each output; infinite if n is too small.
+
+        Raises:
+            InputError: the method's scores depend on the level, and this level was not fitted.
+        """
+        check_level(level)
+        if self.levels and level not in self.levels:
+            known = ", ".join(f"{one:g}" for one in self.levels)
+            raise InputError(
+                f"calibration {self.method!r} was fitted for the levels {known}, not for {level:g}; "
+                f"fit it again with mcdrop.calibrate(..., levels=[{level:g}])"
+            )
+        scores = self.scores[self.levels.index(level) if self.levels else 0]
+        rank = conformal_rank(len(scores), level)
+        return np.full(scores.shape[1:], np.inf) if rank > len(scores) else scores[rank - 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the calibration as plain data for JSON; floats keep every digit."""
+        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+        return {**plain, "levels": list(self.levels), "plan": asdict(self.plan), "shape": list(self.scores.shape)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Calibration":
+        """Reads what ``to_dict`` gave.
+
+        Raises:
+            ArtifactError: it is something else.
+        """
+        try:
+            fields = dict(data)
+            fields["scores"] = np.asarray(fields["scores"], np.float64).reshape(fields.pop("shape"))
+            for name in ("offset", "noise", "scale"):
+                fields[name] = None if fields[name] is None else np.asarray(fields[name], np.float64)
+            fields |= {"levels": tuple(fields["levels"]), "plan": PassPlan(**fields["plan"])}
+            read = cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"this is not a calibration: {type(error).__name__}: {error}") from error
+        if read.method not in CONFORMAL or not np.isfinite(read.scores).all():
+            raise ArtifactError("this is not a calibration: its method is unknown or its scores are not numbers")
+        return read
+
+
+def fit_calibration(
+    summary: Summary, y: Any, *, task: str, plan: PassPlan, fingerprint: str, method: str | None = None,
+    levels: Sequence[float] = LEVELS, noise: Any = None,
+) -> Calibration:  # fmt: skip
+    """Fits everything that held-out rows can tell.
+
+    Args:
+        summary: of the held-out rows, under the plan that will be asked.
+        y: their targets (N, D), or labels (N,).
+        task: of the model.
+        plan: the passes.
+        fingerprint: of the model under the plan.
+        method: one of ``CONFORMAL``; None is the task's default.
+        levels: those that a method by level is fitted for.
+        noise: the noise variance of y where it is known, a number or (D,); None fits it.
+
+    Raises:
+        InputError: targets that do not belong to the rows, an unknown method, or one of another task.
+    """
+    method = DEFAULTS[task] if method is None else method
+    if method not in CONFORMAL:
+        raise UnknownName("calibration method", method, CONFORMAL)
+    entry = CONFORMAL[method]
+    if (entry.members is not None) != (summary.classes is not None):
+        fitting = sorted(
+            name for name, other in CONFORMAL.items() if (other.members is None) != (entry.members is None)
+        )
+        raise InputError(f"method {method!r} does not suit the task {task!r}; choose one of: {', '.join(fitting)}")
+    bound: dict[str, Any] = {
+        "method": method,
+        "task": task,
+        "rows": len(summary.mean),
+        "plan": plan,
+        "fingerprint": fingerprint,
+    }
+    if summary.classes is not None:
+        labels = _labels(y, summary)
+        scores = np.sort(entry.score(summary, labels.astype(np.float64), 0.0, None), axis=0)[None]
+        return Calibration(scores=scores, temperature=fit_temperature(summary.mean, labels), **bound)
+    targets, known = _targets(y, summary), _known(noise, summary)
+    asked = tuple(check_level(level) for level in levels) if entry.by_level else ()
+    scores, offset = _scores(entry, summary, targets, known, asked)
+    if known is None and summary.aleatoric is None:
+        known = fit_noise(targets - summary.mean, summary.epistemic)
+    total = summary.variance if known is None else summary.epistemic + known
+    scale = fit_scale(targets - summary.mean, total)
+    return Calibration(scores=scores, levels=asked, offset=offset, noise=known, scale=scale, **bound)
+
+
+def _scores(
+    entry: ConformalMethod, summary: Summary, y: Array, known: Array | None, levels: tuple[float, ...]
+) -> tuple[Array, Array | None]:
+    """The scores (L, n, D) in ascending order, and the noise variance in them.
+
+    Noise that is fitted here spends every fifth row: with a noise of their own residuals in them, the other scores
+    would not be exchangeable with those of future rows.
+    """
+    offset = known
+    if entry.needs_offset and known is None and summary.aleatoric is None:
+        spent = np.arange(len(y)) % _SPENT_STEP == 0
+        offset = fit_noise((y - summary.mean)[spent], summary.epistemic[spent])
+        summary, y = summary.take(~spent), y[~spent]
+    each = [np.sort(entry.score(summary, y, level, offset), axis=0) for level in levels or (0.0,)]
+    return np.stack(each), offset
+
+
+def _targets(y: Any, summary: Summary) -> Array:
+    targets = np.asarray(y, np.float64)
+    if targets.shape != summary.mean.shape and targets.size == summary.mean.size and len(targets) == len(summary.mean):
+        targets = targets.reshape(summary.mean.shape)  # (N,) for a single output
+    if targets.shape != summary.mean.shape:
+        raise InputError(f"targets must have the shape {summary.mean.shape} of the outputs, got {targets.shape}")
+    if not np.isfinite(targets).all():
+        raise InputError("targets must be finite numbers")
+    return targets
+
+
+def _labels(y: Any, summary: Summary) -> NDArray[np.int64]:
+    labels, shape, classes = np.asarray(y), summary.mean.shape[:-1], summary.mean.shape[-1]
+    if labels.shape == (*shape, 1):
+        labels = labels[..., 0]
+    if labels.shape != shape:
+        raise InputError(f"labels must have the shape {shape}, one whole number a row, got {labels.shape}")
+    whole = labels.astype(np.int64)
+    if (whole != labels).any() or whole.min() < 0 or whole.max() >= classes:
+        raise InputError(f"labels must be whole numbers from 0 to {classes - 1}")
+    return whole
+
+
+def _known(noise: Any, summary: Summary) -> Array | None:
+    if noise is None:
+        return None
+    if summary.aleatoric is not None:
+        raise InputError("noise cannot be given here: the network's own head gives it")
+    known = np.broadcast_to(np.asarray(noise, np.float64), summary.mean.shape[1:]).copy()
+    if not (known > 0).all() or not np.isfinite(known).all():
+        raise InputError(f"noise must be a variance above 0, got {noise}")
+    return known
+
+
+def calibration_curve(summary: Summary, y: Any, points: int = 99) -> tuple[Array, Array]:
+    """Checks the predictive distribution: for shares p, how many y lie below their predicted p-quantile, (P,) and (P,).
+
+    On the diagonal the model is calibrated; the second array is the map that the recalibration of Kuleshov, Fenner and
+    Ermon (2018, algorithm 1) would fit, and its mean squared distance from the first their calibration error.
+
+    Raises:
+        InputError: the noise is not known; apply a calibration to the summary first.
+    """
+    share = np.sort(predictive_cdf(summary, _targets(y, summary)).ravel())
+    expected = np.arange(1, points + 1) / (points + 1)
+    return expected, np.searchsorted(share, expected, side="right") / len(share)

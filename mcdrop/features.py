@@ -1,0 +1,64 @@
+"""Hidden features of a torch module, from one deterministic pass, and a digest of its weights."""
+
+import hashlib
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mcdrop.errors import InputError, UnknownName
+from mcdrop.forward import NoOverride, forward
+from mcdrop.outputs import Pick
+from mcdrop.rows import Rows
+from mcdrop.shadow import live_shadow
+
+__all__ = ["hidden_features", "weights_digest"]
+
+
+def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None) -> Tensor:
+    """Gives the output of a submodule, or by default the input of the last linear layer that runs: (N, F).
+
+    Hooks go on a shadow of their own, so that neither the user's module nor another thread sees them.
+
+    Raises:
+        InputError: there is no such submodule, it does not run, or it does not keep the rows apart.
+    """
+    shadow = live_shadow(plain)
+    modules = dict(shadow.named_modules())
+    if layer is not None and layer not in modules:
+        raise UnknownName("layer", layer, [name for name in modules if name])
+    seen: list[Tensor] = []
+    for module in [modules[layer]] if layer is not None else modules.values():
+        if layer is not None:
+            module.__dict__["_forward_hooks"] = OrderedDict(module._forward_hooks)  # its own, not the user's
+            module.register_forward_hook(lambda _, given, result: _note(seen, result))
+        elif isinstance(module, nn.Linear):
+            module.__dict__["_forward_pre_hooks"] = OrderedDict(module._forward_pre_hooks)
+            module.register_forward_pre_hook(lambda _, given: _note(seen, given))
+    with torch.no_grad(), NoOverride():
+        forward(shadow, rows, pick)
+    if not seen:
+        raise InputError(
+            f"layer {layer!r} does not run, or gives no tensor" if layer is not None
+            else "no linear layer runs in this network; name the submodule whose output are the features with layer="
+        )  # fmt: skip
+    if seen[-1].dim() == 0 or len(seen[-1]) != rows.count:
+        raise InputError(f"layer {layer or 'before the last linear one'!r} does not keep the rows on its first axis")
+    return seen[-1].reshape(rows.count, -1)
+
+
+def _note(seen: list[Tensor], value: Any) -> None:
+    """Keeps the first tensor of what a module takes or gives."""
+    values = value if isinstance(value, tuple | list) else (value,)
+    seen.extend([item.detach().clone() for item in values if isinstance(item, Tensor)][:1])
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Gives a sha256 over the names, types, shapes and values of all parameters and persistent buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(plain.view(torch.uint8).numpy() if plain.dim() else plain.reshape(1).view(torch.uint8).numpy())
+    return digest.hexdigest()
