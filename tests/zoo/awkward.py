@@ -85,7 +85,6 @@ def spectral_norm() -> Built:
     live=("2",),
     row_coupled=True,
     around=restored,
-    refused="eval itself moves its range: answers depend on those before",
 )
 def fake_quantised() -> Built:
     from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver

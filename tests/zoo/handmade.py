@@ -205,6 +205,6 @@ def multinomial() -> Built:
     return gated(_multinomial)
 
 
-@specimen(draws=1, note="F.gumbel_softmax weighs the units", refused="draws inside a function that hides them")
+@specimen(draws=1, note="F.gumbel_softmax weighs the units, and hides its draw")
 def gumbel_softmax() -> Built:
     return hidden(lambda net, h: h * 16 * (F.gumbel_softmax(h, tau=1.0) if net.training else h.softmax(-1)))
