@@ -82,6 +82,8 @@ class PredictResponse(BaseModel):
     aleatoric: Matrix | None = Field(description="the part of the variance that is noise in the data")
     deterministic: Matrix | None = Field(description="the output with dropout off")
     label: list[int] | None = Field(description="classification: the most probable class")
+    probabilities: Matrix | None = Field(description="classification: the means at the fitted temperature")
+    prediction_set: list[list[bool]] | None = Field(description="which classes hold the true one at this level")
     entropy: list[float] | None
     expected_entropy: list[float] | None
     mutual_information: list[float] | None

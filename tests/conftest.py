@@ -20,9 +20,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
     import torch
 
-    from mcdrop.artifact import save
-    from mcdrop.model import wrap
-    from mcdrop.fitting import fit_screen
+    from mcdrop import fit_screen, save, wrap
     from models.networks import digits, noisy_line
 
     folder = tmp_path_factory.mktemp("models") / "store"

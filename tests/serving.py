@@ -1,6 +1,5 @@
 """A real server for tests: ``mcdrop serve`` in a process of its own, on a free port of 127.0.0.1."""
 
-import os
 import re
 import signal
 import subprocess
@@ -40,17 +39,17 @@ class Server:
         return self.process.wait(PATIENCE)
 
 
-def start(store: Path, log: Path, *, port: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+def start(store: Path, log: Path, *, port: int = 0) -> subprocess.Popen[bytes]:
     """Starts a server whose warnings are errors."""
     command = [sys.executable, "-W", "error", "-m", "service", str(store), "--port", str(port)]
     with log.open("wb") as stream:
-        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stream, stderr=stream)
+        return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
 
 
 @contextmanager
-def running(store: Path, log: Path, **environment: str) -> Iterator[Server]:
+def running(store: Path, log: Path) -> Iterator[Server]:
     """Gives a server that is ready, and ends it."""
-    process = start(store, log, **environment)
+    process = start(store, log)
     try:
         yield Server(_ready(process, log), process, log)
     finally:

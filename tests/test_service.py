@@ -89,7 +89,11 @@ def test_inputs_may_be_named(app: FastAPI) -> None:
 
 @pytest.mark.parametrize("interval", sorted(name for name, one in INTERVALS.items() if one.kind != "prediction"))
 def test_every_interval_can_be_asked_for(app: FastAPI, interval: str) -> None:
-    answer = post(app, **LINE, interval=interval)
+    response = ask(app, "POST", "/predict", json={**LINE, "interval": interval})
+    answer = response.json()
+    if response.status_code == 422:  # it rests on what this model does not have
+        assert f"interval '{interval}' needs" in answer["error"]
+        return
     assert answer["interval"] == interval
     assert np.all(np.array(answer["lower"]) < np.array(answer["upper"]))
 

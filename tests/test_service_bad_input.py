@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from serving import PATIENCE, Server
 
 from mcdrop.errors import MCDropError
+from mcdrop.intervals import INTERVALS
 from service import Settings, create_app
 from service.app import STATUS
 from service.limits import BodyTooLarge, BrokenBody, parse_object
@@ -80,7 +81,11 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "unknown model": (line(model="nope"), 404, "unknown model 'nope'; choose one of: classes, line"),
     "unknown version": (line(version="9"), 404, "unknown version '9' of model 'line'; choose one of: 1, 2"),
     "no model": (b'{"inputs": [[1]]}', 422, "the field 'model' is missing; choose one of: classes, line"),
-    "unknown interval": (line(interval="nope"), 422, "choose one of: mean, normal, quantile, student_t"),
+    "unknown interval": (
+        line(interval="nope"),
+        422,
+        f"unknown interval 'nope'; choose one of: {', '.join(sorted(INTERVALS))}",
+    ),
     "too few passes": (line(interval="quantile", passes=5), 422, "at least 39 passes"),
     "unknown fields": (
         line(tolerance=0.1, deadline_ms=5),
