@@ -75,6 +75,8 @@ def _leaf(value: Any, name: str) -> Any:
         if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             raise InputError(f"{name} must be finite numbers; {_first_bad(leaf.float().cpu().numpy())}")
         return leaf
+    if isinstance(value, list) and value and hasattr(value[0], "detach"):
+        value = [item.detach().cpu() if hasattr(item, "detach") else item for item in value]
     try:
         leaf = np.asarray(value)
     except ValueError:

@@ -1,0 +1,109 @@
+"""Rows: every form in which inputs may come, and what is refused."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import ArrayLike
+
+from mcdrop.errors import InputError
+from mcdrop.rows import Rows
+
+GOOD = [[1.0, 2.0], [3.0, 4.0]]
+
+
+def values(rows: Rows) -> dict[str, list[Any]]:
+    return {name: np.asarray(leaf).tolist() for name, leaf in rows.named()}
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(GOOD, id="lists"),
+        pytest.param(np.array(GOOD), id="float64"),
+        pytest.param(np.array(GOOD, np.float32), id="float32"),
+        pytest.param(np.array(GOOD, np.int16), id="whole numbers"),
+        pytest.param(np.asfortranarray(GOOD), id="fortran order"),
+        pytest.param(torch.tensor(GOOD), id="tensor"),
+        pytest.param(torch.tensor(GOOD, requires_grad=True), id="tensor with a gradient"),
+        pytest.param([np.array(row) for row in GOOD], id="list of arrays"),
+    ],
+)
+def test_one_input_may_come_as_anything_that_is_an_array(x: Any) -> None:
+    rows = Rows.of(x)
+    assert (rows.count, values(rows)) == (2, {"0": GOOD})
+
+
+def test_a_tuple_is_several_inputs_and_a_dict_names_them() -> None:
+    both = Rows.of((np.ones((3, 2)), torch.zeros(3, 4, dtype=torch.int64)))
+    assert (both.count, [leaf.shape for leaf in both.args], both.kwargs) == (3, [(3, 2), (3, 4)], {})
+    named = Rows.of({"ids": [[1, 2]], "mask": [[True, False]]})
+    assert (named.count, named.args, values(named)) == (1, (), {"ids": [[1, 2]], "mask": [[True, False]]})
+    assert Rows.of(named) is named
+
+
+def test_splitting_and_taking_keep_the_rows_of_every_leaf_together() -> None:
+    rows = Rows.of({"a": np.arange(7), "b": torch.arange(14).reshape(7, 2)})
+    parts = list(rows.split(3))
+    assert [part.count for part in parts] == [3, 3, 1]
+    assert np.concatenate([part.kwargs["a"] for part in parts]).tolist() == list(range(7))
+    assert torch.equal(torch.cat([part.kwargs["b"] for part in parts]), rows.kwargs["b"])
+    chosen = rows.take(np.array([5, 0]))
+    assert values(chosen) == {"a": [5, 0], "b": [[10, 11], [0, 1]]}
+    assert next(rows.split(7)) is rows
+
+
+def test_the_leaves_are_the_users_own_and_unchanged() -> None:
+    x = np.arange(6.0).reshape(3, 2)
+    assert Rows.of(x).args[0] is x
+    doubled = Rows.of(x).map(lambda leaf: leaf * 2)
+    assert doubled.args[0].tolist() == (x * 2).tolist()
+    assert x.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        ([["a"]], "inputs must be numbers, got the text 'a'"),
+        ("hello", "inputs must be numbers, got the text 'hello'"),
+        ([[1, None]], "inputs must be numbers, got a missing value (null)"),
+        ([[1j]], "inputs must be numbers, got values of type complex128"),
+        (None, "inputs must be numbers, got a missing value (null)"),
+        ({1, 2}, "inputs must be numbers, got values of type object"),
+        ([[1, 2], [3]], "inputs must be rows of equal length; row 0 has 2 values and row 1 has 1"),
+        ([[1, 2], 3], "inputs must be rows of equal length; row 0 has 2 values and row 1 has a single number"),
+        ([[[1], [2, 3]]], "inputs must be rows of equal length; some row is nested unevenly"),
+        ([[1.0, 2.0], [3.0, float("nan")]], "inputs must be finite numbers; row 1 holds nan at [1]"),
+        ([1.0, float("inf")], "inputs must be finite numbers; row 1 holds inf"),
+        (torch.tensor([[1.0], [float("-inf")]]), "inputs must be finite numbers; row 1 holds -inf at [0]"),
+        (torch.tensor([[float("nan")]], dtype=torch.bfloat16), "inputs must be finite numbers; row 0 holds nan"),
+        (3.0, "inputs must have rows as its first dimension, got a single number"),
+        (torch.tensor(3.0), "inputs must have rows as its first dimension, got a single number"),
+        ([], "inputs hold no rows; give at least one"),
+        (np.empty((0, 4)), "inputs hold no rows; give at least one"),
+        ((), "no inputs were given"),
+        ({}, "no inputs were given"),
+        ((np.ones((2, 1)), np.ones((3, 1))), "all inputs must have the same number of rows, got [2, 3]"),
+        ({"a": [1.0], "b": ["x"]}, "'b' must be numbers, got the text 'x'"),
+        (([1.0], [float("nan")]), "input 1 must be finite numbers; row 0 holds nan"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_place(x: Any, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Rows.of(x)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("x", [[[10**400]], [["1.5"]], [[b"1"]], np.array(["2020-01-01"], "datetime64[D]")])
+def test_what_is_not_a_number_of_any_size_is_an_input_error(x: ArrayLike) -> None:
+    with pytest.raises(InputError):
+        Rows.of(x)
+
+
+def test_tensors_in_a_list_are_rows() -> None:
+    assert values(Rows.of([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])) == {"0": GOOD}
+    learnt = [torch.tensor(row, requires_grad=True) for row in GOOD]
+    assert values(Rows.of(learnt)) == {"0": GOOD}
+    with pytest.raises(InputError, match="row 0 has 2 values and row 2 has 1"):
+        Rows.of([*learnt, torch.tensor([3.0])])

@@ -1,0 +1,182 @@
+"""The trace: which draws a pass makes, whose rows they are, and what escapes."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcdrop.errors import UncontrolledDraw
+from mcdrop.intercept import Layout
+from mcdrop.outputs import picker
+from mcdrop.record import record
+from mcdrop.rows import Rows
+from mcdrop.trace import Trace, one_pass, trace
+
+ROWS = Rows.of(torch.linspace(-1, 1, 8).reshape(2, 4))
+PICK = picker(None)
+
+
+class Net(nn.Module):
+    """Draws inside its submodule ``part``, as told."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part = Part(act)
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.part(self.linear(x))
+        return out
+
+
+class Part(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def traced(act: Callable[[Tensor], Tensor]) -> Trace:
+    return trace(Net(act), ROWS, PICK)
+
+
+def columns_first(x: Tensor) -> Tensor:
+    return F.dropout(x.t(), 0.5).t()
+
+
+def by_heads(x: Tensor) -> Tensor:
+    """Two heads of two units each, merged with the rows as attention does."""
+    return F.dropout(x.reshape(len(x) * 2, 2), 0.5).reshape(len(x), 4)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], Layout | None]] = {
+    "rows first": (lambda x: F.dropout(x, 0.5), (4,), Layout(0)),
+    "rows second": (columns_first, (4,), Layout(1)),
+    "heads merged with rows": (by_heads, (2, 2), Layout(0, 2)),
+    "channels": (lambda x: F.dropout2d(x[:, :, None, None], 0.5)[:, :, 0, 0], (4,), Layout(0)),
+    "a weight, shared by all rows": (lambda x: x @ F.dropout(torch.eye(4), 0.5), (4, 4), None),
+    "one number a row": (lambda x: x * torch.bernoulli(x[:, :1], 0.5), (1,), Layout(0)),
+}
+
+
+@pytest.mark.parametrize(("act", "shape", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_the_axis_of_the_rows_is_told_from_two_row_counts(
+    act: Callable[[Tensor], Tensor], shape: tuple[int, ...], layout: Layout | None
+) -> None:
+    found = traced(act)
+    assert [site.shape for site in found.sites] == [shape]
+    assert found.layouts == (layout,)
+    assert found.unclear == ()
+
+
+def test_a_draw_that_mixes_the_rows_is_unclear() -> None:
+    found = traced(lambda x: x + torch.rand(len(x), len(x)).sum())
+    assert found.unclear == ("site0",)
+
+
+def test_draws_are_numbered_in_order_with_the_module_that_draws() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.2))
+            self.shared = self.block[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.shared(self.block(F.dropout(x, 0.3)))
+            return out + torch.randn_like(x)
+
+    net = Two()
+    net.block.train()
+    found = trace(net.train(), ROWS, PICK)
+    assert [(site.name, site.path, site.kind) for site in found.sites] == [
+        ("site0", "", "bernoulli"), ("site1", "block.0", "bernoulli"), ("site2", "block.1", "bernoulli"),
+        ("site3", "block.1", "bernoulli"), ("site4", "", "normal"),
+    ]  # fmt: skip
+    assert [site.p for site in found.sites[:4]] == [0.3, 0.1, 0.2, 0.2]
+
+
+ESCAPES: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "multinomial": (lambda x: x * torch.multinomial(torch.ones(4), 1), "part", "multinomial"),
+    "permutation": (lambda x: x[:, torch.randperm(4)], "part", "randperm"),
+    "poisson": (lambda x: x * torch.poisson(torch.ones(4)), "part", "poisson"),
+    "Tensor.geometric_": (lambda x: x * torch.ones(4).geometric_(0.5), "part", "geometric_"),
+    "Tensor.cauchy_": (lambda x: x * torch.ones(4).cauchy_(), "part", "cauchy_"),
+}
+
+
+@pytest.mark.parametrize(("act", "path", "operation"), ESCAPES.values(), ids=ESCAPES)
+def test_a_draw_without_a_rule_is_named_with_its_module(
+    act: Callable[[Tensor], Tensor], path: str, operation: str
+) -> None:
+    escaped = traced(act).escaped
+    assert {where for where, _ in escaped} == {path}
+    assert all(what.startswith(operation) for _, what in escaped)
+
+
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        (lambda x: x * float(np.random.rand()), "numpy.random"),  # noqa: NPY002
+        (lambda x: x * __import__("random").random(), "Python's random"),
+    ],
+    ids=["numpy.random", "random"],
+)
+def test_a_draw_from_a_foreign_generator_is_noticed(act: Callable[[Tensor], Tensor], named: str) -> None:
+    assert {what for _, what in traced(act).escaped} == {named}
+
+
+def test_tracing_leaves_torchs_generator_as_it_was() -> None:
+    net = Net(lambda x: F.dropout(x, 0.5) * torch.multinomial(torch.ones(4), 1))
+    before = torch.get_rng_state()
+    trace(net, ROWS, PICK)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["seen", "linear.weight"])
+def test_a_write_to_the_networks_tensors_is_named_and_does_not_happen(name: str) -> None:
+    net = Net(lambda x: F.dropout(x, 0.5))
+    target = dict((*net.named_parameters(), *net.named_buffers()))[name]
+    before = target.clone()
+    net.part.act = lambda x: F.dropout(x, 0.5) + target.add_(1).sum() * 0
+    assert trace(net, ROWS, PICK).written == (name,)
+    assert torch.equal(target, before)
+
+
+def test_batch_norms_silent_write_is_noticed() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    before = net.get_buffer("0.running_mean").clone()
+    assert set(trace(net, ROWS, PICK).written) >= {"0.running_mean", "0.running_var"}
+    assert torch.equal(net.get_buffer("0.running_mean"), before)
+
+
+def test_memory_of_a_row_is_that_of_the_largest_result() -> None:
+    wide = trace(nn.Sequential(nn.Linear(4, 1000), nn.Dropout(0.5), nn.Linear(1000, 1)).train(), ROWS, PICK)
+    assert wide.row_bytes == 1000 * 4
+
+
+def test_a_number_of_draws_that_is_random_is_refused() -> None:
+    def maybe(x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5) if float(torch.rand(1)) < 0.5 else x
+
+    with pytest.raises(UncontrolledDraw, match="how many random numbers a pass draws is random itself"):
+        traced(maybe)
+
+
+def test_one_pass_with_expectations_is_eval() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    found = trace(net, ROWS, PICK)
+    with torch.no_grad():
+        torch.testing.assert_close(one_pass(net, ROWS, PICK, found, [None]), net[0](ROWS.args[0]))
+
+
+def test_recording_does_not_write_to_the_rows() -> None:
+    x = ROWS.args[0].clone()
+    record(Net(lambda h: h), ROWS, PICK, seed=0)
+    record(nn.Dropout(0.5, inplace=True).train(), ROWS, PICK, seed=0)
+    assert torch.equal(ROWS.args[0], x)
