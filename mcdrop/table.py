@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Block", "Table", "read_rows", "with_prediction", "write_rows"]
 
 STANDARD_STREAM = "-"
-CELLS_PER_BLOCK = 1 << 18  # a block of rows holds about this many cells, whatever the width of the table
+CELLS_PER_BLOCK = 1 << 16  # a block of rows holds about this many cells, whatever the width of the table
 MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no table
 
 
