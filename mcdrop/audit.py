@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Audit", "SiteReport"]
+__all__ = ["Audit", "NormReport", "SiteReport"]
+
+_NORMS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,8 @@ class SiteReport:
 
     ``verdict`` is "live" (a mask changes the output), "idle" (it draws, but nothing of it reaches the output, or its
     drop rate is 0) or "excluded". ``shape`` is the mask of one pass; ``shared`` says that no axis of the draw follows
-    the rows, as for weights. ``share`` is the part of the output variance that this site makes on its own.
+    the rows, as for weights. ``share`` is the variance that this site makes on its own, as a part of the variance of
+    all together; shares need not add up to 1.
     """
 
     name: str
@@ -27,13 +30,27 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class NormReport:
+    """A norm layer with running statistics: the variance of its input under masks, over that without masks.
+
+    ``running_ratio`` is the same over its running variance.
+    """
+
+    path: str
+    variance_ratio: float
+    running_ratio: float
+
+
+@dataclass(frozen=True)
 class Audit:
     """What ``wrap`` found out about a network.
 
     ``modules`` counts what was looked at; ``stochastic`` lists the modules whose training behaviour is switched on,
     ``kept`` those that read their training flag but stay in eval, each with its reason. ``tier`` is the way the passes
     are run, ``tier_reason`` why. ``mean_preserving`` says whether the network with every draw at its expectation equals
-    its eval output.
+    its eval output. ``mean_gap`` is the largest distance between the mean of the passes and the deterministic output,
+    in standard deviations of the passes. ``prefix_share`` is the part of one pass's floating-point operations that
+    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes.
     """
 
     model: str
@@ -44,6 +61,10 @@ class Audit:
     tier: str = ""
     tier_reason: str = ""
     mean_preserving: bool = True
+    mean_gap: float | None = None
+    norms: tuple[NormReport, ...] = ()
+    prefix_share: float | None = None
+    speed_up: float | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -68,6 +89,16 @@ class Audit:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         kept = [f"kept in eval: {path or '(root)'} ({reason})" for path, reason in self.kept.items()]
-        preserving = "yes" if self.mean_preserving else "no"
-        tail = [f"tier: {self.tier} ({self.tier_reason})", f"mean preserving: {preserving}"]
-        return "\n".join([head, *table, *kept, *tail, *(f"warning: {text}" for text in self.warnings)])
+        return "\n".join([head, *table, *kept, *self._tail(), *(f"warning: {text}" for text in self.warnings)])
+
+    def _tail(self) -> list[str]:
+        lines = [f"tier: {self.tier} ({self.tier_reason})"]
+        if self.prefix_share is not None and self.speed_up is not None:
+            saved = f"{self.speed_up:.1f} times fewer operations at 100 passes"
+            lines.append(f"before the first draw: {self.prefix_share:.0%} of a pass, run once ({saved})")
+        shift = {norm.path: norm.variance_ratio for norm in self.norms}
+        for path in sorted(shift, key=lambda path: -abs(shift[path] - 1))[:_NORMS_SHOWN]:
+            lines.append(f"norm layer {path}: variance under masks x{shift[path]:.2f}")
+        if self.mean_gap is not None:
+            lines.append(f"mean of the passes: within {self.mean_gap:.2f} std of the deterministic output")
+        return [*lines, f"mean preserving: {'yes' if self.mean_preserving else 'no'}"]

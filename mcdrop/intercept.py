@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Given", "Interception", "Layout", "Rules", "Source"]
+__all__ = ["Folded", "Given", "Interception", "Layout", "Rules", "Source"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__", "__ixor__", "__setitem__"}
+_NOT_BATCHED = ("vmap", "match the broadcast shape", "Batching rule")  # what torch says of a target without the axis
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
 
 
@@ -102,6 +103,25 @@ class Given:
         return None if mask is None else mask.reshape(-1)[0] * 0
 
 
+class Folded(Given):
+    """The same for a batch in which the rows stand once for each pass, pass after pass: masks are (T, ...)."""
+
+    def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
+        """Gives the next masks, each spread over the rows of its pass."""
+        index, self._next = self._next, self._next + 1
+        masks, layout = self._masks[index], self._layouts[index]
+        if masks is None:
+            return None
+        if layout is None:
+            raise RuntimeError("a draw that all rows share cannot differ between the rows of a batch")
+        if index in self._rates:
+            masks = (masks >= p).float()
+        passes, axis = len(masks), layout.axis
+        rows = shape[axis] // layout.multiple // passes
+        spread = masks.movedim(0, axis).unsqueeze(axis + 1)
+        return spread.expand(*spread.shape[: axis + 1], rows, *spread.shape[axis + 2 :]).reshape(shape)
+
+
 class Interception(TorchFunctionMode):
     """While active, every draw that has a rule takes its values from the source.
 
@@ -125,7 +145,7 @@ class Interception(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
-            if "vmap" not in str(error):
+            if not any(said in str(error) for said in _NOT_BATCHED):
                 raise
             return self._lifted(func, args, kwargs)
 

@@ -184,6 +184,7 @@ def wrap(
     if isinstance(module, Model):
         return module
     from mcdrop.backends.torch import TorchBackend  # here, because a model of another backend needs no torch
+    from mcdrop.diagnose import diagnose
     from mcdrop.discover import Overrules, discover
     from mcdrop.outputs import picker
 
@@ -200,10 +201,10 @@ def wrap(
         rows = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
         found = discover(module, rows, pick, overrules)  # whole numbers may stand for real ones, as in [[1], [2]]
     backend = TorchBackend(found.live, found.plain, pick, found.off, found.force)
-    tier, reason = backend.tier(rows)
+    audit = diagnose(backend, rows, found.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
     return Model(
-        module=module, backend=backend, audit=replace(found.audit, tier=tier, tier_reason=reason), task=task,
+        module=module, backend=backend, audit=audit, task=task,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
     )  # fmt: skip
 

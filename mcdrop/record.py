@@ -19,7 +19,7 @@ from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 
-__all__ = ["Draw", "Recorder", "Spy", "nowhere", "record"]
+__all__ = ["Draw", "Recorder", "Spy", "caller", "module_paths", "nowhere", "record"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def module_paths(module: nn.Module) -> dict[int, str]:
     return {id(child): path for path, child in module.named_modules()}
 
 
-def _caller(paths: dict[int, str]) -> str:
+def caller(paths: dict[int, str]) -> str:
     """The innermost module of the tree on the Python stack: who draws. Needs no hook on anybody's module."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -71,14 +71,14 @@ class Recorder:
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
         """Notes the draw and gives numbers of its whole shape."""
         site = Site(f"site{len(self.draws)}", shape, p, kind)
-        self.draws.append(Draw(kind, shape, p, _caller(self._paths)))
+        self.draws.append(Draw(kind, shape, p, caller(self._paths)))
         if self._seed is None:
             return None
         return torch.as_tensor(np.asarray(sample_masks([site], 1, seed=self._seed)[site.name][0])).to(self._device)
 
     def forces(self, p: float) -> bool:
         """Notes a dropout call that is switched off."""
-        path = _caller(self._paths)
+        path = caller(self._paths)
         self.off.append(path if p > 0 else "")
         if p > 0 and self._force(path):
             self.forced.add(len(self.off) - 1)
@@ -107,7 +107,7 @@ class Spy(TorchDispatchMode):
         kwargs = kwargs or {}
         given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
         if _draws(func, given):
-            self.escaped.append((_caller(self.paths), str(func).removeprefix("aten.")))
+            self.escaped.append((caller(self.paths), str(func).removeprefix("aten.")))
         diverted = {name: value.clone() for name, value in given.items() if self._is_write(func, given, name, value)}
         if diverted:
             names = [argument.name for argument in func._schema.arguments]

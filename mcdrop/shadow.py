@@ -65,12 +65,13 @@ def reached_originals(module: nn.Module, run: Callable[[], object]) -> list[str]
                 if id(value) in paths and isinstance(value, nn.Module):
                     reached[paths[id(value)]] = None
 
-    before = sys.getprofile()
+    if sys.getprofile() is not None:  # somebody profiles this thread, and could not be put back
+        return []
     sys.setprofile(look)  # of this thread alone
     try:
         run()
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None)
     return list(reached)
 
 

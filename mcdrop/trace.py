@@ -44,9 +44,16 @@ class Trace:
     row_bytes: int
 
 
-def one_pass(module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None]) -> Tensor:
+def one_pass(
+    module: nn.Module,
+    rows: Rows,
+    pick: Pick,
+    found: Trace,
+    masks: Sequence[Tensor | None],
+    source: type[Given] = Given,
+) -> Tensor:
     """Runs one pass with given masks, one for each draw, and gives the picked output, (N, ...)."""
-    with Interception(Given(masks, found.layouts, found.forced, found.rates), RULES):
+    with Interception(source(masks, found.layouts, found.forced, found.rates), RULES):
         return forward(module, rows, pick)
 
 

@@ -1,11 +1,12 @@
 """Passes of a torch module: masks from ``masks``, the module's live shadow, and a verified way to run them.
 
 A *tier* is a way to run several passes; all get the same masks. ``vmap`` batches over the passes, so what comes before
-the first mask runs once; ``loop`` runs pass after pass and is what the others are checked against. To add a tier, add
-one function and one line to ``TIERS``.
+the first mask runs once; ``fold`` repeats the rows; ``loop`` runs pass after pass and is what the others are checked
+against. To add a tier, add one function and one line to ``TIERS``.
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import InputError
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import VOLATILE, NoOverride, forward, to_tensors
+from mcdrop.intercept import Folded
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.record import nowhere
@@ -51,7 +54,15 @@ def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stack
     return output
 
 
+def _fold(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    passes = next(len(stack) for stack in stacks if stack is not None)
+    copies = rows.map(lambda leaf: leaf.repeat(passes, *(1,) * (leaf.dim() - 1)))
+    output = one_pass(module, copies, pick, found, stacks, Folded)
+    return output.reshape(passes, rows.count, *output.shape[1:])
+
+
 TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor]] = {
+    "fold": _fold,
     "loop": _loop,
     "vmap": _vmap,
 }
@@ -107,7 +118,7 @@ class TorchBackend:
         """
         self.live = live
         self.chunk_bytes = CHUNK_BYTES
-        self._plain = plain
+        self.plain = plain
         self._pick = pick
         self._off = off
         self._force = force
@@ -128,16 +139,36 @@ class TorchBackend:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
         _, tensors = self._prepare(rows)
         with torch.no_grad(), NoOverride():
-            return _numpy(forward(self._plain, tensors, self._pick))
+            return _numpy(forward(self.plain, tensors, self._pick))
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
         _, tensors = self._prepare(rows)
-        return _numpy(hidden_features(self._plain, tensors, self._pick, layer))
+        return _numpy(hidden_features(self.plain, tensors, self._pick, layer))
 
     def digest(self) -> str:
         """Gives a sha256 over the weights."""
-        return weights_digest(self._plain)
+        return weights_digest(self.plain)
+
+    def run(self, rows: Rows, passes: int, *, only: str | None, tier: str | None = None) -> Tensor:
+        """Gives some passes as they are on the device, with one site alone drawing, or all of them (T, N, ...)."""
+        plan, tensors = self._prepare(rows)
+        stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
+        if only is not None:
+            sites = plan.trace.sites
+            stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
+        with torch.no_grad():
+            return TIERS[tier or plan.tier](self.live, tensors, self._pick, plan.trace, stacks)
+
+    def watch(self, rows: Rows, mode: TorchFunctionMode, *, passes: int) -> None:
+        """Runs passes one by one under a function mode that looks on; with no passes the deterministic forward."""
+        plan, tensors = self._prepare(rows)
+        with torch.no_grad(), mode:
+            if passes == 0:
+                forward(self.plain, tensors, self._pick)
+                return
+            stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
+            _loop(self.live, tensors, self._pick, plan.trace, stacks)
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs: some four of its largest results are alive at a time."""
@@ -192,17 +223,42 @@ class TorchBackend:
 
 
 def _choose(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> tuple[str, str]:
-    """Gives the fastest tier that agrees with the loop on the same masks, and why."""
+    """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest."""
+    if VOLATILE in vars(module):
+        return "loop", "the network writes to buffers of its own in every pass"
+    seconds, reasons = {}, []
     with torch.no_grad():
-        expected = TIERS["loop"](module, rows, pick, found, stacks)
-        try:
-            got = TIERS["vmap"](module, rows, pick, found, stacks)
-        except Exception as error:  # whatever a network does under vmap, the loop is right
-            return "loop", f"vmap does not take this network: {_first_line(error)}"
-    worst = _difference(got, expected)
-    if worst > _tolerance(expected.dtype):
-        return "loop", f"vmap differs from the loop by {worst:.1e}"
-    return "vmap", f"equals the loop within {worst:.0e}" if worst else "equals the loop"
+        expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
+        for tier in ("vmap", "fold"):
+            try:
+                got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
+            except Exception as error:  # whatever a network does there, the loop is right
+                reasons.append(f"{tier} does not take this network: {_first_line(error)}")
+                continue
+            worst = _difference(got, expected)
+            if worst > _tolerance(expected.dtype):
+                del seconds[tier]
+                reasons.append(f"{tier} differs from the loop by {worst:.1e}")
+            elif tier == "vmap":
+                return tier, "equals the loop; what comes before the first draw is run once"
+    best = min(seconds, key=lambda tier: seconds[tier])
+    agrees = "equals the loop" if best == "fold" else "the way that the others are checked against"
+    return best, "; ".join([agrees, *reasons])
+
+
+def _timed(
+    run: Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor],
+    module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Gives the output and the shorter of two times."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        output = run(module, rows, pick, found, stacks)
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+        times.append(time.perf_counter() - began)
+    return output, min(times)
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

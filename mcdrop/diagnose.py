@@ -1,0 +1,156 @@
+"""What the draws do to a network: who makes the variance, what dropout does to batch norm, what need not be repeated.
+
+Everything here is measured on the example rows with a few passes, and goes into the audit.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcdrop.audit import Audit, NormReport
+from mcdrop.backends.torch import TorchBackend
+from mcdrop.record import caller, module_paths
+from mcdrop.rows import Rows
+
+__all__ = ["diagnose"]
+
+_PASSES = 32
+_SECONDS = 5.0  # longer than this the shares are not worth waiting for
+_SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
+_PREDICTED_AT = 100
+
+
+def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
+    """Gives the audit with shares of variance, batch norm's variance shift, and the deterministic prefix."""
+    tier, reason = backend.tier(rows)
+    began = time.monotonic()
+    everything = backend.run(rows, _PASSES, only=None)
+    seconds = time.monotonic() - began
+    norms = _norms(backend, rows)
+    prefix, speed_up = _prefix(backend, rows)
+    audit = replace(
+        audit, tier=tier, tier_reason=reason, norms=norms, prefix_share=prefix, speed_up=speed_up,
+        mean_gap=_gap(backend, rows, everything), warnings=(*audit.warnings, *_norm_warnings(norms)),
+    )  # fmt: skip
+    if seconds * len(audit.live) > _SECONDS:
+        return audit
+    return replace(audit, sites=_shares(backend, rows, audit, everything))
+
+
+def _shares(backend: TorchBackend, rows: Rows, audit: Audit, everything: Tensor) -> Any:
+    """The variance that each live site makes on its own, as a part of the variance of all together."""
+    total = max(float(everything.double().var(dim=0).sum()), 1e-300)
+    sites = []
+    for site in audit.sites:
+        if site.verdict == "live":
+            alone = backend.run(rows, _PASSES, only=site.name)
+            site = replace(site, share=float(alone.double().var(dim=0).sum()) / total)
+        sites.append(site)
+    return tuple(sites)
+
+
+def _gap(backend: TorchBackend, rows: Rows, everything: Tensor) -> float:
+    """The largest distance between the mean of the passes and the deterministic output, in standard deviations."""
+    values = everything.double()
+    deterministic = torch.as_tensor(backend.deterministic(rows), device=values.device).double()
+    std = values.std(dim=0)
+    floor = max(float(std.max()), 1e-300) * 1e-3
+    return float(((values.mean(dim=0) - deterministic).abs() / std.clamp_min(floor)).max())
+
+
+# -- batch norm --------------------------------------------------------------------------------------------------------
+
+
+class _NormInputs(TorchFunctionMode):
+    """Collects the mean and mean square of what each batch norm layer is given, by channel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._paths = module_paths(module)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Looks at calls of batch norm with running statistics, and runs everything as it is."""
+        if func is F.batch_norm and len(args) > 2 and args[2] is not None:
+            x = args[0].detach().float().transpose(0, 1).flatten(1)
+            self.seen.setdefault(caller(self._paths), []).append((x.mean(1), x.square().mean(1), args[2]))
+        return func(*args, **(kwargs or {}))
+
+
+def _norms(backend: TorchBackend, rows: Rows) -> tuple[NormReport, ...]:
+    """Per norm layer the variance under masks over the variance without: the shift of Li et al. 2018, section 3.
+
+    Both are measured on the same rows, so that an odd example does not look like a shift; the running variance over
+    the example's is given beside it.
+    """
+    masked, plain = _NormInputs(backend.live), _NormInputs(backend.plain)
+    backend.watch(rows, masked, passes=_PASSES)
+    backend.watch(rows, plain, passes=0)
+    reports = []
+    for path, (mean, square, running) in ((path, _pooled(seen)) for path, seen in masked.seen.items()):
+        if path not in plain.seen:
+            continue
+        base_mean, base_square, _ = _pooled(plain.seen[path])
+        under_masks, without = square - mean**2, base_square - base_mean**2
+        floor = 1e-6 * max(float(without.max()), 1e-12)
+        reports.append(
+            NormReport(
+                path,
+                variance_ratio=float((under_masks.clamp_min(floor) / without.clamp_min(floor)).median()),
+                running_ratio=float((under_masks.clamp_min(floor) / running.float().clamp_min(floor)).median()),
+            )
+        )
+    return tuple(reports)
+
+
+def _pooled(seen: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    means, squares, running = zip(*seen, strict=True)
+    return torch.stack(means).mean(0), torch.stack(squares).mean(0), running[0]
+
+
+def _norm_warnings(norms: tuple[NormReport, ...]) -> list[str]:
+    low, high = _SHIFTED
+    shifted = [norm for norm in norms if not low <= norm.variance_ratio <= high]
+    if not shifted:
+        return []
+    worst = max(shifted, key=lambda norm: abs(math.log(max(norm.variance_ratio, 1e-12))))
+    return [
+        f"dropout shifts the variance of {len(shifted)} of {len(norms)} norm layers, most x{worst.variance_ratio:.2f} "
+        f"at {worst.path}, so that their running statistics fit training or eval, not both (Li et al. 2018): put dropout "
+        "after the last norm layer, or use mcdrop.recalibrate_batchnorm"
+    ]
+
+
+# -- prefix ------------------------------------------------------------------------------------------------------------
+
+
+def _operations(backend: TorchBackend, rows: Rows, passes: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        backend.run(rows, passes, only=None)
+    return int(counter.get_total_flops())
+
+
+def _prefix(backend: TorchBackend, rows: Rows) -> tuple[float | None, float | None]:
+    """The share of floating-point operations before the first draw, and the speed-up at 100 passes that follows.
+
+    Counted on one and on three batched passes: what does not grow is run once.
+    """
+    try:
+        once, thrice = (_operations(backend, rows, passes) for passes in (1, 3))
+    except RuntimeError:  # a network that differentiates inside its forward cannot be counted
+        return None, None
+    if once <= 0:
+        return None, None
+    repeated = (thrice - once) / 2
+    prefix = max(once - repeated, 0.0)
+    return prefix / once, _PREDICTED_AT * once / (prefix + _PREDICTED_AT * repeated)
