@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
-from mcdrop.forward import VOLATILE, NoOverride, forward, to_tensors
+from mcdrop.forward import VOLATILE, draws_off, to_tensors
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
@@ -76,7 +76,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         return overrules.force_literal or path in refused
 
     found = trace(live, few, pick, force)
-    lost = _lost(found, verdicts)
+    lost = _lost(found, verdicts) + _unrepeatable(live, few, pick, found)
     if lost and overrules.strict:
         raise UncontrolledDraw(_lost_message(name, lost))
     warnings += lost + _unclear(found)
@@ -122,7 +122,7 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
 
 def _check_reach(module: nn.Module, live: nn.Module, rows: Rows, pick: Pick) -> None:
     with torch.no_grad():
-        reached = reached_originals(module, lambda: forward(live, rows, pick))
+        reached = reached_originals(module, lambda: draws_off(live, rows, pick))
     if reached:
         raise ModelRefused(
             f"{type(module).__name__} calls its own module {', '.join(map(repr, reached))} through a reference that "
@@ -216,12 +216,24 @@ def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int) 
     return "idle", "no mask on it changes the output"
 
 
+def _unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
+    """Says so where the same masks give another output: something draws out of sight, as numpy's Generator does."""
+    device = next(leaf for _, leaf in rows.named()).device
+    drawn = sample_masks(found.sites, 1, seed=0)
+    masks = [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]
+    with torch.no_grad():
+        first, again = (one_pass(live, rows, pick, found, masks).double() for _ in range(2))
+    scale = max(float(first.abs().max()), 1e-30)
+    if first.shape == again.shape and float((first - again).abs().max()) <= 1e-6 * scale:
+        return []
+    return ["a generator out of sight, such as numpy's Generator, gives other numbers at each call"]
+
+
 def _mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace) -> bool:
     """Whether the network with every draw at its expectation equals plain eval."""
     with torch.no_grad():
         expected = one_pass(live, rows, pick, found, [None] * len(found.sites)).double()
-        with NoOverride():
-            eval_output = forward(plain, rows, pick).double()
+        eval_output = draws_off(plain, rows, pick).double()
     if expected.shape != eval_output.shape:
         return False
     scale = max(float(eval_output.abs().max()), 1e-30)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.forward import NoOverride, forward
+from mcdrop.forward import draws_off
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
@@ -17,7 +17,10 @@ __all__ = ["hidden_features", "weights_digest"]
 
 
 def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None) -> Tensor:
-    """Gives the output of a submodule, or by default the input of the last linear layer that runs: (N, F).
+    """Gives the output of a submodule: (N, F).
+
+    By default it is the first hidden layer where every weight is a linear layer's (what later layers of a perceptron
+    drop tells typical rows from others best), and otherwise what enters the last linear layer that runs.
 
     Hooks go on a shadow of their own, so that neither the user's module nor another thread sees them.
 
@@ -36,16 +39,18 @@ def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None)
         elif isinstance(module, nn.Linear):
             module.__dict__["_forward_pre_hooks"] = OrderedDict(module._forward_pre_hooks)
             module.register_forward_pre_hook(lambda _, given: _note(seen, given))
-    with torch.no_grad(), NoOverride():
-        forward(shadow, rows, pick)
+    with torch.no_grad():
+        draws_off(shadow, rows, pick)
     if not seen:
         raise InputError(
             f"layer {layer!r} does not run, or gives no tensor" if layer is not None
             else "no linear layer runs in this network; name the submodule whose output are the features with layer="
         )  # fmt: skip
-    if seen[-1].dim() == 0 or len(seen[-1]) != rows.count:
+    perceptron = all(isinstance(module, nn.Linear) or not module._parameters for module in modules.values())
+    features = seen[1] if layer is None and perceptron and len(seen) > 1 else seen[-1]
+    if features.dim() == 0 or len(features) != rows.count:
         raise InputError(f"layer {layer or 'before the last linear one'!r} does not keep the rows on its first axis")
-    return seen[-1].reshape(rows.count, -1)
+    return features.reshape(rows.count, -1)
 
 
 def _note(seen: list[Tensor], value: Any) -> None:

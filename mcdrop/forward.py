@@ -1,17 +1,17 @@
 """Calling a network: rows become tensors of its device and type, and the picked output comes back."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from mcdrop.intercept import Expected, Interception
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
+from mcdrop.rules import RULES
 
-__all__ = ["VOLATILE", "NoOverride", "forward", "to_tensors"]
+__all__ = ["VOLATILE", "draws_off", "forward", "to_tensors"]
 
 VOLATILE = "_mcdrop_volatile"  # on a shadow's root: its own buffers that passes write to, with what they start from
 
@@ -40,11 +40,7 @@ def forward(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
     return output.unsqueeze(-1) if output.dim() == 1 else output
 
 
-class NoOverride(TorchFunctionMode):
-    """Changes nothing, but keeps torch off its fused paths, so that eval runs what the passes run."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the function."""
-        return func(*args, **(kwargs or {}))
+def draws_off(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
+    """Runs the module with every draw at its expectation, also those that it makes in eval, (N, ...)."""
+    with Interception(Expected(), RULES):
+        return forward(module, rows, pick)

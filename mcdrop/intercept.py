@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Folded", "Given", "Interception", "Layout", "Rules", "Source"]
+__all__ = ["Expected", "Folded", "Given", "Interception", "Layout", "Rules", "Source"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -55,6 +55,20 @@ class Source(Protocol):
     @property
     def lift(self) -> Tensor | None:
         """A zero that carries the sample axis of a batch of passes; None where there is none."""
+
+
+class Expected:
+    """A source that answers every draw with its expectation: as if nothing were random."""
+
+    lift: Tensor | None = None
+
+    def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
+        """Gives the expectation."""
+        return None
+
+    def forces(self, p: float) -> bool:
+        """Forces nothing."""
+        return False
 
 
 class Given:

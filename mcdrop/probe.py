@@ -134,6 +134,8 @@ def _effect(module: nn.Module, rows: Rows, base: _Observation) -> Verdict:
     if all(one.draws == base.draws for one in seen):
         if all(torch.equal(a, b) for a, b in zip(first.values, base.values, strict=True)):
             return Verdict("inert", "no effect on this input")
+        if any(not torch.equal(a, b) for a, b in zip(first.values, seen[1].values, strict=True)):
+            return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
         return Verdict("refused", "computes something else in training mode, without a draw")
     return Verdict("stochastic", "draws random numbers", draws)
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import InputError
 from mcdrop.features import hidden_features, weights_digest
-from mcdrop.forward import VOLATILE, NoOverride, forward, to_tensors
+from mcdrop.forward import VOLATILE, draws_off, to_tensors
 from mcdrop.intercept import Folded
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
@@ -125,21 +125,22 @@ class TorchBackend:
         self._plans: dict[object, _Plan] = {}
         self._lock = threading.Lock()
         self._cache = _MaskCache()
+        # passes that write to buffers of the shadow go one at a time
+        self._turn = threading.Lock() if VOLATILE in vars(live) else nullcontext()
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
         plan, tensors = self._prepare(rows)
         stacks = self._stacks(plan, passes, seed, start, sampler)
-        volatile = VOLATILE in vars(self.live)  # passes that write to buffers go one at a time
-        with torch.no_grad(), self._lock if volatile else nullcontext():
+        with torch.no_grad(), self._turn:
             output = TIERS[plan.tier](self.live, tensors, self._pick, plan.trace, stacks)
         return _numpy(output)
 
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
         _, tensors = self._prepare(rows)
-        with torch.no_grad(), NoOverride():
-            return _numpy(forward(self.plain, tensors, self._pick))
+        with torch.no_grad(), self._turn:
+            return _numpy(draws_off(self.plain, tensors, self._pick))
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
@@ -165,7 +166,7 @@ class TorchBackend:
         plan, tensors = self._prepare(rows)
         with torch.no_grad(), mode:
             if passes == 0:
-                forward(self.plain, tensors, self._pick)
+                draws_off(self.plain, tensors, self._pick)
                 return
             stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
             _loop(self.live, tensors, self._pick, plan.trace, stacks)
