@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from mcdrop.backends import Backend
 from mcdrop.errors import InputError, UnknownName
@@ -19,6 +20,7 @@ from mcdrop.rows import Rows
 __all__ = ["MOST_PASSES", "PassPlan", "PassResult", "Statistics", "run_passes"]
 
 MOST_PASSES = 1_000_000
+_CHECKED_AT = 0.975
 _ROUND = 64  # passes between two looks at the error of an adaptive run
 
 Array = NDArray[np.float64]
@@ -28,8 +30,10 @@ Array = NDArray[np.float64]
 class PassPlan:
     """Which passes to run. Requests with equal plans can share them.
 
-    With a ``tolerance`` a row stops as soon as the standard error of its mean is at most that, for every output, and
-    after ``passes`` at the latest.
+    The sampler is "balanced" unless said otherwise: at 32 to 100 passes it cut the squared error of the mean 5 to 7
+    times on the reference models, with every single pass distributed as before. With a ``tolerance`` a row
+    stops as soon as the standard error of its mean is at most that, for every output, and after ``passes`` at the
+    latest.
 
     Raises:
         InputError: passes below 2 (a variance needs two) or above a million, a seed outside 0 to 2**64 - 1, a tolerance
@@ -38,7 +42,7 @@ class PassPlan:
 
     passes: int = 100
     seed: int = 0
-    sampler: str = "iid"
+    sampler: str = "balanced"
     keep_samples: bool = False
     tolerance: float | None = None
 
@@ -90,6 +94,7 @@ class PassResult:
     deterministic: Array
     samples: Array | None
     plan: PassPlan
+    features: NDArray[np.float32] | None = None  # hidden features (N, F), where a screen compares them
 
     @classmethod
     def of(cls, gathered: Gathered, deterministic: Array, samples: Array | None, plan: PassPlan) -> "PassResult":
@@ -166,7 +171,9 @@ def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statisti
     for start in range(0, plan.passes, _ROUND):
         stop = min(start + _ROUND, plan.passes)
         gathered = _gather(gathered, backend, left, plan, statistics, row_bytes, (start, stop))
-        error = np.sqrt(gathered.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)
+        # with few blocks the error is itself uncertain: widened as its t quantile is over the normal one
+        wide = special.stdtrit(gathered.degrees, _CHECKED_AT) / special.ndtri(_CHECKED_AT)
+        error = wide * np.sqrt(gathered.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)
         finished = (error <= plan.tolerance) | (stop == plan.passes)
         if finished.any():
             done.append(PassResult.of(gathered.take(finished), deterministic[active[finished]], None, plan))

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mcdrop.errors import UncontrolledDraw
+from mcdrop.masks import Site
+
 __all__ = ["Expected", "Folded", "Given", "Interception", "Layout", "Rules", "Source"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
+_LACKS_AXIS = ("vmap", "broadcast shape")  # how torch says that a target has no sample axis
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__", "__ixor__", "__setitem__"}
 _NOT_BATCHED = ("vmap", "match the broadcast shape", "Batching rule")  # what torch says of a target without the axis
+_OTHER_WAY = "the network takes another way through these rows than through its example"
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
 
 
@@ -84,8 +89,13 @@ class Given:
         layouts: Sequence[Layout | None],
         forced: frozenset[int] = frozenset(),
         rates: frozenset[int] = frozenset(),
+        sites: Sequence[Site] = (),
     ) -> None:
-        """Takes one mask and one layout a draw; a layout of None is a draw that no row owns, such as a weight's."""
+        """Takes one mask, one layout and one site a draw.
+
+        A layout of None is a draw that no row owns, such as a weight's.
+        """
+        self._sites = sites
         self._masks = masks
         self._layouts = layouts
         self._forced = forced
@@ -95,15 +105,39 @@ class Given:
 
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
         """Gives the next mask, spread over the rows."""
-        index, self._next = self._next, self._next + 1
-        if index >= len(self._masks):
-            raise RuntimeError(f"draw {index} was not there when this network was traced: its control flow is random")
-        mask, layout = self._masks[index], self._layouts[index]
+        index, mask, layout = self._take(kind, shape, p)
         if mask is None:
             return None
         if index in self._rates:
             mask = (mask >= p).float()
         return mask if layout is None else layout.spread(mask, shape)
+
+    def _take(self, kind: str, shape: tuple[int, ...], p: float) -> tuple[int, Tensor | None, Layout | None]:
+        """Gives the next number, mask and layout.
+
+        Raises:
+            UncontrolledDraw: the draw is not the one that stood here when the network was traced.
+        """
+        index, self._next = self._next, self._next + 1
+        if index >= len(self._masks):
+            raise UncontrolledDraw(f"{_OTHER_WAY}: a draw of {kind} {shape} is one too many")
+        layout = self._layouts[index]
+        if self._sites:
+            site = self._sites[index]
+            unit = shape if layout is None else layout.unit_shape(shape)
+            same = unit == site.shape and (index in self._rates or (kind, p) == (site.kind, site.p))
+            if not same:
+                raise UncontrolledDraw(f"{_OTHER_WAY}: {site.name} was {site.kind} {site.shape}, now {kind} {unit}")
+        return index, self._masks[index], layout
+
+    def finish(self) -> None:
+        """Checks that every mask was asked for.
+
+        Raises:
+            UncontrolledDraw: the pass made fewer draws than the trace.
+        """
+        if self._next < len(self._masks):
+            raise UncontrolledDraw(f"{_OTHER_WAY}: {self._next} draws where the example had {len(self._masks)}")
 
     def forces(self, p: float) -> bool:
         """Counts the switched-off dropout calls and forces the chosen ones."""
@@ -122,8 +156,7 @@ class Folded(Given):
 
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
         """Gives the next masks, each spread over the rows of its pass."""
-        index, self._next = self._next, self._next + 1
-        masks, layout = self._masks[index], self._layouts[index]
+        index, masks, layout = self._take(kind, shape, p)
         if masks is None:
             return None
         if layout is None:

@@ -39,6 +39,8 @@ class Options:
     interval: str = "student_t"
     seed: int = 0
     keep_samples: bool = False
+    sampler: str = "balanced"
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         """Checks at the door."""
@@ -51,7 +53,7 @@ class Options:
     def plan(self) -> PassPlan:
         """The passes that these options need."""
         keep = self.keep_samples or INTERVALS[self.interval].needs_samples
-        return PassPlan(self.passes, self.seed, keep_samples=keep)
+        return PassPlan(self.passes, self.seed, self.sampler, keep, self.tolerance)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""The two halves, and what is composed of them.
+"""The two halves composed: ``sample`` runs the passes and is costly, ``interpret`` reads them and is cheap.
 
-``sample`` runs the passes and is costly; requests with equal plans can share it. ``interpret`` reads them and is cheap.
-Library, command line, tables and service call these two: there is no second pipeline.
+Requests with equal plans can share passes. Library, command line, tables and service call these two: there is no second
+pipeline.
 """
 
-import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,22 +12,23 @@ from numpy.typing import NDArray
 
 from mcdrop.audit import Audit
 from mcdrop.calibration import Calibration
-from mcdrop.engine import PassPlan, PassResult, run_passes
+from mcdrop.engine import PassPlan, PassResult
 from mcdrop.errors import InputError
 from mcdrop.intervals import INTERVALS, interval_of
 from mcdrop.model import Model, Options, wrap
-from mcdrop.screening import Screen, check_fpr, p_values, score_of
+from mcdrop.sampling import fingerprint, sample, scores_under
+from mcdrop.screening import SCORES, Screen, check_fpr, p_values, score_of
 from mcdrop.summaries import TASKS, Summary
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Prediction", "fingerprint", "interpret", "predict", "sample", "scores_under"]
+__all__ = ["Prediction", "interpret", "predict"]
 
 Array = NDArray[np.float64]
 
+_MAX_PASSES = 2000
 _REFERENCES_KEPT = 16
-_SAMPLE_BYTES = 4 * 2**30  # kept passes above this would end the process rather than help anyone
 
 
 @dataclass(frozen=True)
@@ -72,26 +72,6 @@ class Prediction:
     probabilities: Array | None = None
 
 
-def sample(model: Model, x: Any, plan: PassPlan) -> PassResult:
-    """Runs the passes of a plan over inputs (N, ...).
-
-    Raises:
-        InputError: unusable inputs, or kept passes that would not fit in memory.
-    """
-    rows = model.rows(x)
-    task = TASKS[model.task]
-    if plan.keep_samples:
-        first = model.backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
-        width = task.statistics.of(first[None]).size
-        needed = plan.passes * rows.count * width * 8
-        if needed > _SAMPLE_BYTES:
-            raise InputError(
-                f"{plan.passes} passes of {rows.count} rows need {needed / 2**30:.1f} GiB to keep every pass; "
-                "give fewer rows or passes, or an interval that does not need them all, such as 'student_t'"
-            )
-    return run_passes(model.backend, rows, plan, statistics=task.statistics)
-
-
 def interpret(
     model: Model, result: PassResult, options: Options, *, screen: Screen | None = None, fpr: float | None = None,
     calibration: Calibration | None = None,
@@ -103,6 +83,7 @@ def interpret(
             screen's reference rows cannot resolve.
     """
     summary = TASKS[model.task].read(result)
+    flags = _flags(model, summary, result, screen, fpr)
     calibration = _binding(model, result.plan, options, calibration)
     if calibration is not None:
         summary = calibration.applied(summary)
@@ -130,26 +111,21 @@ def interpret(
         interval_kind=interval.kind,
         audit=model.audit,
         samples=summary.samples if options.keep_samples else None,
-        **_flags(model, summary, result.plan, screen, fpr),
+        **flags,
         **classes,
     )
-
-
-def fingerprint(model: Model, plan: PassPlan) -> str:
-    """Gives a sha256 over what the passes depend on: task, weights, live sites and plan."""
-    sites = [(site.name, site.kind, site.p) for site in model.audit.live]
-    drawn = sorted(asdict(replace(plan, keep_samples=False)).items())
-    return hashlib.sha256(repr((model.task, model.backend.digest(), sites, drawn)).encode()).hexdigest()
 
 
 def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration | None) -> Calibration | None:
     """The calibration that holds for a plan: the given one must, the model's own is left out where it does not."""
     calibration = given or model.calibration
-    if calibration is None or fingerprint(model, plan) == calibration.fingerprint:
+    if calibration is None:
+        return None
+    fitted, asked = replace(calibration.plan, keep_samples=False), replace(plan, keep_samples=False)
+    if fitted == asked and fingerprint(model, plan) == calibration.fingerprint:
         return calibration
     if given is None and INTERVALS[options.interval].kind != "prediction":
         return None
-    fitted, asked = replace(calibration.plan, keep_samples=False), replace(plan, keep_samples=False)
     if fitted != asked:
         raise InputError(
             f"the calibration was fitted with {_words(fitted)} and does not hold for {_words(asked)}; "
@@ -165,7 +141,9 @@ def _words(plan: PassPlan) -> str:
     return said if plan.tolerance is None else f"{said} tolerance={plan.tolerance:g}"
 
 
-def _flags(model: Model, summary: Summary, plan: PassPlan, screen: Screen | None, fpr: float | None) -> dict[str, Any]:
+def _flags(
+    model: Model, summary: Summary, result: PassResult, screen: Screen | None, fpr: float | None
+) -> dict[str, Any]:
     screen = screen or model.screen
     if screen is None:
         if fpr is not None:
@@ -174,32 +152,27 @@ def _flags(model: Model, summary: Summary, plan: PassPlan, screen: Screen | None
     if fpr is not None:
         check_fpr(fpr, len(screen.scores))
     rate = screen.fpr if fpr is None else fpr
-    score = score_of(screen.score, summary)
-    p = p_values(score, _reference(model, screen, plan))
+    score = score_of(screen.score, summary, features=result.features, bank=screen.bank)
+    p = p_values(score, _reference(model, screen, result.plan))
     return {"score": score, "p_value": p, "is_anomaly": p <= rate, "fpr": rate}
 
 
 def _reference(model: Model, screen: Screen, plan: PassPlan) -> Array:
     """The scores of the screen's rows under the plan of a request: same passes, same masks."""
     wanted = replace(plan, keep_samples=False)
-    if wanted == screen.plan:
+    if wanted == screen.plan or not SCORES[screen.score].needs_passes:
         return screen.scores
     key = (id(screen), wanted)
     with model.lock:
         known = model.references.get(key)
     if known is None:
-        known = scores_under(model, screen.rows, wanted, screen.score)
+        known = scores_under(model, screen.rows, wanted, screen.score, screen.bank)
         with model.lock:
             while len(model.references) >= _REFERENCES_KEPT:
                 model.references.pop(next(iter(model.references)))
             model.references[key] = known
     scores: Array = known
     return scores
-
-
-def scores_under(model: Model, x: Any, plan: PassPlan, score: str) -> Array:
-    """Gives the named score of rows (N,) under a plan."""
-    return score_of(score, TASKS[model.task].read(sample(model, x, plan)))
 
 
 def predict(
@@ -211,6 +184,9 @@ def predict(
     interval: str | None = None,
     seed: int | None = None,
     keep_samples: bool = False,
+    tolerance: float | None = None,
+    max_passes: int | None = None,
+    sampler: str | None = None,
     task: str | None = None,
     screen: Screen | None = None,
     fpr: float | None = None,
@@ -226,6 +202,10 @@ def predict(
         interval: one of ``INTERVALS`` ("student_t").
         seed: the same seed gives the same answer (0).
         keep_samples: whether to give all passes (T, N, D) too.
+        tolerance: end each row as soon as the standard error of its mean is at most this, for every output; the error
+            is looked at every 64 passes, and the answer after T passes is the one that T passes always give.
+        max_passes: where a row with a tolerance ends at the latest (2000).
+        sampler: "balanced" (default) or "iid" passes.
         task: what the module's outputs are (see ``wrap``); a ``Model`` knows its own.
         screen: a fitted screen; None is the model's own.
         fpr: false-positive rate of the flags; None is the screen's.
@@ -241,23 +221,22 @@ def predict(
     defaults = model.defaults if isinstance(model, Model) else Options()
     if calibration is not None:
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
-        defaults = replace(defaults, passes=calibration.plan.passes, seed=calibration.plan.seed)
-    options = _options(defaults, passes, level, interval, seed, keep_samples)
+        plan = calibration.plan
+        defaults = replace(defaults, passes=plan.passes, seed=plan.seed, sampler=plan.sampler, tolerance=plan.tolerance)
+    if tolerance is not None:
+        passes = _MAX_PASSES if max_passes is None else max_passes
+    elif max_passes is not None:
+        raise InputError("max_passes goes with tolerance; without one every row gets the same number of passes")
+    asked: dict[str, Any] = {
+        "passes": passes, "level": level, "interval": interval, "seed": seed, "tolerance": tolerance,
+        "sampler": sampler, "keep_samples": keep_samples,
+    }  # fmt: skip
+    options = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
     if not isinstance(model, Model):
         model = wrap(model, example=x, task=task or "regression")
     plan, holding = options.plan, calibration or model.calibration
     if options.interval == "conformal" and holding is not None and holding.needs_samples:
         plan = replace(plan, keep_samples=True)
-    return interpret(model, sample(model, x, plan), options, screen=screen, fpr=fpr, calibration=calibration)
-
-
-def _options(
-    defaults: Options, passes: int | None, level: float | None, interval: str | None, seed: int | None, keep: bool
-) -> Options:
-    return Options(
-        passes=defaults.passes if passes is None else passes,
-        level=defaults.level if level is None else level,
-        interval=defaults.interval if interval is None else interval,
-        seed=defaults.seed if seed is None else seed,
-        keep_samples=keep,
+    return interpret(
+        model, sample(model, x, plan, screen=screen), options, screen=screen, fpr=fpr, calibration=calibration
     )

@@ -89,6 +89,7 @@ class _Observation:
 
 def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
     before, raw = _attributes(module), []
+    kept = [(child, dict(child.__dict__)) for child in module.modules()]
 
     def keep(result: Any) -> Tensor:
         raw.append(result)
@@ -99,6 +100,9 @@ def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
     values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
     changed = frozenset(key for key, value in _attributes(module).items() if before.get(key) != value)
+    for child, attributes in kept:  # counters and the like, on the shadow: the passes start where the user's module is
+        child.__dict__.clear()
+        child.__dict__.update(attributes)
     draws = len(source.draws) + len(spy.escaped)
     return _Observation(draws, structure, values, frozenset(spy.written), changed)
 

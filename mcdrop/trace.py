@@ -53,8 +53,11 @@ def one_pass(
     source: type[Given] = Given,
 ) -> Tensor:
     """Runs one pass with given masks, one for each draw, and gives the picked output, (N, ...)."""
-    with Interception(source(masks, found.layouts, found.forced, found.rates), RULES):
-        return forward(module, rows, pick)
+    given = source(masks, found.layouts, found.forced, found.rates, found.sites)
+    with Interception(given, RULES):
+        output = forward(module, rows, pick)
+    given.finish()
+    return output
 
 
 def repeat_rows(rows: Rows, count: int) -> Rows:

@@ -7,6 +7,7 @@ against. To add a tier, add one function and one line to ``TIERS``.
 
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -228,7 +229,9 @@ def _choose(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Sta
     if VOLATILE in vars(module):
         return "loop", "the network writes to buffers of its own in every pass"
     seconds, reasons = {}, []
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # where torch only loops inside vmap, nothing is gained, and users would see its warning
+        warnings.filterwarnings("error", message=".*performance drop.*")
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
         for tier in ("vmap", "fold"):
             try:
