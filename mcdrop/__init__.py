@@ -31,7 +31,7 @@ _HOMES = {
     "list_models": "store",
     "load": "artifact",
     "predict": "predict",
-    "sample": "predict",
+    "sample": "sampling",
     "sample_masks": "masks",
     "save": "artifact",
     "wrap": "model",
@@ -68,7 +68,8 @@ if TYPE_CHECKING:
     from mcdrop.fitting import calibrate, fit_screen
     from mcdrop.masks import Site, sample_masks
     from mcdrop.model import Model, Options, wrap
-    from mcdrop.predict import Prediction, interpret, predict, sample
+    from mcdrop.predict import Prediction, interpret, predict
+    from mcdrop.sampling import sample
     from mcdrop.screening import Screen
     from mcdrop.store import list_models
 

@@ -4,15 +4,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from mcdrop.bank import BANK_ROWS, Bank, build_bank
 from mcdrop.calibration import LEVELS, Calibration, fit_calibration
 from mcdrop.conformal import CONFORMAL
-from mcdrop.engine import PassPlan
+from mcdrop.engine import PassPlan, run_passes
+from mcdrop.errors import UnknownName
 from mcdrop.model import Model
-from mcdrop.predict import fingerprint, sample, scores_under
-from mcdrop.screening import Screen, check_fpr
+from mcdrop.rows import Rows
+from mcdrop.sampling import features_of, fingerprint, sample, scores_under
+from mcdrop.screening import SCORES, Evidence, Screen, check_fpr, parts_of
 from mcdrop.summaries import TASKS
 
 __all__ = ["calibrate", "fit_screen"]
+
+_SPENT_STEP = 5
 
 
 def calibrate(
@@ -58,19 +65,56 @@ def fit_screen(
     fpr: float = 0.01,
     passes: int | None = None,
     seed: int | None = None,
+    x_train: Any = None,
+    layer: str | None = None,
+    distance: str = "cosine",
 ) -> Screen:
     """Fits anomaly flags on inlier rows that the network was not trained on.
 
     A row is flagged where its conformal p-value against these rows is at most ``fpr``: of rows exchangeable with
     them, at most this share is flagged, on average over reference sets.
 
+    Args:
+        model: what ``wrap`` or ``load`` gave.
+        x_reference: inlier rows, exchangeable with the inliers to come.
+        score: one of ``SCORES``.
+        fpr: false-positive rate of single rows.
+        passes: None is the model's default, as for the seed.
+        seed: of the masks.
+        x_train: for the scores that read hidden features, the typical rows that others are compared with, such as
+            those of the training; without them every second reference row is spent on that.
+        layer: where features are read: a submodule's output; None is the first hidden layer of a plain multilayer
+            perceptron, otherwise what enters the last linear layer.
+        distance: one of ``DISTANCES``.
+
     Raises:
-        InputError: unusable rows, an unknown score, or too few rows for the rate.
+        InputError: unusable rows, an unknown name, or too few rows for the rate.
     """
-    plan = _plan(model, passes, seed)
-    rows = model.rows(x_reference)
+    if score not in SCORES:
+        raise UnknownName("score", score, SCORES)
+    plan, rows, bank = _plan(model, passes, seed), model.rows(x_reference), None
+    if SCORES[score].needs_features:
+        if x_train is None:
+            typical, rows = rows.take(np.arange(0, rows.count, 2)), rows.take(np.arange(1, rows.count, 2))
+        else:
+            typical = model.rows(x_train)
+        step = -(-typical.count // BANK_ROWS)
+        typical = typical.take(np.arange(0, typical.count, step))
+        bank = build_bank(features_of(model, typical, layer), distance=distance, layer=layer)
+    if score == "combined" and bank is not None:
+        spent = np.arange(rows.count) % _SPENT_STEP == 0
+        bank = _with_typical(model, rows.take(np.flatnonzero(spent)), plan, bank)
+        rows = rows.take(np.flatnonzero(~spent))
     check_fpr(fpr, rows.count)
-    return Screen(score, rows, scores_under(model, rows, plan, score), plan, fpr)
+    return Screen(score, rows, scores_under(model, rows, plan, score, bank), plan, fpr, bank)
+
+
+def _with_typical(model: Model, rows: Rows, plan: PassPlan, bank: Bank) -> Bank:
+    """Gives the bank with the parts of the combined score of some typical rows, that others are ranked among."""
+    summary = TASKS[model.task].read(run_passes(model.backend, rows, plan, statistics=TASKS[model.task].statistics))
+    distance = bank.measure(features_of(model, rows, bank.layer))
+    parts = parts_of(Evidence(summary, distance, bank))
+    return replace(bank, typical={name: np.sort(values) for name, values in parts.items()})
 
 
 def _plan(model: Model, passes: int | None, seed: int | None) -> PassPlan:

@@ -118,6 +118,7 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
     """Order statistics of the passes; one further pass falls between them with at least this level.
 
     The k-th smallest and k-th largest of T passes, k = floor((T + 1)(1 - level) / 2): needs T >= 2 / (1 - level) - 1.
+    That level is exact for independent passes; balanced ones cover the distribution more evenly, so it holds nearly.
     """
     # the tail is rounded before it is cut, so that 39 passes are enough at 0.95 in floating point too
     passes = int(summary.passes[0])  # kept samples mean that all rows had the same

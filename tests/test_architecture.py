@@ -37,7 +37,7 @@ FLOORS = [
     ["mcdrop.conformal", "mcdrop.plotting"],
     ["mcdrop.calibration"],
     ["mcdrop.model"],
-    ["mcdrop.artifact"],
+    ["mcdrop.artifact", "mcdrop.sampling"],
     ["mcdrop.predict"],
     ["mcdrop.fitting", "mcdrop.detect"],
     ["mcdrop.table", "mcdrop.distributed"],

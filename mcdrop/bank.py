@@ -1,0 +1,139 @@
+"""A bank of typical rows: their hidden features, and how far the features of other rows lie from them.
+
+Feature distances find what dropout's variance does not: rows far from everything that the network has seen (Lee et al.
+2018, "A simple unified framework"; Sun et al. 2022, "Out-of-distribution detection with deep nearest neighbours"). To
+add a distance, add one entry to ``DISTANCES``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.errors import InputError, UnknownName
+
+__all__ = ["BANK_ROWS", "DISTANCES", "Bank", "Distance", "build_bank"]
+
+Array = NDArray[np.float64]
+Features = NDArray[np.float32]
+State = dict[str, Features]
+
+BANK_ROWS = 10_000
+
+_NEIGHBOURS = 10
+_BLOCK = 2**24  # distances held at a time
+_SHRINK = 1e-3
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Distance:
+    """What is kept of the bank's features (B, F), and the distances (N,) of other features from it."""
+
+    fit: Callable[[Features], State]
+    of: Callable[[State, Features], Array]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Typical rows as a distance keeps them; ``layer`` is where their features come from (None: the default).
+
+    ``typical`` are values of the parts of a combined score for further typical rows, in ascending order.
+    """
+
+    distance: str
+    layer: str | None
+    state: State
+    typical: dict[str, Array] = field(default_factory=dict)
+
+    def measure(self, features: Features) -> Array:
+        """Gives the distance of features (N, F) from the bank.
+
+        Raises:
+            InputError: they have another width than the bank's.
+        """
+        width = next(iter(self.state.values())).shape[-1]
+        if features.shape[1:] != (width,):
+            raise InputError(f"rows have {features.shape[1]} features where those of the bank have {width}")
+        return DISTANCES[self.distance].of(self.state, features)
+
+
+def build_bank(features: Features, *, distance: str, layer: str | None) -> Bank:
+    """Fits a bank on the features of typical rows (B, F).
+
+    Raises:
+        InputError: an unknown distance, or fewer rows than a distance needs.
+    """
+    if distance not in DISTANCES:
+        raise UnknownName("distance", distance, DISTANCES)
+    if len(features) <= _NEIGHBOURS:
+        raise InputError(f"a feature distance needs more than {_NEIGHBOURS} typical rows, got {len(features)}")
+    return Bank(distance, layer, DISTANCES[distance].fit(features.astype(np.float32)))
+
+
+def _unit(features: Features) -> Features:
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    unit: Features = (features / np.maximum(length, _TINY)).astype(np.float32)
+    return unit
+
+
+def _fit_cosine(features: Features) -> State:
+    return {"rows": _unit(features)}
+
+
+def _cosine(state: State, features: Features) -> Array:
+    """One minus the cosine similarity to the 10th nearest row."""
+    unit = _unit(features)
+    return _nearest(state["rows"], len(features), lambda part: 1 - unit[part] @ state["rows"].T)
+
+
+def _fit_euclidean(features: Features) -> State:
+    scale = features.std(axis=0)
+    scale[scale <= _TINY] = 1
+    return {"rows": (features / scale).astype(np.float32), "scale": scale[None]}
+
+
+def _euclidean(state: State, features: Features) -> Array:
+    """Distance to the 10th nearest row, each feature in units of its own standard deviation."""
+    rows, scaled = state["rows"], (features / state["scale"]).astype(np.float32)
+    own = (rows**2).sum(axis=1)
+
+    def squares(part: slice) -> Features:
+        apart: Features = (scaled[part] ** 2).sum(axis=1)[:, None] + own - 2 * scaled[part] @ rows.T
+        return apart
+
+    return np.sqrt(np.maximum(_nearest(rows, len(features), squares), 0))
+
+
+def _nearest(rows: Features, count: int, distances: Callable[[slice], Features]) -> Array:
+    """The 10th smallest distance of each row, in blocks of rows."""
+    kth, found, size = _NEIGHBOURS - 1, np.empty(count), max(1, _BLOCK // len(rows))
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
+        found[part] = np.partition(distances(part), kth, axis=1)[:, kth]
+    return found
+
+
+def _fit_mahalanobis(features: Features) -> State:
+    """Mean, and the factor that whitens; the covariance is shrunk a little, so that it can be inverted."""
+    centre = features.mean(axis=0, dtype=np.float64)
+    covariance = np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False))
+    level = max(float(np.trace(covariance)) / len(covariance), _TINY)
+    shrunk = (1 - _SHRINK) * covariance + _SHRINK * level * np.eye(len(covariance))
+    values, vectors = np.linalg.eigh(shrunk)
+    whitening = (vectors / np.sqrt(values)).T
+    return {"centre": centre[None].astype(np.float32), "whitening": whitening.astype(np.float32)}
+
+
+def _mahalanobis(state: State, features: Features) -> Array:
+    """Mahalanobis distance from the mean."""
+    apart = (features - state["centre"]).astype(np.float64) @ state["whitening"].astype(np.float64).T
+    return np.asarray(np.sqrt((apart**2).sum(axis=1)), np.float64)
+
+
+DISTANCES: dict[str, Distance] = {
+    "cosine": Distance(_fit_cosine, _cosine),
+    "euclidean": Distance(_fit_euclidean, _euclidean),
+    "mahalanobis": Distance(_fit_mahalanobis, _mahalanobis),
+}

@@ -1,0 +1,71 @@
+"""The costly half: passes over rows, with the hidden features and scores that are read beside them."""
+
+import hashlib
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.bank import Bank
+from mcdrop.engine import PassPlan, PassResult, run_passes
+from mcdrop.errors import InputError
+from mcdrop.model import Model
+from mcdrop.rows import Rows
+from mcdrop.screening import SCORES, Screen, score_of
+from mcdrop.summaries import TASKS
+
+__all__ = ["features_of", "fingerprint", "sample", "scores_under"]
+
+Array = NDArray[np.float64]
+
+_SAMPLE_BYTES = 4 * 2**30  # kept passes above this would end the process rather than help anyone
+
+
+def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None) -> PassResult:
+    """Runs the passes of a plan over inputs (N, ...), and reads the hidden features that a screen compares.
+
+    The screen is the model's own where none is given.
+
+    Raises:
+        InputError: unusable inputs, or kept passes that would not fit in memory.
+    """
+    rows = model.rows(x)
+    task = TASKS[model.task]
+    if plan.keep_samples:
+        first = model.backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
+        width = task.statistics.of(first[None]).size
+        needed = plan.passes * rows.count * width * 8
+        if needed > _SAMPLE_BYTES:
+            raise InputError(
+                f"{plan.passes} passes of {rows.count} rows need {needed / 2**30:.1f} GiB to keep every pass; "
+                "give fewer rows or passes, or an interval that does not need them all, such as 'student_t'"
+            )
+    result = run_passes(model.backend, rows, plan, statistics=task.statistics)
+    bank = screen.bank if screen is not None else model.screen.bank if model.screen is not None else None
+    return result if bank is None else replace(result, features=features_of(model, rows, bank.layer))
+
+
+def features_of(model: Model, rows: Rows, layer: str | None) -> NDArray[np.float32]:
+    """Gives hidden features with every draw off, (N, F)."""
+    size = max(1, model.backend.chunk_bytes // max(1, model.backend.row_bytes(rows)))
+    return np.concatenate([model.backend.features(block, layer) for block in rows.split(size)])
+
+
+def scores_under(model: Model, x: Any, plan: PassPlan, score: str, bank: Bank | None = None) -> Array:
+    """Gives the named score of rows (N,) under a plan; runs passes only where the score reads them."""
+    rows = model.rows(x)
+    needs = SCORES[score]
+    summary = None
+    if needs.needs_passes:
+        result = run_passes(model.backend, rows, plan, statistics=TASKS[model.task].statistics)
+        summary = TASKS[model.task].read(result)
+    features = features_of(model, rows, bank.layer) if needs.needs_features and bank is not None else None
+    return score_of(score, summary, features=features, bank=bank)
+
+
+def fingerprint(model: Model, plan: PassPlan) -> str:
+    """Gives a sha256 over what the passes depend on: task, weights, live sites and plan."""
+    sites = [(site.name, site.kind, site.p) for site in model.audit.live]
+    drawn = sorted(asdict(replace(plan, keep_samples=False)).items())
+    return hashlib.sha256(repr((model.task, model.backend.digest(), sites, drawn)).encode()).hexdigest()
