@@ -89,18 +89,27 @@ def _state(original: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
 def _remap(value: Any, copies: dict[int, Any], depth: int = 0) -> Any:
     """Points everything that leads to a module at the shadow.
 
-    Plain containers become the shadow's own, so that it never writes to the user's. Functions, partial functions and
+    Plain containers become the shadow's own, so that it never writes to the user's; what two places share (a dict of a
+    module and of a hook's closure, say) they share in the shadow too. Functions, partial functions and
     plain objects are rebuilt only where they hold a module.
     """
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) or id(value) in copies:
         return copies.get(id(value), value)
     if depth >= _DEEPEST:
         return value
     remap = functools.partial(_remap, copies=copies, depth=depth + 1)
-    if type(value) in (list, tuple):
-        return type(value)(remap(item) for item in value)
+    if type(value) is tuple:
+        return tuple(remap(item) for item in value)
+    if type(value) is list:
+        items: list[Any] = []
+        copies[id(value)] = items
+        items += [remap(item) for item in value]
+        return items
     if type(value) is dict:
-        return {key: remap(item) for key, item in value.items()}
+        by_key: dict[Any, Any] = {}
+        copies[id(value)] = by_key
+        by_key |= {key: remap(item) for key, item in value.items()}
+        return by_key
     if type(value) is OrderedDict:  # hooks: the user's own as long as none of them holds a module
         mapped = OrderedDict((key, remap(item)) for key, item in value.items())
         return value if all(mapped[key] is value[key] for key in value) else mapped
