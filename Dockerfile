@@ -21,7 +21,8 @@ RUN pip install --constraint constraints.txt --editable '.[serve,models]'
 COPY mcdrop mcdrop
 COPY service service
 COPY models models
-RUN python -m models.train --store models/store
+# safetensors writes files that their owner alone may read, and the service is another user
+RUN python -m models.train --store models/store && chmod -R a+rX models/store
 
 # the service reads its models and writes nothing
 RUN useradd --system --no-create-home mcdrop
