@@ -19,11 +19,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Audit": "audit",
     "Calibration": "calibration",
+    "Detector": "detect",
+    "DriftMonitor": "drift",
     "Model": "model",
     "Options": "model",
     "PassPlan": "engine",
     "Prediction": "predict",
     "Screen": "screening",
+    "Screened": "detect",
     "Site": "masks",
     "calibrate": "fitting",
     "fit_screen": "fitting",
@@ -34,17 +37,21 @@ _HOMES = {
     "sample": "sampling",
     "sample_masks": "masks",
     "save": "artifact",
+    "screen": "detect",
     "wrap": "model",
 }
 
 __all__ = [
     "Audit",
     "Calibration",
+    "Detector",
+    "DriftMonitor",
     "Model",
     "Options",
     "PassPlan",
     "Prediction",
     "Screen",
+    "Screened",
     "Site",
     "__version__",
     "calibrate",
@@ -57,6 +64,7 @@ __all__ = [
     "sample",
     "sample_masks",
     "save",
+    "screen",
     "wrap",
 ]
 
@@ -64,6 +72,8 @@ if TYPE_CHECKING:
     from mcdrop.artifact import load, save
     from mcdrop.audit import Audit
     from mcdrop.calibration import Calibration
+    from mcdrop.detect import Detector, Screened, screen
+    from mcdrop.drift import DriftMonitor
     from mcdrop.engine import PassPlan
     from mcdrop.fitting import calibrate, fit_screen
     from mcdrop.masks import Site, sample_masks

@@ -5,6 +5,7 @@ the folder: the factory is a function of an installed, allow-listed package.
 """
 
 import importlib
+import json
 import re
 import shutil
 import tempfile
@@ -15,16 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from mcdrop.bank import Bank
+from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, MCDropError
 from mcdrop.model import Model, Options, wrap
 from mcdrop.rows import Rows
+from mcdrop.sampling import fingerprint
 from mcdrop.screening import Screen
 from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, sha256, verify
 
 __all__ = ["FACTORY_PACKAGES", "load", "save"]
 
 WEIGHTS, EXAMPLE, SCREEN = "weights.safetensors", "example.safetensors", "screen.safetensors"
+CALIBRATION = "calibration.json"
 FACTORY_PACKAGES = ("mcdrop", "models", "timm", "torchvision", "transformers")
 
 _FACTORY = re.compile(r"([a-z_][\w.]*):([A-Za-z_]\w*)", re.ASCII)
@@ -40,6 +45,7 @@ def save(
     factory: str,
     arguments: Mapping[str, Any] | None = None,
     screen: Screen | None = None,
+    calibration: Calibration | None = None,
     name: str = "",
     version: str = "1",
     description: str = "",
@@ -54,6 +60,7 @@ def save(
         factory: "package.module:function" that builds the network without weights; see ``FACTORY_PACKAGES``.
         arguments: keyword arguments of the factory, as TOML can hold them.
         screen: fitted flags; None is the model's own.
+        calibration: what ``calibrate`` gave; None is the model's own.
         name: of the model; by default the folder's parent's.
         version: of the model.
         description: one line for people.
@@ -73,11 +80,11 @@ def save(
     beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
     try:
         screen = screen or model.screen
-        _write_files(model, beside, screen)
+        _write_files(model, beside, screen, calibration or model.calibration)
         head = {"name": name, "version": version, "description": description, "features": features or []}
         factory_part = {"factory": factory, "arguments": dict(arguments or {})}
         _write_manifest(model, beside, screen, head, factory_part)
-        _check_same(model, load(beside))
+        _check_same(model, load(beside), calibration or model.calibration)
         _swap(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -101,13 +108,22 @@ def _swap(beside: Path, target: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def _write_files(model: Model, folder: Path, screen: Screen | None) -> None:
+def _write_files(model: Model, folder: Path, screen: Screen | None, calibration: Calibration | None) -> None:
     from safetensors.torch import save_model  # keeps tied weights tied
 
     save_model(model.module, str(folder / WEIGHTS))
     _write_rows(folder / EXAMPLE, model.example, {})
     if screen is not None:
-        _write_rows(folder / SCREEN, screen.rows, {"scores": screen.scores})
+        _write_rows(folder / SCREEN, screen.rows, {"scores": screen.scores, **_bank_arrays(screen.bank)})
+    if calibration is not None:
+        (folder / CALIBRATION).write_text(json.dumps(calibration.to_dict(), allow_nan=False), encoding="utf-8")
+
+
+def _bank_arrays(bank: Bank | None) -> dict[str, Any]:
+    if bank is None:
+        return {}
+    state = {f"bank.{name}": value for name, value in bank.state.items()}
+    return {**state, **{f"typical.{name}": value for name, value in bank.typical.items()}}
 
 
 def _write_rows(path: Path, rows: Rows, more: dict[str, Any]) -> None:
@@ -142,18 +158,24 @@ def _write_manifest(
     if screen is not None:
         plan = {"passes": screen.plan.passes, "seed": screen.plan.seed, "sampler": screen.plan.sampler}
         manifest["screen"] = {"score": screen.score, "fpr": float(screen.fpr), **plan}
+        if screen.bank is not None:
+            # TOML knows no null: a default layer is left out
+            layer = {} if screen.bank.layer is None else {"layer": screen.bank.layer}
+            manifest["screen"] |= {"distance": screen.bank.distance, **layer}
     manifest["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
 
 
-def _check_same(model: Model, loaded: Model) -> None:
-    """The loaded model must answer as the saved one does, from the same sites."""
+def _check_same(model: Model, loaded: Model, calibration: Calibration | None) -> None:
+    """The loaded model must answer as the saved one does, from the same sites, and be the one that was calibrated."""
     plan = PassPlan(4)
     ask = {"seed": plan.seed, "start": 0, "sampler": plan.sampler}
     ours = model.backend.forward(model.example, plan.passes, **ask)  # type: ignore[arg-type]
     theirs = loaded.backend.forward(loaded.example, plan.passes, **ask)  # type: ignore[arg-type]
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
         raise ArtifactError("the saved folder answers differently from the model: does the factory build this network?")
+    if calibration is not None and fingerprint(loaded, calibration.plan) != calibration.fingerprint:
+        raise ArtifactError("the calibration belongs to another model, or the weights have changed since; fit it again")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -194,7 +216,8 @@ def _build(place: Path, manifest: Mapping[str, Any]) -> Model:
         model, name=manifest["name"], version=manifest["version"], description=manifest.get("description", ""),
         features=manifest.get("features") or None, defaults=Options(**manifest["defaults"]),
     )  # fmt: skip
-    return model.with_screen(_read_screen(place, manifest.get("screen"), positional))
+    model = model.with_screen(_read_screen(place, manifest.get("screen"), positional))
+    return model.with_calibration(_read_calibration(place / CALIBRATION))
 
 
 def _network(weights: Mapping[str, Any]) -> Any:
@@ -252,4 +275,20 @@ def _read_screen(place: Path, head: Mapping[str, Any] | None, positional: int) -
         return None
     rows, more = _read_rows(place / SCREEN, positional)
     plan = PassPlan(head["passes"], head["seed"], head["sampler"])
-    return Screen(head["score"], rows, more["scores"].astype(np.float64), plan, head["fpr"])
+    bank = None
+    if "distance" in head:
+        parts = [
+            {name.removeprefix(start): value for name, value in more.items() if name.startswith(start)}
+            for start in ("bank.", "typical.")
+        ]
+        bank = Bank(head["distance"], head.get("layer"), *parts)
+    return Screen(head["score"], rows, more["scores"].astype(np.float64), plan, head["fpr"], bank)
+
+
+def _read_calibration(path: Path) -> Calibration | None:
+    if not path.is_file():
+        return None
+    try:
+        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not JSON: {error}") from error

@@ -47,6 +47,11 @@ class Bank:
     state: State
     typical: dict[str, Array] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Checks the name of the distance."""
+        if self.distance not in DISTANCES:
+            raise UnknownName("distance", self.distance, DISTANCES)
+
     def measure(self, features: Features) -> Array:
         """Gives the distance of features (N, F) from the bank.
 

@@ -1,0 +1,152 @@
+"""Screening many rows at a stated rate, and the same with the surface that users of PyOD know."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.errors import InputError
+from mcdrop.fitting import fit_screen
+from mcdrop.model import Model
+from mcdrop.rows import Rows
+from mcdrop.sampling import scores_under
+from mcdrop.screening import Screen, benjamini_hochberg, check_fdr, check_fpr, fewest_discoveries, p_values
+
+__all__ = ["Detector", "Screened", "screen"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What a screen found in N rows: ``score``, ``p_value`` and ``is_anomaly`` are (N,).
+
+    ``controls`` is "fdr" (of the flagged rows at most a share of ``rate`` are false, on average over batches) or "fpr"
+    (of exchangeable inliers at most a share of ``rate`` is flagged, on average over reference sets).
+    ``smallest_p_value`` is 1 / (n + 1) with n ``reference_rows``. Where the false-discovery rate is controlled, fewer
+    than ``fewest_discoveries`` anomalies among the N rows cannot be found, however strange; more reference rows help.
+    """
+
+    score: Array
+    p_value: Array
+    is_anomaly: NDArray[np.bool_]
+    controls: str
+    rate: float
+    reference_rows: int
+    smallest_p_value: float
+    fewest_discoveries: int
+
+    def __str__(self) -> str:
+        """The finding in one sentence, for people."""
+        found, rows = int(self.is_anomaly.sum()), len(self.score)
+        if self.controls == "fpr":
+            return f"{found} of {rows} rows flagged; of inliers at most {self.rate:g} are, on average"
+        limit = (
+            f"fewer than {self.fewest_discoveries} anomalies would not be found with {self.reference_rows} references"
+        )
+        return f"{found} of {rows} rows flagged, of which at most {self.rate:g} are false, on average; {limit}"
+
+
+def screen(
+    model: Model, data: Any, *, screen: Screen | None = None, fdr: float | None = None, fpr: float | None = None
+) -> Screened:
+    """Flags the anomalies of a whole batch, with a false-discovery rate or a false-positive rate.
+
+    Args:
+        model: what ``wrap`` or ``load`` gave.
+        data: an array or tensor, a tuple or dict of inputs, or an iterable of such batches, such as a DataLoader;
+            what a batch holds beyond the network's inputs (labels) is left aside.
+        screen: what ``fit_screen`` gave; None is the model's own.
+        fdr: the share of false flags among all flags (Benjamini-Hochberg over all rows together).
+        fpr: the share of inliers that is flagged; without either rate that of the screen.
+
+    Raises:
+        InputError: no screen, both rates, a rate below what the reference rows resolve, or unusable rows.
+    """
+    screen = screen or model.screen
+    if screen is None:
+        raise InputError("screening needs a fitted screen; fit one with mcdrop.fit_screen(model, reference_rows)")
+    if fdr is not None and fpr is not None:
+        raise InputError("give fdr or fpr, not both: fdr bounds the false share of the flags, fpr that of the inliers")
+    count = len(screen.scores)
+    if fdr is not None:
+        check_fdr(fdr, count)
+    rate = fdr if fdr is not None else screen.fpr if fpr is None else fpr
+    if fdr is None:
+        check_fpr(rate, count)
+    parts = [scores_under(model, batch, screen.plan, screen.score, screen.bank) for batch in _batches(model, data)]
+    if not parts:
+        raise InputError("the data hold no batches")
+    scores = np.concatenate(parts)
+    p = p_values(scores, screen.scores)
+    flagged = p <= rate if fdr is None else benjamini_hochberg(p, fdr)
+    fewest = 1 if fdr is None else fewest_discoveries(len(p), fdr, count)
+    controls = "fpr" if fdr is None else "fdr"
+    return Screened(scores, p, flagged, controls, float(rate), count, 1 / (count + 1), fewest)
+
+
+def _batches(model: Model, data: Any) -> Iterator[Any]:
+    """One batch, or several; a list is several where it holds arrays or tensors."""
+    several = isinstance(data, Iterable) and not isinstance(data, Rows | Mapping | tuple | np.ndarray)
+    if hasattr(data, "detach") or hasattr(data, "__array__"):
+        several = False
+    if isinstance(data, list):
+        several = bool(data) and (hasattr(data[0], "shape") or isinstance(data[0], tuple | Mapping))
+    if not several:
+        yield data
+        return
+    for batch in data:
+        yield _inputs(model, batch)
+
+
+def _inputs(model: Model, batch: Any) -> Any:
+    """The inputs of a batch of a DataLoader, which may be a list and hold labels too."""
+    if isinstance(batch, list) and any(hasattr(item, "shape") for item in batch):
+        batch = tuple(batch)
+    if isinstance(batch, tuple) and len(batch) > model.positional > 0:
+        batch = batch[: model.positional]
+    return batch
+
+
+class Detector:
+    """A fitted screen with PyOD's names: ``fit``, ``decision_function``, ``predict``, ``threshold_``.
+
+    Unlike there, ``fit`` takes inliers that the network was not trained on, and the threshold keeps the promise of the
+    screen: of exchangeable inliers at most ``fpr`` score above it.
+    """
+
+    def __init__(self, model: Model, *, fpr: float = 0.01, **options: Any) -> None:
+        """Takes a model, the false-positive rate, and the options of ``fit_screen``."""
+        self.model = model
+        self.fpr = fpr
+        self.options = options
+
+    def fit(self, x: Any, y: object = None) -> "Detector":
+        """Fits the screen on inlier rows; ``y`` is there for pipelines and not read."""
+        self.screen_ = fit_screen(self.model, x, fpr=self.fpr, **self.options)
+        self.decision_scores_ = self.screen_.scores
+        ordered = np.sort(self.decision_scores_)[::-1]
+        # flagged is p <= fpr: fewer than k reference scores may be as large, k = floor(fpr (n + 1))
+        self.threshold_ = float(ordered[int(np.floor(round(self.fpr * (len(ordered) + 1), 9))) - 1])
+        self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
+        return self
+
+    def decision_function(self, x: Any) -> Array:
+        """Gives the score of each row (N,), larger is stranger."""
+        fitted = self._fitted()
+        return scores_under(self.model, x, fitted.plan, fitted.score, fitted.bank)
+
+    def predict(self, x: Any) -> NDArray[np.int64]:
+        """Gives 1 for anomalies and 0 for the rest, (N,)."""
+        return (self.decision_function(x) > self.threshold_).astype(np.int64)
+
+    def p_values(self, x: Any) -> Array:
+        """Gives conformal p-values (N,)."""
+        return p_values(self.decision_function(x), self._fitted().scores)
+
+    def _fitted(self) -> Screen:
+        if not hasattr(self, "screen_"):
+            raise InputError("this detector is not fitted; call fit with inlier rows first")
+        return self.screen_
