@@ -29,15 +29,20 @@ _HOMES = {
     "Screened": "detect",
     "Site": "masks",
     "calibrate": "fitting",
+    "choose_rate": "inject",
     "fit_screen": "fitting",
+    "inject": "inject",
     "interpret": "predict",
     "list_models": "store",
     "load": "artifact",
     "predict": "predict",
+    "recalibrate_batchnorm": "batchnorm",
+    "register": "registry",
     "sample": "sampling",
     "sample_masks": "masks",
     "save": "artifact",
     "screen": "detect",
+    "unregister": "registry",
     "wrap": "model",
 }
 
@@ -55,30 +60,38 @@ __all__ = [
     "Site",
     "__version__",
     "calibrate",
+    "choose_rate",
     "errors",
     "fit_screen",
+    "inject",
     "interpret",
     "list_models",
     "load",
     "predict",
+    "recalibrate_batchnorm",
+    "register",
     "sample",
     "sample_masks",
     "save",
     "screen",
+    "unregister",
     "wrap",
 ]
 
 if TYPE_CHECKING:
     from mcdrop.artifact import load, save
     from mcdrop.audit import Audit
+    from mcdrop.batchnorm import recalibrate_batchnorm
     from mcdrop.calibration import Calibration
     from mcdrop.detect import Detector, Screened, screen
     from mcdrop.drift import DriftMonitor
     from mcdrop.engine import PassPlan
     from mcdrop.fitting import calibrate, fit_screen
+    from mcdrop.inject import choose_rate, inject
     from mcdrop.masks import Site, sample_masks
     from mcdrop.model import Model, Options, wrap
     from mcdrop.predict import Prediction, interpret, predict
+    from mcdrop.registry import register, unregister
     from mcdrop.sampling import sample
     from mcdrop.screening import Screen
     from mcdrop.store import list_models

@@ -31,14 +31,15 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class NormReport:
-    """A norm layer with running statistics: the variance of its input under masks, over that without masks.
+    """A norm layer with running statistics: the variance of its input under masks, over its running variance.
 
-    ``running_ratio`` is the same over its running variance.
+    Far from 1 the layer sees other numbers than in training (Li et al. 2018), or the example rows are few or odd.
+    ``mask_effect`` is free of the rows: the same variance over that of the same rows without masks.
     """
 
     path: str
     variance_ratio: float
-    running_ratio: float
+    mask_effect: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Audit:
     are run, ``tier_reason`` why. ``mean_preserving`` says whether the network with every draw at its expectation equals
     its eval output. ``mean_gap`` is the largest distance between the mean of the passes and the deterministic output,
     in standard deviations of the passes. ``prefix_share`` is the part of one pass's floating-point operations that
-    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes.
+    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes. ``injected`` says what was
+    put into a network that was trained without it: uncalibrated until ``calibrated``.
     """
 
     model: str
@@ -65,6 +67,8 @@ class Audit:
     norms: tuple[NormReport, ...] = ()
     prefix_share: float | None = None
     speed_up: float | None = None
+    injected: str | None = None
+    calibrated: bool = False
     warnings: tuple[str, ...] = ()
 
     @property
@@ -96,9 +100,13 @@ class Audit:
         if self.prefix_share is not None and self.speed_up is not None:
             saved = f"{self.speed_up:.1f} times fewer operations at 100 passes"
             lines.append(f"before the first draw: {self.prefix_share:.0%} of a pass, run once ({saved})")
-        shift = {norm.path: norm.variance_ratio for norm in self.norms}
-        for path in sorted(shift, key=lambda path: -abs(shift[path] - 1))[:_NORMS_SHOWN]:
-            lines.append(f"norm layer {path}: variance under masks x{shift[path]:.2f}")
+        for norm in sorted(self.norms, key=lambda norm: -abs(norm.mask_effect - 1))[:_NORMS_SHOWN]:
+            ratios = (
+                f"x{norm.variance_ratio:.2f} of its running variance, x{norm.mask_effect:.2f} of that without masks"
+            )
+            lines.append(f"norm layer {norm.path}: variance under masks {ratios}")
+        if self.injected is not None:
+            lines.append(f"injected, {'calibrated' if self.calibrated else 'uncalibrated'}: {self.injected}")
         if self.mean_gap is not None:
             lines.append(f"mean of the passes: within {self.mean_gap:.2f} std of the deterministic output")
         return [*lines, f"mean preserving: {'yes' if self.mean_preserving else 'no'}"]

@@ -88,11 +88,7 @@ class _NormInputs(TorchFunctionMode):
 
 
 def _norms(backend: TorchBackend, rows: Rows) -> tuple[NormReport, ...]:
-    """Per norm layer the variance under masks over the variance without: the shift of Li et al. 2018, section 3.
-
-    Both are measured on the same rows, so that an odd example does not look like a shift; the running variance over
-    the example's is given beside it.
-    """
+    """Per norm layer the variance under masks over the running one, and over that without (Li et al. 2018, sec. 3)."""
     masked, plain = _NormInputs(backend.live), _NormInputs(backend.plain)
     backend.watch(rows, masked, passes=_PASSES)
     backend.watch(rows, plain, passes=0)
@@ -106,8 +102,8 @@ def _norms(backend: TorchBackend, rows: Rows) -> tuple[NormReport, ...]:
         reports.append(
             NormReport(
                 path,
-                variance_ratio=float((under_masks.clamp_min(floor) / without.clamp_min(floor)).median()),
-                running_ratio=float((under_masks.clamp_min(floor) / running.float().clamp_min(floor)).median()),
+                variance_ratio=float((under_masks.clamp_min(floor) / running.float().clamp_min(floor)).median()),
+                mask_effect=float((under_masks.clamp_min(floor) / without.clamp_min(floor)).median()),
             )
         )
     return tuple(reports)
@@ -120,14 +116,15 @@ def _pooled(seen: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, 
 
 def _norm_warnings(norms: tuple[NormReport, ...]) -> list[str]:
     low, high = _SHIFTED
-    shifted = [norm for norm in norms if not low <= norm.variance_ratio <= high]
+    shifted = [norm for norm in norms if not low <= norm.mask_effect <= high]
     if not shifted:
         return []
-    worst = max(shifted, key=lambda norm: abs(math.log(max(norm.variance_ratio, 1e-12))))
+    worst = max(shifted, key=lambda norm: abs(math.log(max(norm.mask_effect, 1e-12))))
     return [
-        f"dropout shifts the variance of {len(shifted)} of {len(norms)} norm layers, most x{worst.variance_ratio:.2f} "
-        f"at {worst.path}, so that their running statistics fit training or eval, not both (Li et al. 2018): put dropout "
-        "after the last norm layer, or use mcdrop.recalibrate_batchnorm"
+        f"dropout shifts the variance at {len(shifted)} of {len(norms)} norm layers, most x{worst.mask_effect:.2f} at "
+        f"{worst.path} (x{worst.variance_ratio:.2f} of its running variance): running statistics fit the passes or the "
+        "deterministic output, not both (Li et al. 2018). Put dropout after the last norm layer, or fit the statistics "
+        "to the passes with mcdrop.recalibrate_batchnorm"
     ]
 
 

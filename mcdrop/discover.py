@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
@@ -16,7 +17,7 @@ from mcdrop.forward import VOLATILE, draws_off, to_tensors
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
-from mcdrop.record import Spy, record
+from mcdrop.record import Spy, own_generator, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow, reached_originals
 from mcdrop.trace import Trace, one_pass, trace
@@ -53,6 +54,7 @@ class Discovery:
     audit: Audit
 
 
+@own_generator()
 def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = Overrules()) -> Discovery:
     """Finds every random draw of the module's training behaviour and proves each one live.
 
@@ -63,7 +65,8 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         ModelRefused: the shadow does not reach a part of the network.
     """
     name = type(module).__name__
-    live, plain = live_shadow(module), live_shadow(module)
+    live, plain = live_shadow(module, drawing=True), live_shadow(module)
+    _check_initialised(module)
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
     spy = _first_look(live, few, pick)
     warnings = _own_written_buffers((live, plain), spy)
@@ -89,6 +92,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         stochastic=tuple(path for path, verdict in verdicts.items() if verdict.kind == "stochastic"),
         kept={p: v.reason for p, v in verdicts.items() if v.kind in ("norm", "refused", "excluded")},
         mean_preserving=_mean_preserving(live, plain, few, pick, found),
+        injected=vars(module).get("_mcdrop_injected"),
         warnings=tuple(warnings),
     )
     if not audit.live:
@@ -118,6 +122,14 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
             f"the picked output has the shape {shape} for {rows.count} rows; its first axis must be the rows"
         )
     return spy
+
+
+def _check_initialised(module: nn.Module) -> None:
+    lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise ModelRefused(
+            f"{type(module).__name__} has no weights yet ({', '.join(lazy)}): run it once, train it, then wrap it"
+        )
 
 
 def _check_reach(module: nn.Module, live: nn.Module, rows: Rows, pick: Pick) -> None:
@@ -171,14 +183,15 @@ def _own_written_buffers(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
     for shadow in shadows:
         for path in sorted({written.rpartition(".")[0] for written in spy.written}):
             owner = shadow.get_submodule(path)
-            copies = {name: None if tensor is None else tensor.clone() for name, tensor in owner._buffers.items()}
-            owner.__dict__["_buffers"] = copies
+            owner.__dict__["_buffers"] = dict(owner._buffers)
         for written in sorted(spy.written):
             path, _, name = written.rpartition(".")
-            start = shadow.get_submodule(path)._buffers.get(name)
-            if start is None:
+            owner = shadow.get_submodule(path)
+            if name not in owner._buffers:
                 raise ModelRefused(f"the network writes to its parameter {written} in eval mode")
-            shadow.__dict__.setdefault(VOLATILE, []).append((start, start.clone()))
+            start = owner._buffers[name]
+            owner._buffers[name] = None if start is None else start.clone()
+            shadow.__dict__.setdefault(VOLATILE, []).append((owner, name, owner._buffers[name]))
     said = "is written to even in eval mode: every pass starts from mcdrop's own copy of it"
     return [f"{name} {said}" for name in sorted(spy.written)]
 
@@ -218,6 +231,8 @@ def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int) 
 
 def _unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
     """Says so where the same masks give another output: something draws out of sight, as numpy's Generator does."""
+    if found.escaped:
+        return []
     device = next(leaf for _, leaf in rows.named()).device
     drawn = sample_masks(found.sites, 1, seed=0)
     masks = [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]

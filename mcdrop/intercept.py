@@ -15,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.masks import Site
+from mcdrop.registry import TAUGHT_FUNCTIONS
 
 __all__ = ["Expected", "Folded", "Given", "Interception", "Layout", "Rules", "Source"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
-_LACKS_AXIS = ("vmap", "broadcast shape")  # how torch says that a target has no sample axis
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__", "__ixor__", "__setitem__"}
 _NOT_BATCHED = ("vmap", "match the broadcast shape", "Batching rule")  # what torch says of a target without the axis
 _OTHER_WAY = "the network takes another way through these rows than through its example"
@@ -189,6 +189,10 @@ class Interception(TorchFunctionMode):
         rule = self._rules.get(func)
         if rule is not None:
             return rule(self, *args, **kwargs)
+        taught = TAUGHT_FUNCTIONS.get(func) if TAUGHT_FUNCTIONS else None
+        if taught is not None:
+            with self:  # its own draws become masks
+                return taught(*args, **kwargs)
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:

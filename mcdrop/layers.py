@@ -10,13 +10,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConcreteDropout", "DropBlock2d", "DropConnect", "StochasticDepth"]
+__all__ = [
+    "ConcreteDropout",
+    "DropBlock2d",
+    "DropConnect",
+    "StochasticDepth",
+    "drop_block2d",
+    "drop_weights",
+    "stochastic_depth",
+]
 
 
 def _checked(p: float) -> float:
     if not 0 <= p < 1:
         raise ValueError(f"p must be at least 0 and below 1, got {p}")
     return p
+
+
+def drop_block2d(x: Tensor, p: float, block_size: int, training: bool) -> Tensor:
+    """Drops square blocks of feature maps (N, C, H, W); see ``DropBlock2d``."""
+    if not training or p == 0:
+        return x
+    height, width = x.shape[-2:]
+    size = min(block_size, height, width)
+    places = (height - size + 1) * (width - size + 1)
+    gamma = min(1.0, p * height * width / (size**2 * places))
+    shape = (*x.shape[:2], height - size + 1, width - size + 1)
+    starts = torch.bernoulli(torch.full(shape, gamma, dtype=x.dtype, device=x.device))
+    covered = F.max_pool2d(F.pad(starts, [size - 1] * 4), size, stride=1)
+    keep = 1 - covered
+    kept = keep.mean(dim=(1, 2, 3), keepdim=True)
+    return x * keep / kept.clamp_min(1 / keep[0].numel())
+
+
+def stochastic_depth(x: Tensor, p: float, training: bool) -> Tensor:
+    """Drops a whole branch (N, ...) for a row; see ``StochasticDepth``."""
+    rows = x.new_ones(len(x), *(1,) * (x.dim() - 1))
+    return x * F.dropout(rows, p, training)
+
+
+def drop_weights(layer: nn.Linear | nn.Conv2d, x: Tensor, p: float, training: bool) -> Tensor:
+    """Gives a layer's output with some of its weights dropped; see ``DropConnect``."""
+    weight = F.dropout(layer.weight, p, training)
+    if isinstance(layer, nn.Conv2d):
+        convolved: Tensor = layer._conv_forward(x, weight, layer.bias)
+        return convolved
+    return F.linear(x, weight, layer.bias)
 
 
 class DropConnect(nn.Module):
@@ -39,11 +78,7 @@ class DropConnect(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gives the layer's output with some of its weights dropped in training."""
-        weight = F.dropout(self.layer.weight, self.p, self.training)
-        if isinstance(self.layer, nn.Conv2d):
-            convolved: Tensor = self.layer._conv_forward(x, weight, self.layer.bias)
-            return convolved
-        return F.linear(x, weight, self.layer.bias)
+        return drop_weights(self.layer, x, self.p, self.training)
 
     def extra_repr(self) -> str:
         """Shows the rate."""
@@ -69,18 +104,7 @@ class DropBlock2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gives the feature maps with blocks dropped in training."""
-        if not self.training or self.p == 0:
-            return x
-        height, width = x.shape[-2:]
-        size = min(self.block_size, height, width)
-        places = (height - size + 1) * (width - size + 1)
-        gamma = min(1.0, self.p * height * width / (size**2 * places))
-        shape = (*x.shape[:2], height - size + 1, width - size + 1)
-        starts = torch.bernoulli(torch.full(shape, gamma, dtype=x.dtype, device=x.device))
-        covered = F.max_pool2d(F.pad(starts, [size - 1] * 4), size, stride=1)
-        keep = 1 - covered
-        kept = keep.mean(dim=(1, 2, 3), keepdim=True)
-        return x * keep / kept.clamp_min(1 / keep[0].numel())
+        return drop_block2d(x, self.p, self.block_size, self.training)
 
     def extra_repr(self) -> str:
         """Shows the rate and the block size."""
@@ -102,8 +126,7 @@ class StochasticDepth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gives the branch (N, ...), or zeros for the rows where it is dropped in training."""
-        rows = x.new_ones(len(x), *(1,) * (x.dim() - 1))
-        return x * F.dropout(rows, self.p, self.training)
+        return stochastic_depth(x, self.p, self.training)
 
     def extra_repr(self) -> str:
         """Shows the rate."""

@@ -95,7 +95,8 @@ class Model:
 
     def with_calibration(self, calibration: Calibration | None) -> "Model":
         """Gives the same model with a calibration; it holds for the passes, seed and weights it was fitted with."""
-        return replace(self, calibration=calibration, references={}, lock=threading.Lock())
+        audit = replace(self.audit, calibrated=calibration is not None)
+        return replace(self, calibration=calibration, audit=audit, references={}, lock=threading.Lock())
 
     def rows(self, x: Any) -> Rows:
         """Reads inputs and checks them against what the network was wrapped with.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mcdrop.errors import ModelRefused
+from mcdrop.registry import TAUGHT_LAYERS, Taught
 
 __all__ = ["live_shadow", "reached_originals", "unwrapped"]
 
@@ -24,8 +25,10 @@ _SHARED = ("_parameters", "_buffers")
 _DEEPEST = 3  # containers inside containers that may still hold a module
 
 
-def live_shadow(module: nn.Module) -> nn.Module:
+def live_shadow(module: nn.Module, *, drawing: bool = False) -> nn.Module:
     """Gives a shadow of the module with every training flag off.
+
+    One that is ``drawing`` has the forwards and flags of the layers that the user has taught (``register``).
 
     Raises:
         ModelRefused: a TorchScript module, whose Python structure is gone.
@@ -44,7 +47,15 @@ def live_shadow(module: nn.Module) -> nn.Module:
     for original in originals:
         if unwrapped(original) is original:
             copies[id(original)].__dict__.update(_state(original, copies))
+            if drawing and type(original) in TAUGHT_LAYERS:
+                _teach(copies[id(original)], TAUGHT_LAYERS[type(original)])
     return copies[id(module)]
+
+
+def _teach(layer: nn.Module, taught: Taught) -> None:
+    layer.__dict__.update(taught.flags)
+    if taught.forward is not None:
+        layer.__dict__["forward"] = types.MethodType(taught.forward, layer)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

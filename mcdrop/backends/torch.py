@@ -27,6 +27,7 @@ from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.record import nowhere
 from mcdrop.rows import Rows
+from mcdrop.shadow import live_shadow
 from mcdrop.trace import Trace, one_pass, trace
 
 __all__ = ["TIERS", "TorchBackend"]
@@ -161,6 +162,19 @@ class TorchBackend:
             stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
         with torch.no_grad():
             return TIERS[tier or plan.tier](self.live, tensors, self._pick, plan.trace, stacks)
+
+    def over(self, module: nn.Module) -> "TorchBackend":
+        """Gives the same for a copy of the module: the same draws on, nothing traced yet."""
+        live, plain = live_shadow(module, drawing=True), live_shadow(module)
+        for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
+            theirs.training = ours.training
+        return TorchBackend(live, plain, self._pick, self._off, self._force)
+
+    def each_pass(self, rows: Rows, passes: int, *, seed: int, start: int) -> None:
+        """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""
+        plan, tensors = self._prepare(rows)
+        with torch.no_grad():
+            _loop(self.live, tensors, self._pick, plan.trace, self._stacks(plan, passes, seed, start, "iid"))
 
     def watch(self, rows: Rows, mode: TorchFunctionMode, *, passes: int) -> None:
         """Runs passes one by one under a function mode that looks on; with no passes the deterministic forward."""

@@ -1,0 +1,62 @@
+"""Batch norm statistics that fit a network under its own dropout (Li et al. 2018, section 4: the variance shift)."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from mcdrop.backends.torch import TorchBackend
+from mcdrop.errors import InputError
+from mcdrop.model import Model
+from mcdrop.rows import Rows
+from mcdrop.shadow import unwrapped
+
+__all__ = ["recalibrate_batchnorm"]
+
+
+def recalibrate_batchnorm(
+    model: Model, data: Any, *, passes: int = 8, batch_rows: int = 256, seed: int = 0
+) -> nn.Module:
+    """Gives a copy of a model's network whose norm layers' running statistics are those under masks.
+
+    The masked network runs over the data with its norm layers collecting a plain average of batch statistics, as at
+    the end of training with dropout. Weights stay as they are, and the model's own network is not touched; wrap the
+    copy to use it.
+
+    Args:
+        model: what ``wrap`` gave.
+        data: rows like those that the network was trained on: all at once, or an iterable of batches.
+        passes: how many masks each batch is run under.
+        batch_rows: rows at a time, where the data comes all at once.
+        seed: of the masks.
+
+    Raises:
+        InputError: the network has no norm layer with running statistics, or a batch has a single row.
+    """
+    if not isinstance(model.backend, TorchBackend):
+        raise InputError("only a torch network has norm layers that can be recalibrated")
+    network = copy.deepcopy(unwrapped(model.module)).eval()
+    norms = [m for m in network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    if not norms:
+        raise InputError("the network has no norm layer with running statistics")
+    twin = model.backend.over(network)
+    twins = [m for m in twin.live.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    twin.tier(model.example)  # traced while the norm layers are still in eval
+    for norm, shadow in zip(norms, twins, strict=True):
+        norm.reset_running_stats()
+        shadow.training, shadow.momentum = True, None  # no momentum: the average over all batches
+    for index, batch in enumerate(_batches(model, data, batch_rows)):
+        if batch.count < 2:
+            raise InputError("a batch of one row has no variance; give batches of several rows")
+        twin.each_pass(batch, passes, seed=seed, start=index * passes)
+    return network
+
+
+def _batches(model: Model, data: Any, rows: int) -> Iterable[Rows]:
+    if isinstance(data, tuple | dict) or hasattr(data, "ndim"):
+        whole = model.rows(data)
+        blocks = [*whole.split(rows)]
+        return blocks if len(blocks) == 1 or blocks[-1].count > 1 else blocks[:-1]
+    return (model.rows(batch) for batch in data)
