@@ -20,8 +20,11 @@ FLOORS = [
         "mcdrop.moments",
         "mcdrop.rows",
         "mcdrop.audit",
+        "mcdrop.batchnorm",
+        "mcdrop.inject",
         "mcdrop.layers",
         "mcdrop.outputs",
+        "mcdrop.registry",
         "mcdrop.store",
     ],
     ["mcdrop.shadow", "mcdrop.intercept", "mcdrop.backends"],
@@ -41,7 +44,7 @@ FLOORS = [
     ["mcdrop.artifact"],
     ["mcdrop.predict"],
     ["mcdrop.fitting"],
-    ["mcdrop.detect"],
+    ["mcdrop.detect", "mcdrop.batchnorm", "mcdrop.inject"],
     ["mcdrop.table", "mcdrop.distributed"],
     ["mcdrop.cli"],
     ["mcdrop.__main__"],
@@ -61,6 +64,8 @@ FLOORS = [
 # Each library that is slow to import or optional, and the only modules that may import it, at the top or in a function.
 HOMES = {
     "torch": [
+        "mcdrop.batchnorm",
+        "mcdrop.inject",
         "mcdrop.layers",
         "mcdrop.outputs",
         "mcdrop.shadow",
