@@ -1,0 +1,103 @@
+"""Measures of intervals, predictive distributions and rankings, where no well-kept library has them.
+
+For ROC and precision-recall curves, Brier score, log loss and calibration of classes use scikit-learn or torchmetrics.
+Targets ``y``, bounds, means and standard deviations are arrays of one shape, (N, D) or (N,); a measure is their mean.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr
+
+from mcdrop.errors import InputError
+
+__all__ = ["aurc", "crps_gaussian", "crps_samples", "ence", "interval_score", "mean_width", "picp"]
+
+Array = NDArray[np.float64]
+
+
+def picp(y: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> float:
+    """Gives the share of targets inside their interval, bounds included.
+
+    Prediction interval coverage probability (Khosravi et al. 2011, eq. 6).
+    """
+    y, lower, upper = _same(y, lower, upper)
+    return float(((lower <= y) & (y <= upper)).mean())
+
+
+def mean_width(lower: ArrayLike, upper: ArrayLike) -> float:
+    """Gives the mean width of intervals; infinite where one is."""
+    lower, upper = _same(lower, upper)
+    return float((upper - lower).mean())
+
+
+def interval_score(y: ArrayLike, lower: ArrayLike, upper: ArrayLike, level: float) -> float:
+    """Gives the mean of width + 2 / (1 - level) * (how far y lies outside); smaller is better.
+
+    A proper score of central intervals (Gneiting and Raftery 2007, eq. 43).
+    """
+    y, lower, upper = _same(y, lower, upper)
+    outside = np.maximum(lower - y, 0) + np.maximum(y - upper, 0)
+    return float((upper - lower + 2 / (1 - level) * outside).mean())
+
+
+def crps_gaussian(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> float:
+    """Gives the mean continuous ranked probability score of normal predictions; smaller is better.
+
+    std * (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)), z = (y - mean) / std (Gneiting et al. 2005, eq. 5).
+    """
+    y, mean, std = _same(y, mean, std)
+    z = (y - mean) / std
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    return float((std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))).mean())
+
+
+def crps_samples(y: ArrayLike, samples: ArrayLike) -> float:
+    """Gives the mean CRPS of the empirical distribution of samples (T, N, ...); smaller is better.
+
+    E|X - y| - E|X - X'| / 2 over all pairs of samples (Gneiting and Raftery 2007, eq. 21).
+    """
+    draws, y = np.asarray(samples, np.float64), np.asarray(y, np.float64)
+    if draws.shape[1:] != y.shape:
+        raise InputError(f"samples must have the shape (T, *{y.shape}), got {draws.shape}")
+    count = len(draws)
+    # sum over pairs of |x_i - x_j| from the ordered values: each is subtracted and added as often as its rank says
+    weight = (2 * np.arange(1, count + 1) - count - 1).reshape(-1, *(1,) * y.ndim)
+    pairs = 2 * (np.sort(draws, axis=0) * weight).sum(axis=0) / count**2
+    return float((np.abs(draws - y).mean(axis=0) - pairs / 2).mean())
+
+
+def ence(y: ArrayLike, mean: ArrayLike, std: ArrayLike, bins: int = 15) -> float:
+    """Gives the expected normalised calibration error: the mean over bins of |RMV - RMSE| / RMV.
+
+    Rows are cut into bins of equal count by their predicted standard deviation; RMV is its root mean square in a bin,
+    RMSE that of the errors (Levi, Gispan, Giladi and Fetaya 2019, eq. 8).
+    """
+    y, mean, std = (values.ravel() for values in _same(y, mean, std))
+    if not 1 <= bins <= len(y):
+        raise InputError(f"bins must be a number from 1 to {len(y)}, the number of values; got {bins}")
+    parts = np.array_split(np.argsort(std, kind="stable"), bins)
+    predicted = np.array([np.sqrt((std[part] ** 2).mean()) for part in parts])
+    found = np.array([np.sqrt(((y - mean)[part] ** 2).mean()) for part in parts])
+    return float((np.abs(predicted - found) / predicted).mean())
+
+
+def aurc(loss: ArrayLike, score: ArrayLike) -> float:
+    """Gives the area under the risk-coverage curve: the mean over k of the mean loss of the k least strange rows.
+
+    ``loss`` (N,), such as 0 or 1 for right or wrong, ``score`` (N,), larger is stranger (Geifman, Uziel and El-Yaniv
+    2019, eq. 1). Rows of equal score count with their mean loss, so their order does not matter.
+    """
+    loss, score = _same(loss, score)
+    _, group, sizes = np.unique(score, return_inverse=True, return_counts=True)
+    mean_of_group = np.bincount(group, loss) / sizes
+    ordered = np.repeat(mean_of_group, sizes)
+    return float((np.cumsum(ordered) / np.arange(1, len(ordered) + 1)).mean())
+
+
+def _same(*values: ArrayLike) -> tuple[Array, ...]:
+    """Gives arrays of one shape, float64."""
+    arrays = tuple(np.asarray(value, np.float64) for value in values)
+    if len({array.shape for array in arrays}) > 1 or arrays[0].size == 0:
+        shapes = ", ".join(str(array.shape) for array in arrays)
+        raise InputError(f"the arrays must have one shape and hold values, got {shapes}")
+    return arrays

@@ -1,0 +1,187 @@
+"""Figures from records, one function each: axes in, axes out. Nothing here runs a model.
+
+Each function draws on the axes it is given, or on those of a new figure, and gives them back. Matplotlib comes with
+``pip install 'mcdrop[plot]'``.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
+
+from mcdrop.errors import InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["band", "convergence", "coverage", "gallery", "reliability", "scores"]
+
+Array = NDArray[np.float64]
+
+_LINE, _BAND, _POINT, _ALARM = "#1f4e79", "#9dc3e6", "#7f7f7f", "#c00000"
+
+
+class _Band(Protocol):
+    """What a band is drawn from: a ``Prediction``."""
+
+    @property
+    def mean(self) -> Array: ...
+    @property
+    def lower(self) -> Array: ...
+    @property
+    def upper(self) -> Array: ...
+    @property
+    def level(self) -> float: ...
+    @property
+    def interval_kind(self) -> str: ...
+
+
+class _Scored(Protocol):
+    """What strangeness is drawn from: a ``Screened``, or a ``Prediction`` with a screen."""
+
+    @property
+    def score(self) -> Any: ...
+    @property
+    def p_value(self) -> Any: ...
+    @property
+    def is_anomaly(self) -> Any: ...
+
+
+def band(
+    x: ArrayLike, prediction: _Band, *, y: ArrayLike | None = None, seen: ArrayLike | None = None, output: int = 0,
+    ax: "Axes | None" = None,
+) -> "Axes":  # fmt: skip
+    """Draws mean and interval over a single input x (N,) or (N, 1).
+
+    ``y`` are points at ``seen`` (or at x) to be drawn beside them, such as the training data.
+    """
+    ax = _axes(ax)
+    at = _column(x)
+    if len(at) != len(prediction.mean):
+        raise InputError(f"x must have {len(prediction.mean)} rows as the prediction has, got {len(at)}")
+    order = np.argsort(at, kind="stable")
+    lower, mean, upper = (
+        values.reshape(len(at), -1)[order, output] for values in (prediction.lower, prediction.mean, prediction.upper)
+    )
+    label = f"{prediction.level:.0%} {prediction.interval_kind} interval"
+    ax.fill_between(at[order], lower, upper, color=_BAND, alpha=0.6, linewidth=0, label=label)
+    ax.plot(at[order], mean, color=_LINE, label="mean")
+    if y is not None:
+        ax.plot(_column(x if seen is None else seen), _column(y), ".", color=_POINT, label="data")
+    ax.set(xlabel="x", ylabel="y")
+    ax.legend()
+    return ax
+
+
+def reliability(expected: ArrayLike, observed: ArrayLike, *, label: str = "model", ax: "Axes | None" = None) -> "Axes":
+    """Draws what ``calibration_curve`` gives: the share of y below each predicted quantile, and the diagonal."""
+    ax = _diagonal(ax)
+    ax.plot(np.asarray(expected), np.asarray(observed), color=_LINE, label=label)
+    ax.set(xlabel="predicted share", ylabel="observed share")
+    ax.legend()
+    return ax
+
+
+def coverage(
+    levels: ArrayLike, measured: ArrayLike, *, label: str = "intervals", rows: int | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":  # fmt: skip
+    """Draws measured coverage over the nominal level; with ``rows`` plus or minus two standard errors of a share."""
+    nominal, found = np.asarray(levels, np.float64), np.asarray(measured, np.float64)
+    ax = _diagonal(ax)
+    if rows is not None:
+        error = 2 * np.sqrt(nominal * (1 - nominal) / rows)
+        ax.fill_between(nominal, nominal - error, nominal + error, color=_BAND, alpha=0.4, linewidth=0)
+    ax.plot(nominal, found, "o-", color=_LINE, label=label)
+    ax.set(xlabel="nominal level", ylabel="share of y inside")
+    ax.legend()
+    return ax
+
+
+def scores(found: _Scored, *, reference: ArrayLike | None = None, bins: int = 50, ax: "Axes | None" = None) -> "Axes":
+    """Draws the distribution of scores, beside that of reference rows, and the smallest score that was flagged."""
+    ax = _axes(ax)
+    score, flagged = _of_screen(found)
+    known = np.empty(0) if reference is None else np.asarray(reference, np.float64)
+    edges = np.histogram_bin_edges(np.concatenate([score, known]), bins).tolist()
+    if len(known):
+        ax.hist(known, edges, density=True, color=_POINT, alpha=0.5, label="reference")
+    ax.hist(score, edges, density=True, color=_LINE, alpha=0.6, label="rows")
+    if flagged.any():
+        ax.axvline(float(score[flagged].min()), color=_ALARM, label=f"flagged from here ({int(flagged.sum())})")
+    ax.set(xlabel="score", ylabel="density")
+    ax.legend()
+    return ax
+
+
+def gallery(images: ArrayLike, found: _Scored, axes: "Sequence[Axes] | NDArray[Any]") -> "NDArray[Any]":
+    """Draws the strangest images (N, H, W) or (N, H, W, 3), strangest first, one on each of the axes."""
+    pictures, score = np.asarray(images), _of_screen(found)[0]
+    if len(pictures) != len(score):
+        raise InputError(f"there are {len(pictures)} images for {len(score)} scores")
+    flat = np.asarray(axes, dtype=object).ravel()
+    for ax in flat:
+        ax.set_axis_off()
+    for ax, row in zip(flat, np.argsort(-score, kind="stable"), strict=False):
+        ax.imshow(pictures[row], cmap="gray" if pictures.ndim == 3 else None)
+        colour = _ALARM if found.is_anomaly[row] else "black"
+        ax.set_title(f"row {row}, p = {found.p_value[row]:.2g}", fontsize=8, color=colour)
+    return flat
+
+
+def convergence(
+    samples: ArrayLike, *, row: int = 0, output: int = 0, level: float = 0.95, ax: "Axes | None" = None
+) -> "Axes":
+    """Draws how the mean of one row settles with the passes of ``samples`` (T, N, D).
+
+    The band is the interval of the mean (Monte Carlo error only, for independent passes), the thin lines are the
+    quantiles of the passes themselves, which do not shrink.
+    """
+    ax = _axes(ax)
+    kept = np.asarray(samples, np.float64)
+    draws = kept.reshape(len(kept), kept.shape[1], -1)[:, row, output]
+    passes = np.arange(2, len(draws) + 1)
+    mean = np.cumsum(draws)[1:] / passes
+    spread = np.sqrt(np.maximum(np.cumsum((draws - draws[0]) ** 2)[1:] / passes - (mean - draws[0]) ** 2, 0))
+    half = stdtrit(passes - 1, 0.5 + level / 2) * spread / np.sqrt(passes - 1)
+    ax.fill_between(passes, mean - half, mean + half, color=_BAND, alpha=0.6, linewidth=0, label="error of the mean")
+    ax.plot(passes, mean, color=_LINE, label="mean")
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    some = np.unique(np.geomspace(2, len(draws), 200).astype(np.int64))
+    settled = np.array([np.quantile(draws[:count], tails) for count in some])
+    ax.plot(some, settled, color=_POINT, linewidth=0.8, label=[f"{level:.0%} of the passes", "_"])
+    ax.set(xlabel="passes", ylabel="output", xscale="log")
+    ax.legend()
+    return ax
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise MissingExtra("matplotlib", "plot") from None
+    return plt.subplots()[1]
+
+
+def _diagonal(ax: "Axes | None") -> "Axes":
+    ax = _axes(ax)
+    ax.plot([0, 1], [0, 1], "--", color=_POINT, linewidth=0.8)
+    ax.set_aspect("equal")
+    return ax
+
+
+def _column(values: ArrayLike) -> Array:
+    column = np.asarray(values, np.float64)
+    if column.size != len(column):
+        raise InputError(f"a figure over x needs a single column, got the shape {column.shape}")
+    return column.ravel()
+
+
+def _of_screen(found: _Scored) -> tuple[Array, NDArray[np.bool_]]:
+    if found.score is None:
+        raise InputError("there are no scores: predict with a fitted screen, or use mcdrop.screen")
+    return np.asarray(found.score, np.float64), np.asarray(found.is_anomaly, np.bool_)

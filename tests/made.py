@@ -1,0 +1,47 @@
+"""Summaries made by hand, and the small networks that tests of statistics share."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import entr
+from torch import nn
+
+from mcdrop.summaries import Classes, Summary
+
+Array = NDArray[np.float64]
+
+
+def summary(mean: Any, epistemic: Any = 0.1, *, passes: int = 100, **more: Any) -> Summary:
+    """A summary of a regression with the given mean (N, D) and epistemic variance."""
+    mean = np.asarray(mean, np.float64)
+    spread = np.broadcast_to(np.asarray(epistemic, np.float64), mean.shape).copy()
+    count = np.full(len(mean), passes, np.int64)
+    fields: dict[str, Any] = {
+        "passes": count,
+        "degrees": count - 1,
+        "mean": mean,
+        "epistemic": spread,
+        "aleatoric": None,
+        "standard_error": np.sqrt(spread / passes),
+        "deterministic": mean,
+        "samples": None,
+        "support": (-np.inf, np.inf),
+    }
+    return Summary(**fields | more)
+
+
+def classes(chances: Any) -> Summary:
+    """A summary of a classifier with the given mean probabilities (N, C), all passes alike."""
+    chances = np.asarray(chances, np.float64)
+    entropy = entr(chances).sum(axis=-1)
+    nothing = np.zeros_like(entropy)
+    found = Classes(chances.argmax(axis=-1), entropy, entropy, nothing, nothing)
+    return summary(chances, 0.0, support=(0.0, 1.0), classes=found)
+
+
+def net(inputs: int = 2, outputs: int = 1, seed: int = 0) -> nn.Module:
+    """A small network with one dropout."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, outputs))

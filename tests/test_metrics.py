@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import integrate, stats
+
+from mcdrop.errors import InputError
+from mcdrop.metrics import aurc, crps_gaussian, crps_samples, ence, interval_score, mean_width, picp
+
+NUMBERS = st.floats(-100, 100)
+
+
+def test_bounds_count_as_inside() -> None:
+    assert picp([0, 1, 2, 3], [0, 0, 0, 0], [2, 2, 2, 2]) == 0.75
+    assert mean_width([0, 0], [1, 3]) == 2
+    assert mean_width([0, -np.inf], [1, np.inf]) == np.inf
+
+
+def test_interval_score_is_the_two_pinball_losses() -> None:
+    random = np.random.default_rng(0)
+    y, level = random.normal(size=200), 0.9
+    lower, upper = np.full(200, -1.0), np.full(200, 1.5)
+    tail = (1 - level) / 2
+    pinball = [np.maximum(q * (y - at), (q - 1) * (y - at)) for q, at in ((tail, lower), (1 - tail, upper))]
+    assert interval_score(y, lower, upper, level) == pytest.approx(float(sum(pinball).mean()) / tail)  # type: ignore[union-attr]
+
+
+def test_true_interval_has_the_best_interval_score() -> None:
+    y = np.random.default_rng(1).normal(size=20_000)
+    z = stats.norm.ppf(0.95)
+    scores = {width: interval_score(y, np.full_like(y, -width), np.full_like(y, width), 0.9) for width in (1.2, z, 2.2)}
+    assert min(scores, key=lambda width: scores[width]) == z
+
+
+def test_gaussian_crps_is_the_integral_over_thresholds() -> None:
+    def brier(at: float) -> float:
+        return float((stats.norm.cdf(at, 1, 2) - (at >= 2.5)) ** 2)
+
+    expected = integrate.quad(brier, -20, 2.5)[0] + integrate.quad(brier, 2.5, 25)[0]
+    assert crps_gaussian([2.5], [1.0], [2.0]) == pytest.approx(expected, rel=1e-6)
+
+
+@given(arrays(np.float64, (7, 3), elements=NUMBERS), arrays(np.float64, 3, elements=NUMBERS))
+def test_crps_of_samples_equals_all_pairs(samples: np.ndarray, y: np.ndarray) -> None:
+    pairs = np.abs(samples[:, None] - samples[None]).mean(axis=(0, 1))
+    expected = (np.abs(samples - y).mean(axis=0) - pairs / 2).mean()
+    assert crps_samples(y, samples) == pytest.approx(expected, abs=1e-9)
+
+
+def test_crps_of_many_samples_nears_that_of_their_distribution() -> None:
+    samples = np.random.default_rng(2).normal(1, 2, (100_000, 1))
+    assert crps_samples([2.5], samples) == pytest.approx(crps_gaussian([2.5], [1], [2]), abs=0.01)
+
+
+def test_ence_is_small_for_honest_spread_and_the_relative_error_for_another() -> None:
+    random = np.random.default_rng(3)
+    std = random.uniform(0.5, 2, 60_000)
+    y = random.normal(0, std)
+    assert ence(y, np.zeros_like(y), std, bins=10) < 0.02
+    assert ence(y, np.zeros_like(y), 2 * std, bins=10) == pytest.approx(0.5, abs=0.02)
+
+
+def test_ence_of_one_bin_by_hand() -> None:
+    assert ence([3.0, 4.0], [0, 0], [1.0, 1.0], bins=1) == pytest.approx(np.sqrt(12.5) - 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=6))
+def test_aurc_is_the_mean_over_all_orders_of_ties(rows: list[tuple[int, int]]) -> None:
+    from itertools import permutations
+
+    loss, score = np.array(rows, float).T
+    areas = [
+        (np.cumsum(loss[list(order)]) / np.arange(1, len(loss) + 1)).mean()
+        for order in permutations(range(len(loss)))
+        if (np.diff(score[list(order)]) >= 0).all()
+    ]
+    assert aurc(loss, score) == pytest.approx(np.mean(areas))
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(InputError, match=r"one shape and hold values, got \(2,\), \(3,\)"):
+        picp([0, 1], [0, 0, 0], [1, 1])
+    with pytest.raises(InputError, match="bins"):
+        ence([1.0], [0.0], [1.0], bins=2)
+    with pytest.raises(InputError, match="samples must have the shape"):
+        crps_samples([1.0, 2.0], [[1.0], [2.0]])

@@ -1,0 +1,91 @@
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from made import net
+
+import mcdrop
+from mcdrop import plotting
+from mcdrop.errors import InputError, MissingExtra
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+X = np.linspace(-2, 2, 60)[:, None]
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def model() -> mcdrop.Model:
+    return mcdrop.wrap(net(inputs=1), example=X)
+
+
+def test_the_band_of_a_thousand_passes_is_drawn_in_order_of_x(model: mcdrop.Model) -> None:
+    shuffled = np.random.default_rng(0).permutation(X)
+    prediction = mcdrop.predict(model, shuffled, passes=1000)
+    ax = plotting.band(shuffled, prediction, y=np.zeros(3), seen=np.arange(3))
+    line, points = ax.get_lines()
+    np.testing.assert_allclose(line.get_xdata(), X[:, 0])
+    np.testing.assert_allclose(line.get_ydata(), mcdrop.predict(model, X, passes=1000).mean[:, 0], rtol=1e-4)
+    assert len(points.get_xdata()) == 3
+    assert ax.get_legend_handles_labels()[1][0] == "95% credible interval"
+
+
+def test_axes_that_are_given_come_back(model: mcdrop.Model) -> None:
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots()
+    assert plotting.reliability([0.2, 0.8], [0.3, 0.7], ax=ax) is ax
+    assert plotting.coverage([0.8, 0.9], [0.79, 0.92], rows=100, ax=ax) is ax
+    assert plotting.convergence(mcdrop.predict(model, X, keep_samples=True).samples, ax=ax) is ax
+
+
+def test_convergence_ends_at_the_mean_of_all_passes(model: mcdrop.Model) -> None:
+    kept = mcdrop.predict(model, X, passes=50, keep_samples=True)
+    assert kept.samples is not None
+    line = plotting.convergence(kept.samples, row=5).get_lines()[0]
+    ends = np.asarray(line.get_ydata())[-1]
+    assert ends == pytest.approx(float(kept.mean[5, 0]))
+
+
+def test_the_line_among_the_scores_is_the_smallest_flagged(model: mcdrop.Model) -> None:
+    screen = mcdrop.fit_screen(model, X, fpr=0.1)
+    found = mcdrop.screen(model, np.vstack([X, 50 * X]), screen=screen)
+    ax = plotting.scores(found, reference=screen.scores)
+    assert np.asarray(ax.get_lines()[0].get_xdata())[0] == found.score[found.is_anomaly].min()
+
+
+def test_the_gallery_begins_with_the_strangest(model: mcdrop.Model) -> None:
+    import matplotlib.pyplot as plt
+
+    screen = mcdrop.fit_screen(model, X, fpr=0.1)
+    found = mcdrop.screen(model, X * np.linspace(0, 20, 60)[:, None], screen=screen)
+    _, axes = plt.subplots(1, 2)
+    plotting.gallery(np.zeros((60, 4, 4)), found, axes)
+    assert axes[0].get_title().startswith(f"row {found.score.argmax()},")
+    with pytest.raises(InputError, match="3 images for 60 scores"):
+        plotting.gallery(np.zeros((3, 4, 4)), found, axes)
+
+
+def test_what_cannot_be_drawn_is_said(model: mcdrop.Model) -> None:
+    prediction = mcdrop.predict(model, X)
+    with pytest.raises(InputError, match="x must have 60 rows"):
+        plotting.band(X[:3], prediction)
+    with pytest.raises(InputError, match="a single column"):
+        plotting.band(np.zeros((60, 2)), prediction)
+    with pytest.raises(InputError, match="no scores"):
+        plotting.scores(prediction)
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(MissingExtra, match=r"mcdrop\[plot\]"):
+        plotting.reliability([0.5], [0.5])
