@@ -1,0 +1,1 @@
+"""How good the predictions and intervals are, on published splits, beside published numbers."""

@@ -1,0 +1,131 @@
+"""Results as JSON and Markdown; run as a script, renews the section of benchmarks/README.md from the results kept."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy
+import scipy
+import torch
+
+import mcdrop
+from benchmarks.accuracy.published import PUBLISHED, Figure
+
+__all__ = ["environment", "markdown", "put_section"]
+
+Result = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "uci.json"
+README = ROOT / "benchmarks" / "README.md"
+MARKERS = ("<!-- uci -->", "<!-- /uci -->")
+
+TABLES = {  # a run: its title, and what the published figures beside it are called
+    "paper": ("The recipe of 2016, with its published drop rate and precision", ""),
+    "ours": ("Our recipe against the best published Monte Carlo dropout", "best_"),
+}
+
+
+def environment() -> Result:
+    """Gives machine, versions and commit."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "machine": {
+            "processor": _processor(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "mcdrop": mcdrop.__version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "scipy": scipy.__version__,
+        },
+        "commit": described.stdout.strip() or "unknown",
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "unknown"
+
+
+def markdown(results: Result) -> str:
+    """Gives the tables: the 2016 recipe, ours against the best published, and what the intervals cover."""
+    sets, env = results["sets"], results["environment"]
+    parts = [
+        "mean ± standard error over the published splits; log-likelihoods in nats a row, in the units of the target.",
+        _table(sets, "paper"),
+        _table(sets, "ours"),
+        _coverage(sets),
+        f"Trained in {_minutes(sets, 'train_seconds')} min, all in {_minutes(sets, 'seconds')} min of wall time on "
+        f"{env['machine']['threads']} thread(s) of {env['machine']['processor']}; torch {env['versions']['torch']}, "
+        f"commit {env['commit']}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _minutes(sets: Result, what: str) -> str:
+    return f"{sum(run[what] for one in sets.values() for run in one.values()) / 60:.1f}"
+
+
+def _table(sets: Result, run: str) -> str:
+    title, prefix = TABLES[run]
+    rows = [f"**{title}**\n", "| set | RMSE published | RMSE here | log-likelihood published | here | passes |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name, one in sets.items():
+        if run in one:
+            cells = [
+                f"{_figure(getattr(PUBLISHED.get(name), prefix + kind, None))} | {_own(one[run][kind])}"
+                for kind in ("rmse", "log_likelihood")
+            ]
+            rows.append(f"| {name} | {' | '.join(cells)} | {one[run]['passes']} |")
+    return "\n".join(rows) if len(rows) > 3 else ""
+
+
+def _figure(figure: Figure | None) -> str:
+    return "-" if figure is None else f"{figure.mean:.3f} ± {figure.error:.3f}"
+
+
+def _own(figure: Result) -> str:
+    error = figure["standard_error"]
+    return f"{figure['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _coverage(sets: Result) -> str:
+    rows = [
+        "**Share of test rows covered (mean width)**, passes only / with the noise of the head / split conformal\n",
+        "| set | level | passes only | with noise | conformal | where chance puts conformal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in sets.items():
+        for level, at in one["ours"]["coverage"].items():
+            cells = [f"{at[i]['covered']:.3f} ({_width(at[i])})" for i in ("normal", "predictive", "conformal")]
+            low, high = at["band"]
+            rows.append(f"| {name} | {level} | {' | '.join(cells)} | {low:.3f} to {high:.3f} |")
+    return "\n".join(rows)
+
+
+def _width(cell: Result) -> str:
+    return "infinite" if cell["width"] is None else f"{cell['width']:.3g}"
+
+
+def put_section(readme: Path, text: str) -> None:
+    """Puts text between the markers of a README; adds them at its end, or the file, where they are missing."""
+    old = readme.read_text(encoding="utf-8") if readme.is_file() else "# Benchmarks\n"
+    if MARKERS[0] not in old:
+        old = old.rstrip("\n") + f"\n\n{MARKERS[0]}\n{MARKERS[1]}\n"
+    before, rest = old.split(MARKERS[0], 1)
+    readme.write_text(f"{before}{MARKERS[0]}\n{text}{MARKERS[1]}{rest.split(MARKERS[1], 1)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    introduction = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    put_section(README, f"{introduction}\n{markdown(json.loads(RESULTS.read_text(encoding='utf-8')))}")
