@@ -1,0 +1,248 @@
+"""Passes of an ONNX graph on onnxruntime: the draws are inputs, so the runtime computes and never draws.
+
+The part before the first mask runs once for a batch of rows. What follows is run for all passes at a time, the rows
+repeated (``fold``), or pass after pass (``loop``); at the first rows of a shape both are run on the same masks, and the
+faster is used if they agree. Nothing depends on optimiser levels, providers or the runtime's seeds.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from mcdrop.errors import InputError, ModelRefused, UnknownName
+from mcdrop.masks import sample_masks
+from mcdrop.onnx_draws import Slot
+from mcdrop.onnx_graph import pruned, split
+from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed
+from mcdrop.rows import Rows
+
+__all__ = ["OnnxBackend", "providers"]
+
+CHUNK_BYTES = 16 * 2**20
+_CHECK_PASSES = 3
+_TOLERANCE = {"float16": 1e-2, "float32": 3e-5, "float64": 1e-12}
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+Drawn = Mapping[str, Array]  # site name -> its draws (T, ...); a site that is not there is at its expectation
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How passes of one input signature are run."""
+
+    trace: Trace
+    tier: str
+    reason: str
+
+
+def providers() -> list[str]:
+    """The execution providers that are used: CUDA where it is there, else the CPU."""
+    present = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in present]
+
+
+def session(model: "onnx.ModelProto") -> onnxruntime.InferenceSession:
+    """Gives a session of a graph.
+
+    Raises:
+        ModelRefused: the runtime does not take the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads are to leave the machine
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers())
+    except Exception as error:  # the runtime's own errors share no base
+        raise ModelRefused(f"onnxruntime does not take this graph: {_first_line(error)}") from error
+
+
+class OnnxBackend:
+    """A graph with its draws as inputs; safe to use from several threads at once."""
+
+    chunk_bytes = CHUNK_BYTES
+
+    def __init__(
+        self, model: "onnx.ModelProto", slots: Sequence[Slot], output: str, *, digest: str, layers: Mapping[str, str]
+    ) -> None:
+        """Takes a graph that ``masks_as_inputs`` changed, its slots and the output to read.
+
+        ``digest`` is the sha256 of the graph as it was, ``layers`` maps the names of nodes to their first outputs.
+        """
+        self.slots = tuple(slots)
+        self._model, self._output, self._digest, self._layers = model, output, digest, layers
+        masks = {slot.mask for slot in slots}
+        self.inputs = [info for info in model.graph.input if info.name not in masks]
+        self._border, _ = split(model, masks)
+        names = {info.name for info in self.inputs}
+        made = [name for name in self._border if name not in names]
+        self._before = session(pruned(model, made)) if made else None
+        between = [] if self._before is None else [_info(one) for one in self._before.get_outputs()]
+        given = [info for info in model.graph.input if info.name in {*self._border, *masks}]
+        self._after = session(pruned(model, [output], [*given, *between]))
+        self._takes = {info.name for info in self._after.get_inputs()}
+        self._observer: Observer | None = None
+        self._plans: dict[object, _Plan] = {}
+        self._lock = threading.Lock()
+        self._last = threading.local()
+
+    # -- the Backend protocol --
+
+    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+        """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
+        plan = self.plan(rows)
+        drawn = sample_masks(plan.trace.sites, passes, seed=seed, start=start, sampler=sampler)
+        return self.run(rows, drawn, passes, plan.trace, plan.tier)
+
+    def deterministic(self, rows: Rows) -> NDArray[np.float32]:
+        """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
+        outputs: NDArray[np.float32] = self.run(rows, {}, 1, self.plan(rows).trace, "loop")[0]
+        return outputs
+
+    def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
+        """Gives the first output of a named node, or what enters the last matrix product, with draws off: (N, F)."""
+        if layer is not None and layer not in self._layers:
+            raise UnknownName("layer", layer, self._layers)
+        value = self._last_hidden() if layer is None else self._layers[layer]
+        found = self._observe(self._feeds(rows)).get(value)
+        if found is None or found.ndim == 0 or len(found) != rows.count:
+            raise InputError(f"layer {layer or value!r} does not keep the rows on its first axis")
+        features: NDArray[np.float32] = found.reshape(rows.count, -1).astype(np.float32)
+        return features
+
+    def digest(self) -> str:
+        """Gives the sha256 of the graph as it was read."""
+        return self._digest
+
+    def row_bytes(self, rows: Rows) -> int:
+        """Gives the memory that one pass of one row needs: some four of its largest values are alive at a time."""
+        return 4 * self.plan(rows).trace.row_bytes
+
+    # -- one layer down --
+
+    def plan(self, rows: Rows) -> _Plan:
+        """Gives how rows of such shapes are run; traced and checked when they are first seen."""
+        feeds = self._feeds(rows)
+        signature = tuple((name, value.shape[1:]) for name, value in feeds.items())
+        plan = self._plans.get(signature)
+        if plan is None:
+            with self._lock:
+                plan = self._plans.get(signature)
+                if plan is None:
+                    plan = self._plans[signature] = self._make_plan(rows)
+        return plan
+
+    def tier(self, rows: Rows) -> tuple[str, str]:
+        """Gives the tier that runs the passes of such rows, and why."""
+        plan = self.plan(rows)
+        return plan.tier, plan.reason
+
+    def run(self, rows: Rows, drawn: Drawn, passes: int, trace: Trace, tier: str) -> NDArray[np.float32]:
+        """Runs passes with given draws; those of other sites are at their expectations: (T, N, ...)."""
+        border = self._at_border(rows)
+        if tier == "fold":
+            feeds = {name: fold_rows(value, trace.border[name], passes) for name, value in border.items()}
+            masks = {slot.mask: mask_feed(slot, trace, drawn, rows.count, None) for slot in self.slots}
+            folded = self._random({**feeds, **masks})
+            return self._checked(folded.reshape(passes, rows.count, *folded.shape[1:]), rows)
+        each = []
+        for t in range(passes):
+            masks = {slot.mask: mask_feed(slot, trace, drawn, rows.count, t) for slot in self.slots}
+            each.append(self._random({**border, **masks}))
+        return self._checked(np.stack(each), rows)
+
+    # -- inside --
+
+    def _random(self, feeds: Feeds) -> Array:
+        output: Array = self._after.run([self._output], {k: v for k, v in feeds.items() if k in self._takes})[0]
+        return output
+
+    def _checked(self, outputs: Array, rows: Rows) -> NDArray[np.float32]:
+        if outputs.shape[1] != rows.count:
+            raise InputError(
+                f"the output has {outputs.shape[1]} rows for {rows.count}; its first axis must be the rows"
+            )
+        if any(slot.shape for slot in self.slots) and np.isnan(outputs).any():
+            raise ModelRefused("a branch with draws ran that did not run on the example, or the output is not a number")
+        single: NDArray[np.float32] = outputs.astype(np.float32)
+        return single[..., None] if single.ndim == 2 else single
+
+    def _feeds(self, rows: Rows) -> Feeds:
+        leaves = [leaf for _, leaf in rows.named()]
+        arrays = [leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else np.asarray(leaf) for leaf in leaves]
+        types = [onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type) for info in self.inputs]
+        named = zip(self.inputs, arrays, types, strict=True)
+        return {info.name: np.ascontiguousarray(array, dtype) for info, array, dtype in named}
+
+    def _at_border(self, rows: Rows) -> Feeds:
+        """What the random part takes, made once for a batch of rows and kept for the chunks of passes that follow."""
+        last = getattr(self._last, "held", None)
+        if last is not None and last[0]() is rows:
+            kept: Feeds = last[1]
+            return kept
+        feeds = self._feeds(rows)
+        border = {name: feeds[name] for name in self._border if name in feeds}
+        if self._before is not None:
+            taken = {info.name: feeds[info.name] for info in self._before.get_inputs()}
+            made = [info.name for info in self._before.get_outputs()]
+            border |= dict(zip(made, self._before.run(made, taken), strict=True))
+        self._last.held = (weakref.ref(rows), border)
+        return border
+
+    def _observe(self, feeds: Feeds) -> Feeds:
+        if self._observer is None:
+            self._observer = Observer(self._model, self.slots, session)
+        return self._observer(feeds)
+
+    def _last_hidden(self) -> str:
+        for node in reversed(self._model.graph.node):
+            if node.op_type in ("Gemm", "MatMul"):
+                return str(node.input[0])
+        raise InputError(
+            "no matrix product runs in this graph; name the node whose output are the features with layer="
+        )
+
+    def _make_plan(self, rows: Rows) -> _Plan:
+        if self._observer is None:
+            self._observer = Observer(self._model, self.slots, session)
+        trace = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self._output)
+        few = rows.take(slice(0, min(rows.count, 4)))
+        drawn = sample_masks(trace.sites, _CHECK_PASSES, seed=0)
+        began = time.perf_counter()
+        expected = self.run(few, drawn, _CHECK_PASSES, trace, "loop")
+        looped = time.perf_counter() - began
+        if trace.unfoldable:
+            return _Plan(trace, "loop", trace.unfoldable)
+        try:
+            self.run(few, drawn, _CHECK_PASSES, trace, "fold")
+            began = time.perf_counter()
+            got = self.run(few, drawn, _CHECK_PASSES, trace, "fold")
+            folded = time.perf_counter() - began
+        except Exception as error:  # whatever a graph does with more rows, the loop is right
+            return _Plan(trace, "loop", f"fold does not take this graph: {_first_line(error)}")
+        scale = max(float(np.abs(expected).max()), 1e-30)
+        worst = float(np.abs(got - expected).max()) / scale if got.shape == expected.shape else float("inf")
+        if not worst <= _TOLERANCE.get(trace.dtype, 3e-5):
+            return _Plan(trace, "loop", f"fold differs from the loop by {worst:.1e}")
+        if looped < folded:
+            return _Plan(trace, "loop", "faster than fold, which agrees")
+        return _Plan(trace, "fold", "equals the loop; what comes before the first draw is run once")
+
+
+def _info(value: Any) -> Any:
+    """What a session says of one of its outputs, as the description of an input of any shape."""
+    kind = value.type.removeprefix("tensor(").removesuffix(")").upper()
+    return onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.DataType.Value(kind), None)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -1,0 +1,243 @@
+"""Discovery in an ONNX graph: its draws become inputs, each is proved live, and what was lost in export is named."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mcdrop.audit import Audit, SiteReport
+from mcdrop.backends.onnx import OnnxBackend
+from mcdrop.errors import InputError, NoStochasticSite, UnknownName
+from mcdrop.masks import Site, sample_masks
+from mcdrop.onnx_draws import Slot, masks_as_inputs
+from mcdrop.onnx_graph import depends_on, drop_norm_training, read_graph, walk
+from mcdrop.rows import Rows
+
+__all__ = ["Discovery", "GraphInput", "discover_graph", "graph_inputs"]
+
+_PASSES = 32
+_TRIES = 6
+_FREE = 8  # size of an axis that the graph leaves open, for rows that are made up
+_RECIPE = (
+    "export the network again with the dropout layers in training mode and everything else in eval: model.eval(); "
+    "[m.train() for m in model.modules() if 'Dropout' in type(m).__name__]; torch.onnx.export(model, ..., "
+    "dynamo=True); or mcdrop.save(mcdrop.wrap(model, ...), folder, format='onnx'), which keeps attention and recurrent "
+    "dropout too; or put dropout after named nodes with inject={'node': 0.1}"
+)
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input of a graph: its name, numpy type, and shape with -1 for the rows and None for what is open."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A graph ready to run, what it takes, the rows it was traced with, and the audit."""
+
+    backend: OnnxBackend
+    inputs: tuple[GraphInput, ...]
+    rows: Rows
+    audit: Audit
+
+
+def discover_graph(
+    source: "bytes | str | Path | onnx.ModelProto",
+    rows: Rows | None,
+    *,
+    output: str | int | None = None,
+    inject: Mapping[str, float] | None = None,
+    digest: str | None = None,
+) -> Discovery:
+    """Turns every draw of a graph into an input and proves each live.
+
+    Args:
+        source: a path, the bytes of a file or a model; it is not changed.
+        rows: example rows; None makes some up from the shapes of the inputs.
+        output: name or position of the output to read; None is the only floating one.
+        inject: drop rates by the names of nodes after which a dropout is put.
+        digest: what names the weights; None is the sha256 of the graph.
+
+    Raises:
+        ArtifactError: it is no sound graph in one piece.
+        NoStochasticSite: it has no live draw; the message says how to export it with its dropout.
+        UncontrolledDraw: it draws what no mask can stand for.
+        ModelRefused: the runtime does not take it, or it takes one number of rows only.
+    """
+    model = read_graph(source)
+    digest = digest or hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    name = model.graph.name or "the graph"
+    norms = drop_norm_training(model)
+    nodes = [*walk(model.graph)]
+    layers = {place.path: place.node.output[0] for place in nodes if not place.chain and place.node.output}
+    bare = _softmax_without_dropout(model)
+    slots = masks_as_inputs(model, inject)
+    if not slots:
+        raise NoStochasticSite(
+            f"{name} has no live stochastic site: every variance would be 0. Looked at {len(nodes)} nodes and found no "
+            f"Dropout and no random operator, as in exports in eval mode, which drop them; {_RECIPE}"
+        )
+    _free_rows(model, slots)
+    backend = OnnxBackend(model, slots, _picked(model, output), digest=digest, layers=layers)
+    inputs = graph_inputs(backend)
+    rows = _made_up(inputs) if rows is None else rows
+    if len([*rows.named()]) != len(inputs):
+        raise InputError(f"the graph takes {len(inputs)} inputs: {', '.join(one.name for one in inputs)}")
+    audit = _audit(backend, rows, name, len(nodes))
+    warnings = (*audit.warnings, *_lost(norms, [path for path in bare if path not in (inject or {})]))
+    kept = dict.fromkeys(norms, "batch norm in training mode: put back to its running statistics")
+    audit = replace(audit, kept=kept, warnings=warnings)
+    if not audit.live:
+        said = "; ".join(f"{site.path}: {site.reason}" for site in audit.sites)
+        raise NoStochasticSite(f"{name} has no live stochastic site: every variance would be 0 ({said}); {_RECIPE}")
+    return Discovery(backend, inputs, rows, audit)
+
+
+def _lost(norms: list[str], bare: list[str]) -> list[str]:
+    """What an export changed in the network that was trained, in words."""
+    said = [f"batch norm {path} was exported in training mode; its running statistics are used" for path in norms]
+    if bare:
+        said.append(
+            f"attention without dropout at {', '.join(bare)}: exporters lose it; if the network was trained with it, "
+            f"load with inject={{{bare[0]!r}: p}} or save the network with mcdrop"
+        )
+    return said
+
+
+# -- inputs and output -------------------------------------------------------------------------------------------------
+
+
+def graph_inputs(backend: OnnxBackend) -> tuple[GraphInput, ...]:
+    """Gives what a graph takes."""
+    found = []
+    for info in backend.inputs:
+        kind = info.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+        sizes = [axis.dim_value if axis.HasField("dim_value") else None for axis in kind.shape.dim]
+        if not sizes:
+            raise InputError(f"input {info.name!r} has no axis for the rows")
+        found.append(GraphInput(info.name, "float32" if dtype == "float16" else dtype, (-1, *sizes[1:])))
+    return tuple(found)
+
+
+def _made_up(inputs: tuple[GraphInput, ...]) -> Rows:
+    """Rows of the right shapes: normal numbers, for whole numbers zeros and ones, for booleans true."""
+    generator = np.random.Generator(np.random.Philox(0))
+    leaves = []
+    for one in inputs:
+        shape = (4, *(_FREE if size is None else size for size in one.shape[1:]))
+        kind = np.dtype(one.dtype).kind
+        made = generator.standard_normal(shape) if kind == "f" else generator.integers(0, 2, shape)
+        leaves.append(np.ones(shape, bool) if kind == "b" else made.astype(one.dtype))
+    return Rows.of(tuple(leaves))
+
+
+def _picked(model: Any, output: str | int | None) -> str:
+    names = [info.name for info in model.graph.output]
+    if isinstance(output, int) and 0 <= output < len(names):
+        return str(names[output])
+    if output in names:
+        return str(output)
+    if output is not None:
+        raise UnknownName("output", output, names)
+    floating = [info.name for info in model.graph.output if info.type.tensor_type.elem_type in (1, 10, 11, 16)]
+    if len(floating) != 1 and "logits" not in floating:
+        raise InputError(f"the graph has the outputs {', '.join(names)}; choose one with output=")
+    return "logits" if "logits" in floating and len(floating) > 1 else str(floating[0])
+
+
+def _free_rows(model: Any, slots: tuple[Slot, ...]) -> None:
+    """Leaves the first axis of every input open; whether the graph can follow is seen when it is traced."""
+    masks = {slot.mask for slot in slots}
+    for info in model.graph.input:
+        if info.name not in masks and info.type.tensor_type.shape.dim:
+            info.type.tensor_type.shape.dim[0].Clear()
+            info.type.tensor_type.shape.dim[0].dim_param = "mcdrop.rows"
+    del model.graph.value_info[:]  # shapes that were inferred for another number of rows
+
+
+def _softmax_without_dropout(model: Any) -> list[str]:
+    """Names every softmax that goes straight into a matrix product, as attention does where dropout was lost."""
+    graph, found = model.graph, []
+    inputs = {info.name for info in graph.input} - {tensor.name for tensor in graph.initializer}
+    moving = depends_on(graph, inputs)
+    for place in walk(graph):
+        if place.operator == "Softmax" and not place.chain:
+            users = [node for node in graph.node if place.node.output[0] in node.input]
+            into = [node for node in users if node.op_type == "MatMul" and node.input[0] == place.node.output[0]]
+            if any(len(node.input) > 1 and node.input[1] in moving for node in into):
+                found.append(place.path)
+    return found
+
+
+# -- proof -------------------------------------------------------------------------------------------------------------
+
+
+def _audit(backend: OnnxBackend, rows: Rows, name: str, nodes: int) -> Audit:
+    plan = backend.plan(rows)
+    sites = plan.trace.sites
+    shared = {
+        site
+        for slot in backend.slots
+        if plan.trace.layouts[slot.mask] is None
+        for site in plan.trace.of_slot[slot.mask]
+    }
+    drawn = sample_masks(sites, _PASSES, seed=0)
+    everything = backend.run(rows, drawn, _PASSES, plan.trace, plan.tier).astype(np.float64)
+    off = backend.deterministic(rows).astype(np.float64)
+    total = max(float(everything.var(axis=0, ddof=1).sum()), 1e-300)
+    reports = []
+    for site in sites:
+        verdict, reason = _verdict(backend, rows, sites, site)
+        share = None
+        if verdict == "live":
+            alone = backend.run(rows, {site.name: drawn[site.name]}, _PASSES, plan.trace, plan.tier)
+            share = float(alone.astype(np.float64).var(axis=0, ddof=1).sum()) / total
+        p = site.p if site.kind == "bernoulli" else None
+        reports.append(
+            SiteReport(
+                site.name, site.path, site.kind, p, site.shape, verdict, reason, shared=site.name in shared, share=share
+            )
+        )
+    std = everything.std(axis=0, ddof=1)
+    floor = max(float(std.max()), 1e-300) * 1e-3
+    gap = float((np.abs(everything.mean(axis=0) - off) / np.maximum(std, floor)).max())
+    return Audit(
+        model=name, modules=nodes, sites=tuple(reports), stochastic=tuple(dict.fromkeys(site.path for site in sites)),
+        tier=plan.tier, tier_reason=plan.reason, mean_gap=gap, warnings=_coupled(backend, rows, off),
+    )  # fmt: skip
+
+
+def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Site) -> tuple[str, str]:
+    """Checks whether a mask on one site alone changes the output."""
+    trace = backend.plan(rows).trace
+    if any(site.name in names for mask, names in trace.of_slot.items() if mask in trace.absent):
+        return "idle", "its branch does not run on the example"
+    if site.kind == "bernoulli" and site.p in (0.0, 1.0):
+        return "idle", f"its drop rate is {site.p:g}"
+    # half of the units whatever the rate, so that a rare drop is seen as well as a common one
+    even = [Site(one.name, one.shape, 0.5, one.kind) if one is site else one for one in sites]
+    for seed in range(_TRIES):
+        drawn = sample_masks(even, 2, seed=seed, sampler="iid")
+        still = {name: values if name == site.name else values[[0, 0]] for name, values in drawn.items()}
+        first, second = backend.run(rows, still, 2, trace, "loop")
+        if not np.array_equal(first, second):
+            return "live", "changes the output"
+    return "idle", "no mask on it changes the output"
+
+
+def _coupled(backend: OnnxBackend, rows: Rows, off: NDArray[np.float64]) -> tuple[str, ...]:
+    """Warns where a row's answer depends on its neighbours even with the draws off."""
+    alone = backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
+    if np.allclose(alone, off[:1], rtol=1e-3, atol=1e-3 * float(np.abs(off).max())):
+        return ()
+    return ("a row's answer depends on the other rows of its batch, even with every draw off",)

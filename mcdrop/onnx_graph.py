@@ -1,0 +1,228 @@
+"""An ONNX graph as data: read without running anything, cut in two where the first mask enters.
+
+Nothing here draws, and nothing here knows onnxruntime.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from mcdrop.errors import ArtifactError
+
+__all__ = [
+    "Chain",
+    "Constants",
+    "Place",
+    "constant",
+    "depends_on",
+    "drop_norm_training",
+    "opset",
+    "pruned",
+    "read_graph",
+    "reads",
+    "split",
+    "walk",
+]
+
+_BYTES = 2**31 - 1  # what protobuf can hold
+_STANDARD = ("", "ai.onnx")
+
+Node = Any  # protobuf messages carry no types
+Graph = Any
+Chain = tuple[tuple[Graph, Node, str], ...]
+Constants = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node, the graph that holds it, and the (graph, node, attribute) of each level above, outermost first."""
+
+    graph: Graph
+    node: Node
+    chain: Chain = ()
+
+    @property
+    def operator(self) -> str:
+        """The operator, with its domain where that is not the standard one."""
+        return self.node.op_type if self.node.domain in _STANDARD else f"{self.node.domain}:{self.node.op_type}"
+
+    @property
+    def path(self) -> str:
+        """The node's name, or what it is and makes."""
+        return self.node.name or f"{self.node.op_type}:{next(iter(self.node.output), '')}"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_graph(source: "bytes | str | Path | onnx.ModelProto") -> "onnx.ModelProto":
+    """Gives a checked model of one's own, its local functions put in line.
+
+    Raises:
+        ArtifactError: it is no ONNX model, or keeps tensors in other files.
+    """
+    data, name = _bytes(source)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
+        raise ArtifactError(f"{name} is not an ONNX model: it is cut off, damaged or something else") from error
+    outside = sorted({_location(tensor) for tensor in _tensors(model) if _location(tensor)})
+    if outside:
+        raise ArtifactError(
+            f"{name} keeps tensors in other files ({', '.join(map(repr, outside[:3]))}), which are not read; write it "
+            "in one piece with onnx.save_model(onnx.load(path), new_path, save_as_external_data=False)"
+        )
+    try:
+        if model.functions:
+            from onnx import inliner
+
+            model = inliner.inline_local_functions(model)
+        onnx.checker.check_model(model)
+    except Exception as error:  # the checker and the inliner raise errors of several C++ classes
+        raise ArtifactError(f"{name} is not a sound ONNX model: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def _bytes(source: Any) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        return source, "the model"
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.stat().st_size > _BYTES:
+            raise ArtifactError(f"{path} is larger than an ONNX file can be ({_BYTES} bytes)")
+        return path.read_bytes(), str(path)
+    return source.SerializeToString(), source.graph.name or "the model"
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Every tensor of a model, wherever it may be."""
+    nodes = [*(node for function in model.functions for node in function.node), *model.graph.node]
+    graphs = [model.graph, *(info.algorithm for info in model.training_info)]
+    while graphs:
+        graph = graphs.pop()
+        yield from graph.initializer
+        yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
+        nodes.extend(graph.node)
+        while nodes:
+            for attribute in nodes.pop().attribute:
+                yield from (attribute.t, *attribute.tensors)
+                sparse = (attribute.sparse_tensor, *attribute.sparse_tensors)
+                yield from (part for one in sparse for part in (one.values, one.indices))
+                graphs.extend([attribute.g] * attribute.HasField("g") + list(attribute.graphs))
+
+
+def _location(tensor: Any) -> str:
+    """Where a tensor lies outside of its file; empty where it does not."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
+        return ""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "somewhere")
+
+
+def opset(model: Any) -> int:
+    """The version of the standard operators."""
+    return next((entry.version for entry in model.opset_import if entry.domain in _STANDARD), 1)
+
+
+def walk(graph: Graph, chain: Chain = ()) -> Iterator[Place]:
+    """Walks over every node, those of the bodies of If, Loop and Scan after the node that holds them."""
+    for node in graph.node:
+        yield Place(graph, node, chain)
+        for attribute in node.attribute:
+            for body in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
+                yield from walk(body, (*chain, (graph, node, attribute.name)))
+
+
+def constant(model: Any) -> Constants:
+    """The values that are written into the model: initializers, Constant nodes, and casts and copies of those."""
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for place in walk(model.graph):
+        node = place.node
+        known.update({tensor.name: numpy_helper.to_array(tensor) for tensor in place.graph.initializer})
+        if node.op_type == "Constant" and node.attribute:
+            value = helper.get_attribute_value(node.attribute[0])
+            known[node.output[0]] = numpy_helper.to_array(value) if hasattr(value, "dims") else np.asarray(value)
+        elif node.op_type in ("Identity", "Cast") and node.input[0] in known:
+            known[node.output[0]] = known[node.input[0]]
+    return known
+
+
+def drop_norm_training(model: Any) -> list[str]:
+    """Sets every BatchNormalization back to its running statistics; gives the paths of those that were not."""
+    changed = []
+    for place in walk(model.graph):
+        for attribute in place.node.attribute:
+            if place.operator == "BatchNormalization" and attribute.name == "training_mode" and attribute.i:
+                attribute.i = 0
+                gone = set(place.node.output[1:])
+                del place.node.output[1:]
+                kept = [output for output in place.graph.output if output.name not in gone]
+                del place.graph.output[:]
+                place.graph.output.extend(kept)
+                changed.append(place.path)
+    return changed
+
+
+# -- cutting -----------------------------------------------------------------------------------------------------------
+
+
+def reads(node: Node) -> set[str]:
+    """The values that a node reads, those that its bodies take from outside included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for body in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
+            names |= {name for inner in body.node for name in reads(inner)}
+            names |= {output.name for output in body.output}
+    return names - {""}
+
+
+def depends_on(graph: Graph, sources: Iterable[str]) -> set[str]:
+    """The values that follow from the sources, the sources included."""
+    found = set(sources)
+    for node in graph.node:  # in topological order, as ONNX demands
+        if reads(node) & found:
+            found |= set(node.output) - {""}
+    return found
+
+
+def pruned(model: Any, outputs: list[str], inputs: "list[onnx.ValueInfoProto] | None" = None) -> "onnx.ModelProto":
+    """Gives the part of a model that makes some values; ``inputs`` are values that it is given instead of making."""
+    graph, cut = model.graph, {info.name for info in inputs or ()}
+    wanted, kept = set(outputs) - cut, []
+    for node in reversed(graph.node):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted |= reads(node) - cut
+    part = onnx.ModelProto()
+    part.ir_version = model.ir_version
+    part.opset_import.extend(model.opset_import)
+    part.graph.name = graph.name or "mcdrop"
+    part.graph.node.extend(reversed(kept))
+    part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in wanted)
+    part.graph.sparse_initializer.extend(one for one in graph.sparse_initializer if one.values.name in wanted)
+    part.graph.input.extend([info for info in graph.input if info.name in wanted] if inputs is None else inputs)
+    part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    return part
+
+
+def split(model: Any, masks: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Gives the values that the random part takes from the part before the first mask, and all that are random.
+
+    What follows from no input at all is made anew in both parts and is not listed.
+    """
+    graph = model.graph
+    random = depends_on(graph, masks)
+    initial = {tensor.name for tensor in graph.initializer}
+    moving = depends_on(graph, {info.name for info in graph.input} - initial)
+    border: dict[str, None] = {}
+    for node in graph.node:
+        if random & set(node.output):
+            border.update(dict.fromkeys(sorted((reads(node) & moving) - random)))
+    inner = {name for place in walk(graph) if place.chain for name in place.node.output}
+    return [name for name in border if name not in inner], random

@@ -1,0 +1,237 @@
+"""What every pass of an ONNX graph does with rows of one shape: its sites, and what follows the rows and how.
+
+The graph runs with its draws off on three and on five rows, and every value in it is looked at: the axis whose size
+differs is the rows' axis, and what is left of it when it is divided by the rows (such as attention heads) belongs to
+one row. Small whole numbers that differ, such as shapes, are linear in the number of rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.errors import InputError, ModelRefused
+from mcdrop.masks import Site
+from mcdrop.onnx_bodies import ABSENT
+from mcdrop.onnx_draws import Slot
+from mcdrop.onnx_graph import depends_on, pruned
+from mcdrop.rows import Rows
+
+__all__ = ["Axis", "Observer", "Trace", "fold_rows", "mask_feed"]
+
+_FEW, _MORE = 3, 5
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How a value follows the rows: along an axis, ``multiple`` entries for each row; or (axis None) as numbers do.
+
+    ``base`` is then what the numbers are for no rows at all.
+    """
+
+    axis: int | None
+    multiple: int = 1
+    base: Any = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a pass does: its sites, which of them a slot uses, and the layout of each slot's draw.
+
+    A slot in a loop has one site a step. ``units`` are the shapes of what one row draws. ``border`` says how the values
+    that enter the random part follow the rows, None for those that do not; ``unfoldable`` says why rows cannot be
+    repeated, empty where they can. ``absent`` names the slots that stand in a branch which does not run.
+    """
+
+    sites: tuple[Site, ...]
+    of_slot: dict[str, tuple[str, ...]]
+    layouts: dict[str, Axis | None]
+    units: dict[str, tuple[int, ...]]
+    border: dict[str, Axis | None]
+    unfoldable: str
+    row_bytes: int
+    dtype: str
+    absent: frozenset[str]
+
+
+class Observer:
+    """A graph with its draws off that gives every value."""
+
+    def __init__(self, model: Any, slots: Sequence[Slot], session: Callable[[Any], Any]) -> None:
+        """Takes a graph that ``masks_as_inputs`` changed, its slots, and what makes a session of a graph."""
+        graph = model.graph
+        self._slots = slots
+        self._initial = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        inputs = [info.name for info in graph.input if info.name not in self._initial]
+        moving = depends_on(graph, inputs)
+        made = [name for node in graph.node for name in node.output if name in moving]
+        wanted = [name for slot in slots for name in (slot.like, slot.shape) if name and name not in inputs]
+        outer = {name for node in graph.node for name in node.output}
+        everything = dict.fromkeys([*made, *(name for name in wanted if name in outer)])
+        given = [info for info in graph.input if info.name in inputs]
+        self._session = session(pruned(model, [*everything], given))
+        self._given = {info.name for info in self._session.get_inputs()}
+        self._off = {slot.mask: np.full((1,) if slot.loop else (), slot.expected, np.float32) for slot in slots}
+
+    def __call__(self, feeds: Feeds) -> Feeds:
+        """Gives every value by its name, the inputs among them."""
+        given = {name: value for name, value in {**feeds, **self._off}.items() if name in self._given}
+        names = [info.name for info in self._session.get_outputs()]
+        found = dict(zip(names, self._session.run(names, given), strict=True))
+        return {**feeds, **{name: value for name, value in found.items() if isinstance(value, np.ndarray)}}
+
+    def trace(self, feeds: Callable[[Rows], Feeds], rows: Rows, border: Sequence[str], output: str) -> Trace:
+        """Finds the sites of rows of one shape, and how everything follows the rows.
+
+        Raises:
+            InputError: the graph cannot take the rows.
+            ModelRefused: it takes one number of rows only.
+        """
+        few = self._on(feeds, rows, _FEW)
+        try:
+            more = self._on(feeds, rows, _MORE)
+        except InputError as error:
+            raise ModelRefused(
+                "the graph takes one number of rows only, so its passes cannot be told from its rows; export it with "
+                f"a dynamic first axis (dynamic_shapes=({{0: torch.export.Dim('rows')}},)): {error}"
+            ) from error
+        shapes, layouts, absent = {}, {}, set()
+        for slot in self._slots:
+            a, b = self._shape(slot, few), self._shape(slot, more)
+            if a and a[0] == ABSENT:
+                absent.add(slot.mask)
+                a = b = ()
+            layouts[slot.mask], shapes[slot.mask] = _axis_of(a, b, slot.path), a
+        units = {mask: _unit(shape, layouts[mask]) for mask, shape in shapes.items()}
+        sites, of_slot = self._numbered(units, few)
+        kinds, trouble = {}, ""
+        for name in border:
+            kinds[name], why = _follows(few[name], more[name])
+            trouble = trouble or (f"{name} {why}" if why else "")
+        shared = [slot.path for slot in self._slots if layouts[slot.mask] is None and slot.mask not in absent]
+        if shared:
+            trouble = trouble or f"the draw of {shared[0]} is shared by all rows"
+        largest = max(value.nbytes for value in few.values())
+        dtype = str(few[output].dtype)
+        return Trace(sites, of_slot, layouts, units, kinds, trouble, -(-largest // _FEW), dtype, frozenset(absent))
+
+    def _on(self, feeds: Callable[[Rows], Feeds], rows: Rows, count: int) -> Feeds:
+        given = feeds(rows.take(np.arange(count) % rows.count))
+        try:
+            return self(given)
+        except Exception as error:  # the runtime's own errors share no base
+            shapes = ", ".join(f"{name}: {('N', *value.shape[1:])}" for name, value in given.items())
+            said = str(error).strip().splitlines()[0][:300]
+            raise InputError(f"the graph cannot take inputs of shape {shapes}: {said}") from error
+
+    def _shape(self, slot: Slot, values: Feeds) -> tuple[int, ...]:
+        """The shape of a slot's draw, in a loop that of one step."""
+        if not slot.shape:
+            return self._initial.get(slot.like) or tuple(values[slot.like].shape)
+        found = values[slot.shape]
+        if slot.loop:
+            if found.ndim != 2 or not len(found) or (found != found[0]).any():
+                raise ModelRefused(f"the draw of {slot.path} changes its shape from step to step of its loop")
+            found = found[0]
+        return tuple(int(size) for size in found.reshape(-1))
+
+    def _numbered(
+        self, units: Mapping[str, tuple[int, ...]], values: Feeds
+    ) -> tuple[tuple[Site, ...], dict[str, tuple[str, ...]]]:
+        """Numbers the draws in the order in which they happen, those of a loop step by step."""
+        sites: list[Site] = []
+        of_slot: dict[str, tuple[str, ...]] = {slot.mask: () for slot in self._slots}
+        for loop, group in groupby(self._slots, key=lambda slot: slot.loop):
+            members = list(group)
+            for _ in range(len(values[members[0].shape]) if loop else 1):
+                for slot in members:
+                    shape = units[slot.mask]
+                    while slot.channels and shape[-1:] == (1,):
+                        shape = shape[:-1]
+                    sites.append(Site(f"site{len(sites)}", shape, slot.p, slot.kind, slot.path))
+                    of_slot[slot.mask] = (*of_slot[slot.mask], sites[-1].name)
+        return tuple(sites), of_slot
+
+
+def _unit(shape: tuple[int, ...], layout: Axis | None) -> tuple[int, ...]:
+    """The shape of what one row draws."""
+    if layout is None or layout.axis is None:
+        return shape
+    own = () if layout.multiple == 1 else (layout.multiple,)
+    return (*shape[: layout.axis], *own, *shape[layout.axis + 1 :])
+
+
+def _axis_of(few: tuple[int, ...], more: tuple[int, ...], path: str) -> Axis | None:
+    """Which axis of a draw follows the rows; None where all rows share it."""
+    if len(few) != len(more):
+        raise ModelRefused(f"the draw of {path} has another number of axes for another number of rows")
+    differing = [axis for axis, (a, b) in enumerate(zip(few, more, strict=True)) if a != b]
+    if not differing:
+        return None
+    axis = differing[0]
+    if len(differing) > 1 or few[axis] % _FEW or few[axis] // _FEW * _MORE != more[axis]:
+        raise ModelRefused(f"no axis of the draw of {path} follows the rows: {few} for 3 rows, {more} for 5")
+    return Axis(axis, few[axis] // _FEW)
+
+
+def _follows(few: Array, more: Array) -> tuple[Axis | None, str]:
+    """How a value follows the rows, and why it cannot be repeated if it cannot."""
+    if few.shape != more.shape:
+        try:
+            return _axis_of(few.shape, more.shape, ""), ""
+        except ModelRefused:
+            return None, "does not follow the rows along one axis"
+    if np.array_equal(few, more):
+        return None, ""
+    if few.dtype.kind not in "iu":
+        return None, "holds numbers that depend on how many rows there are"
+    step, rest = np.divmod(more.astype(np.int64) - few, _MORE - _FEW)
+    if rest.any():
+        return None, "holds numbers that are not linear in the rows"
+    return Axis(None, base=few - _FEW * step), ""
+
+
+def fold_rows(value: Array, kind: Axis | None, passes: int) -> Array:
+    """Repeats a value for the passes: all rows of the first pass, then all rows of the second."""
+    if kind is None:
+        return value
+    if kind.axis is None:
+        return np.asarray(kind.base + passes * (value - kind.base), value.dtype)
+    return np.concatenate([value] * passes, axis=kind.axis)
+
+
+def mask_feed(slot: Slot, trace: Trace, drawn: Mapping[str, Array], rows: int, only: int | None) -> Array:
+    """Gives what a slot's input is fed: for one pass, or (``only`` None) for all passes of repeated rows."""
+    names = trace.of_slot[slot.mask]
+    if slot.mask in trace.absent:  # it shows if its branch runs after all
+        return np.asarray(np.nan, np.float32)
+    steps = [_one_feed(slot, trace, drawn.get(name), rows, only) for name in names]
+    return np.stack(steps) if slot.loop else steps[0]
+
+
+def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: int | None) -> Array:
+    if numbers is None:
+        return np.asarray(slot.expected, np.float32)
+    values, layout = slot.values(numbers).reshape(-1, *trace.units[slot.mask]), trace.layouts[slot.mask]
+    if layout is None or layout.axis is None:
+        assert only is not None, "a draw that all rows share is looped over"
+        return np.asarray(values[only])
+    axis, own = layout.axis, layout.multiple > 1
+    if only is not None:
+        mask = np.expand_dims(values[only], axis)
+        return _merged(mask, axis, axis, rows, axis + 1 + own) if own else mask
+    stack = np.expand_dims(np.moveaxis(values, 0, axis), axis + 1)
+    return _merged(stack, axis, axis + 1, rows, axis + 2 + own)
+
+
+def _merged(values: Array, first: int, axis: int, rows: int, stop: int) -> Array:
+    """Repeats the axis of size 1 for the rows, and merges the axes from ``first`` up to ``stop`` into one."""
+    shape = [*values.shape]
+    shape[axis] = rows
+    return np.broadcast_to(values, shape).reshape(*shape[:first], -1, *shape[stop:])
