@@ -1,5 +1,7 @@
 """Calling a network: rows become tensors of its device and type, and the picked output comes back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from mcdrop.rules import RULES
 
 __all__ = ["VOLATILE", "draws_off", "forward", "to_tensors"]
 
-VOLATILE = "_mcdrop_volatile"  # on a shadow's root: its own buffers that passes write to, with what they start from
+VOLATILE = "_mcdrop_volatile"  # on a shadow's root: (owner, name, start) of its own buffers that passes write to
 
 
 def to_tensors(rows: Rows, module: nn.Module) -> Rows:
@@ -23,21 +25,39 @@ def to_tensors(rows: Rows, module: nn.Module) -> Rows:
     dtype = next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
 
     def convert(leaf: Any) -> Tensor:
-        tensor = leaf if isinstance(leaf, Tensor) else torch.as_tensor(np.asarray(leaf))
-        # always a copy: a network may write to its input, and the input is the user's
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        tensor = leaf if isinstance(leaf, Tensor) else torch.from_numpy(_plain(leaf))
+        # always a copy, as _plain gives one: a network may write to its input, and the input is the user's
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=tensor is leaf)
 
     return rows.map(convert)
 
 
 def forward(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
     """Runs the module on its own copy of the rows and gives the picked output, (N, ...)."""
-    for tensor, start in vars(module).get(VOLATILE, ()):
-        tensor.copy_(start)
     args = tuple(leaf.clone() for leaf in rows.args)
     kwargs = {name: leaf.clone() for name, leaf in rows.kwargs.items()}
-    output = pick(module(*args, **kwargs))
+    with _buffers_from_start(vars(module).get(VOLATILE, ())):
+        output = pick(module(*args, **kwargs))
     return output.unsqueeze(-1) if output.dim() == 1 else output
+
+
+def _plain(leaf: Any) -> Any:
+    """An array as torch can read it: in memory of its own order, in the machine's byte order, at most 64 bits wide."""
+    array = np.array(leaf, order="C")
+    wide = array.dtype.kind == "f" and array.dtype.itemsize > 8
+    return array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False)
+
+
+@contextmanager
+def _buffers_from_start(volatile: Any) -> Iterator[None]:
+    """Gives each pass its own copy of the buffers that it writes to, and takes what it wrote away again."""
+    for owner, name, start in volatile:
+        owner._buffers[name] = None if start is None else start.clone()
+    try:
+        yield
+    finally:
+        for owner, name, start in volatile:
+            owner._buffers[name] = start
 
 
 def draws_off(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:

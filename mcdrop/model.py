@@ -139,7 +139,7 @@ def _fit(leaf: Any, spec: InputSpec) -> Any:
         got = ("N", *leaf.shape[1:])
         raise InputError(f"input {spec.name!r} must have the shape {_shape(wanted)}, got {_shape(got)}")
     if hasattr(leaf, "detach"):
-        return leaf
+        return _fit_tensor(leaf, spec)
     if np.dtype(spec.dtype).kind in "iu" and leaf.dtype.kind == "f" and (leaf != np.floor(leaf)).any():
         raise InputError(f"input {spec.name!r} must be whole numbers, got {leaf[leaf != np.floor(leaf)][0]:g}")
     with np.errstate(over="ignore"):
@@ -147,6 +147,18 @@ def _fit(leaf: Any, spec: InputSpec) -> Any:
     if fitted.dtype.kind == "f" and not np.isfinite(fitted).all():
         raise InputError(f"input {spec.name!r} holds numbers that are too large for {spec.dtype}")
     return fitted
+
+
+def _fit_tensor(leaf: Any, spec: InputSpec) -> Any:
+    """The same for a tensor, which keeps its device and, where it is a real number's, its precision."""
+    real = spec.dtype.startswith("float")
+    if real == leaf.is_floating_point():
+        return leaf
+    if real:
+        return leaf.double() if spec.dtype == "float64" else leaf.float()
+    if bool((leaf != leaf.floor()).any()):
+        raise InputError(f"input {spec.name!r} must be whole numbers, got {leaf[leaf != leaf.floor()][0]:g}")
+    return leaf.long()
 
 
 def _shape(axes: tuple[Any, ...]) -> str:

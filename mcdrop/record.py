@@ -19,7 +19,7 @@ from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 
-__all__ = ["Draw", "Recorder", "Spy", "caller", "module_paths", "nowhere", "record"]
+__all__ = ["Draw", "Recorder", "Spy", "caller", "module_paths", "nowhere", "own_generator", "record"]
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,26 @@ def own_generator() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _own_tensor_dicts(module: nn.Module, written: set[str]) -> Iterator[None]:
+    """Notes the names of parameters and buffers that are set anew, and leaves the user's as they were."""
+    shared = [
+        (path, child, kind, getattr(child, kind))
+        for path, child in module.named_modules()
+        for kind in ("_parameters", "_buffers")
+    ]
+    for _, child, kind, tensors in shared:
+        child.__dict__[kind] = type(tensors)(tensors)
+    try:
+        yield
+    finally:
+        for path, child, kind, tensors in shared:
+            own = child.__dict__[kind]
+            child.__dict__[kind] = tensors
+            changed = {name for name in {*own, *tensors} if own.get(name) is not tensors.get(name)}
+            written |= {f"{path}.{name}".removeprefix(".") for name in changed}
+
+
 def watched(module: nn.Module) -> dict[int, str]:
     """Maps the storage address of every parameter and buffer to its name."""
     state = (*module.named_parameters(), *module.named_buffers())
@@ -190,7 +210,7 @@ def record(
     source, spy = Recorder(paths, leaf.device, seed=seed, force=force), Spy(paths, watched(module))
     with own_generator():
         foreign = _Foreign()
-        with spy, Interception(source, RULES):
+        with _own_tensor_dicts(module, spy.written), spy, Interception(source, RULES):
             forward(module, rows, pick)
         spy.escaped += foreign.moved(known=bool(spy.escaped))
     return source, spy

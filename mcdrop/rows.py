@@ -72,6 +72,8 @@ def _leaf(value: Any, name: str) -> Any:
         leaf = value.detach()
         if leaf.ndim == 0:
             raise InputError(f"{name} must have rows as its first dimension, got a single number")
+        if leaf.is_complex():
+            raise InputError(f"{name} must be numbers, got values of type {leaf.dtype}")
         if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             raise InputError(f"{name} must be finite numbers; {_first_bad(leaf.float().cpu().numpy())}")
         return leaf

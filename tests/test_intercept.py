@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mcdrop.errors import UncontrolledDraw
 from mcdrop.intercept import Given, Interception, Layout
 from mcdrop.rules import RULES
 
@@ -68,7 +69,7 @@ def test_dropout_that_is_off_takes_no_mask() -> None:
 
 
 def test_a_draw_too_many_is_an_error_and_not_a_random_number() -> None:
-    with giving(KEEP_FIRST), pytest.raises(RuntimeError, match="control flow is random"):
+    with giving(KEEP_FIRST), pytest.raises(UncontrolledDraw, match="one too many"):
         F.dropout(F.dropout(X, 0.5), 0.5)
 
 

@@ -69,6 +69,7 @@ def test_the_leaves_are_the_users_own_and_unchanged() -> None:
         ("hello", "inputs must be numbers, got the text 'hello'"),
         ([[1, None]], "inputs must be numbers, got a missing value (null)"),
         ([[1j]], "inputs must be numbers, got values of type complex128"),
+        (torch.tensor([[1j]]), "inputs must be numbers, got values of type torch.complex64"),
         (None, "inputs must be numbers, got a missing value (null)"),
         ({1, 2}, "inputs must be numbers, got values of type object"),
         ([[1, 2], [3]], "inputs must be rows of equal length; row 0 has 2 values and row 1 has 1"),

@@ -201,7 +201,7 @@ class TorchBackend:
         # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
         plan = self._plans.get(signature) or self._plans.get((signature, tensors.count))
         if plan is None:
-            with self._lock:
+            with self._lock, self._turn:
                 plan = self._plans.get(signature) or self._plans.get((signature, tensors.count))
                 if plan is None:
                     plan = self._make_plan(tensors)
