@@ -5,7 +5,8 @@ FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+ENV MCDROP_DEFAULT_MODEL=noisy-line \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 

@@ -9,6 +9,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 STORE ?= models/store
+DEFAULT_MODEL ?= noisy-line
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -22,7 +23,7 @@ help:
 
 serve: $(VENV)/ready-to-serve
 	@$(RUN) -m models.train --store $(STORE)
-	@exec $(RUN) -m mcdrop serve $(STORE) --host 127.0.0.1 --port $(PORT)
+	@MCDROP_DEFAULT_MODEL=$(DEFAULT_MODEL) exec $(RUN) -m mcdrop serve $(STORE) --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/ready-to-test
 	$(RUN) -m pytest $(PYTEST_ARGS)
@@ -48,5 +49,5 @@ $(VENV)/ready-to-serve: pyproject.toml constraints.txt
 
 $(VENV)/ready-to-test: $(VENV)/ready-to-serve
 	@echo "installing what the tests and checks need into $(VENV), once"
-	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev,zoo]'
 	@touch $@

@@ -93,7 +93,9 @@ def save(
 
 def _swap(beside: Path, target: Path) -> None:
     """Renames the new folder into place; an old one is moved aside first, and back if that fails."""
-    beside.chmod(0o755)
+    beside.chmod(0o755)  # a temporary folder and its files are their owner's alone; a model is for whoever serves it
+    for path in beside.iterdir():
+        path.chmod(0o644)
     if not target.exists():
         beside.rename(target)
         return

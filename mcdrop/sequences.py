@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcdrop.intercept import Interception, Rules
 
-__all__ = ["SEQUENCE_RULES"]
+__all__ = ["SEQUENCE_RULES", "body_rule"]
 
 Function = Callable[..., Any]
 
