@@ -121,9 +121,9 @@ class TorchBackend:
         self.live = live
         self.chunk_bytes = CHUNK_BYTES
         self.plain = plain
-        self._pick = pick
-        self._off = off
-        self._force = force
+        self.pick = pick
+        self.off = off
+        self.force = force
         self._plans: dict[object, _Plan] = {}
         self._lock = threading.Lock()
         self._cache = _MaskCache()
@@ -135,19 +135,19 @@ class TorchBackend:
         plan, tensors = self._prepare(rows)
         stacks = self._stacks(plan, passes, seed, start, sampler)
         with torch.no_grad(), self._turn:
-            output = TIERS[plan.tier](self.live, tensors, self._pick, plan.trace, stacks)
+            output = TIERS[plan.tier](self.live, tensors, self.pick, plan.trace, stacks)
         return _numpy(output)
 
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
         _, tensors = self._prepare(rows)
         with torch.no_grad(), self._turn:
-            return _numpy(draws_off(self.plain, tensors, self._pick))
+            return _numpy(draws_off(self.plain, tensors, self.pick))
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
         _, tensors = self._prepare(rows)
-        return _numpy(hidden_features(self.plain, tensors, self._pick, layer))
+        return _numpy(hidden_features(self.plain, tensors, self.pick, layer))
 
     def digest(self) -> str:
         """Gives a sha256 over the weights."""
@@ -161,30 +161,30 @@ class TorchBackend:
             sites = plan.trace.sites
             stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
         with torch.no_grad():
-            return TIERS[tier or plan.tier](self.live, tensors, self._pick, plan.trace, stacks)
+            return TIERS[tier or plan.tier](self.live, tensors, self.pick, plan.trace, stacks)
 
     def over(self, module: nn.Module) -> "TorchBackend":
         """Gives the same for a copy of the module: the same draws on, nothing traced yet."""
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
         for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
             theirs.training = ours.training
-        return TorchBackend(live, plain, self._pick, self._off, self._force)
+        return TorchBackend(live, plain, self.pick, self.off, self.force)
 
     def each_pass(self, rows: Rows, passes: int, *, seed: int, start: int) -> None:
         """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""
         plan, tensors = self._prepare(rows)
         with torch.no_grad():
-            _loop(self.live, tensors, self._pick, plan.trace, self._stacks(plan, passes, seed, start, "iid"))
+            _loop(self.live, tensors, self.pick, plan.trace, self._stacks(plan, passes, seed, start, "iid"))
 
     def watch(self, rows: Rows, mode: TorchFunctionMode, *, passes: int) -> None:
         """Runs passes one by one under a function mode that looks on; with no passes the deterministic forward."""
         plan, tensors = self._prepare(rows)
         with torch.no_grad(), mode:
             if passes == 0:
-                draws_off(self.plain, tensors, self._pick)
+                draws_off(self.plain, tensors, self.pick)
                 return
             stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
-            _loop(self.live, tensors, self._pick, plan.trace, stacks)
+            _loop(self.live, tensors, self.pick, plan.trace, stacks)
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs: some four of its largest results are alive at a time."""
@@ -211,16 +211,16 @@ class TorchBackend:
     def _make_plan(self, tensors: Rows) -> _Plan:
         shapes = ", ".join(f"{name}: {('N', *leaf.shape[1:])}" for name, leaf in tensors.named())
         try:
-            found = trace(self.live, tensors, self._pick, self._force)
+            found = trace(self.live, tensors, self.pick, self.force)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the network cannot take inputs of shape {shapes}: {_first_line(error)}") from error
         few = tensors if found.unclear else tensors.take(slice(0, min(tensors.count, 4)))
-        plan = _Plan(found, self._off, "loop", "")
+        plan = _Plan(found, self.off, "loop", "")
         stacks = self._stacks(plan, _CHECK_PASSES, seed=0, start=0, sampler="iid")
-        tier, reason = _choose(self.live, few, self._pick, found, stacks)
-        return _Plan(found, self._off, tier, reason)
+        tier, reason = _choose(self.live, few, self.pick, found, stacks)
+        return _Plan(found, self.off, tier, reason)
 
     def _stacks(self, plan: _Plan, passes: int, seed: int, start: int, sampler: str) -> Stacks:
         device = next((t.device for t in (*self.live.parameters(), *self.live.buffers())), torch.device("cpu"))
