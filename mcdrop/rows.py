@@ -84,7 +84,7 @@ def _leaf(value: Any, name: str) -> Any:
     except ValueError:
         raise InputError(f"{name} must be rows of equal length; {_ragged(value)}") from None
     if leaf.dtype.kind not in "fiub":
-        raise InputError(f"{name} must be numbers, got {_text(leaf)}")
+        raise InputError(f"{name} must be numbers, got {_text(value, leaf.dtype)}")
     if leaf.ndim == 0:
         raise InputError(f"{name} must have rows as its first dimension, got a single number")
     if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
@@ -108,10 +108,21 @@ def _ragged(value: Any) -> str:
     return f"row {i} has {first} values and row {j} has {second}"
 
 
-def _text(leaf: np.ndarray[Any, Any]) -> str:
-    for item in leaf.ravel()[:1000]:
-        if isinstance(item, str):
-            return f"the text {item[:40]!r}"
-        if item is None:
-            return "a missing value (null)"
-    return f"values of type {leaf.dtype}"
+def _text(value: Any, dtype: object) -> str:
+    """Names the first thing in nested rows that is not a number."""
+    found = next(_not_numbers(value), None)
+    return f"values of type {dtype}" if found is None else found
+
+
+def _not_numbers(value: Any) -> Iterator[str]:
+    if isinstance(value, str | bytes):
+        yield f"the text {value[:40]!r}"
+    elif value is None:
+        yield "a missing value (null)"
+    elif isinstance(value, Mapping):
+        yield "an object where a row or a number should be"
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield f"a whole number of {value.bit_length()} bits, more than 63"
+    elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        for item in value:
+            yield from _not_numbers(item)
