@@ -26,7 +26,8 @@ def fit_noise(residuals: Array, epistemic: Array) -> Array:
     least = np.maximum(1e-6 * squares.mean(axis=0), _TINY)
     noise: Array = np.maximum(squares.mean(axis=0), least)
     for _ in range(_ROUNDS):
-        weight = (noise / (epistemic + noise)) ** 2  # scaled, so that it cannot overflow
+        total = epistemic + noise
+        weight = (total.min(axis=0) / total) ** 2  # scaled to at most 1, so that it neither overflows nor vanishes
         new = np.maximum((weight * (squares - epistemic)).sum(axis=0) / weight.sum(axis=0), least)
         if (np.abs(new - noise) <= 1e-10 * noise).all():
             break

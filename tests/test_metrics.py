@@ -23,7 +23,7 @@ def test_interval_score_is_the_two_pinball_losses() -> None:
     lower, upper = np.full(200, -1.0), np.full(200, 1.5)
     tail = (1 - level) / 2
     pinball = [np.maximum(q * (y - at), (q - 1) * (y - at)) for q, at in ((tail, lower), (1 - tail, upper))]
-    assert interval_score(y, lower, upper, level) == pytest.approx(float(sum(pinball).mean()) / tail)  # type: ignore[union-attr]
+    assert interval_score(y, lower, upper, level) == pytest.approx(float(sum(pinball).mean()) / tail)
 
 
 def test_true_interval_has_the_best_interval_score() -> None:
