@@ -1,0 +1,195 @@
+"""The torch backend: every tier gives the same passes, several threads at once too, for every shape of the rows."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop.backends.torch import TIERS
+from mcdrop.masks import Site, sample_masks
+from mcdrop.predict import Prediction
+
+Array = NDArray[Any]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 30), nn.Dropout(0.4), nn.ReLU(), nn.Linear(30, 30), nn.AlphaDropout(0.2), nn.Linear(30, 2)
+    )
+
+
+class Sequence(nn.Module):
+    """A mean over a sequence of any length, with dropout on each step and feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(x)
+        return out
+
+
+X = np.random.default_rng(0).normal(size=(256, 4)).astype(np.float32)
+
+
+def passes_of(
+    model: mcdrop.Model, x: Any, passes: int, *, seed: int = 0, start: int = 0, sampler: str = "iid"
+) -> Array:
+    return model.backend.forward(model.rows(x), passes, seed=seed, start=start, sampler=sampler)
+
+
+# -- tiers -------------------------------------------------------------------------------------------------------------
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "attention": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.TransformerEncoderLayer(2, 1, 8, dropout=0.3, batch_first=True), nn.Flatten()
+    ),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.Dropout2d(0.5), nn.Flatten()
+    ),
+    "one row of weights for all": lambda: Weights(),
+}  # fmt: skip
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.dropout(self.weight, 0.5, self.training))
+
+
+@pytest.mark.parametrize("make", NETS.values(), ids=NETS)
+@pytest.mark.parametrize("tier", sorted(TIERS))
+def test_every_tier_gives_the_passes_of_the_loop(make: Callable[[], nn.Module], tier: str) -> None:
+    torch.manual_seed(0)
+    model = mcdrop.wrap(make(), example=X[:8])
+    backend: Any = model.backend
+    rows = model.rows(X[:8])
+    expected = backend.run(rows, 6, only=None, tier="loop")
+    if tier == "fold" and model.audit.sites[0].shared:
+        with pytest.raises(RuntimeError, match="cannot differ between the rows"):
+            backend.run(rows, 6, only=None, tier=tier)
+        return
+    torch.testing.assert_close(backend.run(rows, 6, only=None, tier=tier), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_audit_says_which_tier_and_why() -> None:
+    audit = mcdrop.wrap(mlp(), example=X).audit
+    assert audit.tier in TIERS
+    assert audit.tier_reason
+    assert f"tier: {audit.tier}" in str(audit)
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["iid", "balanced"])
+def test_masks_are_equal_to_the_bit_for_any_batch_chunk_and_number_of_rows(sampler: str) -> None:
+    """Dropout alone on ones shows its mask: kept units are 1 / (1 - p), exactly."""
+    model = mcdrop.wrap(nn.Dropout(0.5), example=np.ones((3, 6)))
+    (site,) = model.audit.sites
+    mask = sample_masks([Site(site.name, site.shape, 0.5)], 40, seed=5, sampler=sampler)[site.name] * 2
+    for rows in (1, 2, 7, 256):
+        seen = passes_of(model, np.ones((rows, 6)), 40, seed=5, sampler=sampler)
+        np.testing.assert_array_equal(seen, np.broadcast_to(mask[:, None], seen.shape))
+    parts = [
+        passes_of(model, np.ones((2, 6)), n, seed=5, start=s, sampler=sampler) for s, n in ((0, 1), (1, 22), (23, 17))
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts)[:, 0], mask)
+
+
+def test_the_masks_of_a_longer_sequence_extend_those_of_a_shorter_one() -> None:
+    model = mcdrop.wrap(Sequence(), example=np.ones((2, 5, 3)))
+    short, long = (passes_of(model, np.ones((2, n, 3)), 10, seed=1) for n in (5, 40))
+    np.testing.assert_array_equal(long[:, :, :5], short)
+    assert 0.4 < (long == 0).mean() < 0.6
+
+
+def test_sites_that_share_a_shape_have_masks_of_their_own() -> None:
+    net = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5))
+    seen = passes_of(mcdrop.wrap(net, example=np.ones((2, 1000))), np.ones((1, 1000)), 1)
+    assert abs(float((seen != 0).mean()) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 1000)
+
+
+def test_a_mask_too_large_for_the_cache_is_right_all_the_same() -> None:
+    wide = np.ones((1, 300_000), np.float32)
+    model = mcdrop.wrap(nn.Dropout(0.5), example=wide)
+    first, again = (passes_of(model, wide, 60, seed=2) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_at_once_get_the_answers_of_one_after_another() -> None:
+    """Four threads predict, with other seeds and shapes, while a fifth runs the plain module in eval mode."""
+    net = mlp().eval()
+    model = mcdrop.wrap(net, example=X[:8])
+    asked = [(seed, size) for seed in range(6) for size in (1, 17, 256)]
+
+    def ask(seed: int, size: int) -> Prediction:
+        return mcdrop.predict(model, X[:size], passes=40, seed=seed)
+
+    expected = {key: ask(*key) for key in asked}
+    with torch.no_grad():
+        plain = net(torch.from_numpy(X))
+    stop, wrong = threading.Event(), []
+
+    def keep_running() -> None:
+        while not stop.is_set():
+            with torch.no_grad():
+                if not torch.equal(net(torch.from_numpy(X)), plain):
+                    wrong.append(1)
+
+    fresh = mcdrop.wrap(net, example=X[:8])  # nothing cached: plans and masks are made in the threads
+    runner = threading.Thread(target=keep_running)
+    runner.start()
+    with ThreadPoolExecutor(4) as pool:
+        futures = {key: pool.submit(mcdrop.predict, fresh, X[: key[1]], passes=40, seed=key[0]) for key in asked}
+        found = {key: future.result(timeout=60) for key, future in futures.items()}
+    stop.set()
+    runner.join()
+    assert wrong == []
+    for key in asked:
+        np.testing.assert_allclose(found[key].mean, expected[key].mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[key].variance, expected[key].variance, rtol=1e-4, atol=1e-7)
+    assert not any(module.training for module in net.modules())
+
+
+def test_two_models_of_one_network_wrapped_at_once_agree() -> None:
+    net = mlp()
+    with ThreadPoolExecutor(4) as pool:
+        means = [f.result(60) for f in [pool.submit(lambda: mcdrop.predict(net, X[:9]).mean) for _ in range(8)]]
+    for mean in means:
+        np.testing.assert_allclose(mean, means[0], rtol=1e-5, atol=1e-6)
+
+
+def test_new_weights_are_seen_at_once() -> None:
+    net = mlp()
+    model = mcdrop.wrap(net, example=X[:8])
+    before = mcdrop.predict(model, X[:8]).mean
+    with torch.no_grad():
+        net.get_parameter("5.bias").add_(3)
+    np.testing.assert_allclose(mcdrop.predict(model, X[:8]).mean, before + 3, rtol=1e-5, atol=1e-5)
+    net.load_state_dict(mlp().state_dict())
+    np.testing.assert_array_equal(mcdrop.predict(model, X[:8]).mean, before)
+
+
+def test_a_double_network_is_sampled_in_double() -> None:
+    net = mlp()
+    single = mcdrop.predict(net, X[:8]).mean
+    double = mcdrop.predict(net.double(), X[:8].astype(np.float64)).mean
+    np.testing.assert_allclose(double, single, rtol=1e-3, atol=1e-5)
