@@ -4,8 +4,9 @@ A graph that is changed so is deterministic: no runtime's seed, thread, provider
 teach it a random operator, add one function and one line to ``DRAWS``.
 """
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from mcdrop.errors import InputError, UncontrolledDraw
 from mcdrop.onnx_bodies import LOOPS, into_loop, shape_outside
 from mcdrop.onnx_graph import Constants, Place, constant, opset, reads, walk
 
-__all__ = ["DRAWS", "Slot", "masks_as_inputs"]
+__all__ = ["DRAWS", "PATHS", "Slot", "masks_as_inputs"]
+
+PATHS = "mcdrop.paths"  # metadata of a graph: the modules of its draws, in order
 
 _COMPARISONS = {"Greater": False, "GreaterOrEqual": False, "Less": True, "LessOrEqual": True}
 
@@ -115,7 +118,19 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
         names = ", ".join(place.path for place in walk(model.graph) if place.operator in ("Gemm", "MatMul", "Softmax"))
         raise InputError(f"inject names no node of the graph: {', '.join(map(repr, inject))}; it has {names[:500]}")
     _drop_unused_inputs(model)
-    return tuple(change.slots)
+    return _with_paths(model, tuple(change.slots))
+
+
+def _with_paths(model: Any, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """Names the draws by the modules that made them, where the graph says so."""
+    said = next((entry.value for entry in model.metadata_props if entry.key == PATHS), "")
+    try:
+        paths = [str(path) for path in json.loads(said)] if said else []
+    except (ValueError, TypeError):
+        return slots
+    if len(paths) != len(slots):
+        return slots
+    return tuple(replace(slot, path=path) for slot, path in zip(slots, paths, strict=True))
 
 
 def _replace(place: Place, new: list[Any], *, after: bool = False) -> None:

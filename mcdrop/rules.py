@@ -30,7 +30,7 @@ def _drop_rule(apply: Apply, leading: int | None, unbatched: int = -1) -> Callab
         if not training and not mode.source.forces(p):
             return input
         axes = input.dim() if leading is None else min(leading - (input.dim() == unbatched), input.dim())
-        value = apply(mode, input, p, axes)
+        value = getattr(mode, apply.__name__)(input, p, axes)  # by name, because a mode may drop in its own way
         return mode.write(input, value) if inplace else value
 
     return rule
