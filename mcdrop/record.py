@@ -61,7 +61,7 @@ class Recorder:
         ``force`` says of a module path whether a dropout call there that is switched off drops all the same.
         """
         self.draws: list[Draw] = []
-        self.off: list[str] = []
+        self.off: list[str | None] = []
         self.forced: set[int] = set()
         self._paths = paths
         self._device = device
@@ -79,7 +79,7 @@ class Recorder:
     def forces(self, p: float) -> bool:
         """Notes a dropout call that is switched off."""
         path = caller(self._paths)
-        self.off.append(path if p > 0 else "")
+        self.off.append(path if p > 0 else None)
         if p > 0 and self._force(path):
             self.forced.add(len(self.off) - 1)
             return True
@@ -151,10 +151,7 @@ class _Foreign:
 
     @staticmethod
     def _state() -> tuple[Any, Any, bytes]:
-        # read only, to see whether it moved
-        numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-        numbers = repr(numpy["state"]["pos"]), numpy["state"]["key"].tobytes()
-        return random.getstate(), numbers, torch.get_rng_state().numpy().tobytes()
+        return random.getstate(), _numpy_numbers(), torch.get_rng_state().numpy().tobytes()
 
     def moved(self, *, known: bool) -> list[tuple[str, str]]:
         """Names the generators that moved; torch's own only if no operation of this thread explains it."""
@@ -163,11 +160,26 @@ class _Foreign:
         return [("", name) for name, before, after in pairs if before != after and not (known and "torch" in name)]
 
 
+def _numpy_numbers() -> tuple[str, bytes]:
+    """The state of numpy's global generator, to see whether it moved."""
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return repr(numpy["state"]["pos"]), numpy["state"]["key"].tobytes()
+
+
 @contextmanager
 def own_generator() -> Iterator[None]:
-    """Leaves torch's global generators as they were, whatever escapes control inside."""
-    with torch.random.fork_rng(), torch.no_grad():
-        yield
+    """Leaves all global generators as they were, whatever escapes control inside."""
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+    before = _numpy_numbers()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        # only where it moved, so that what other threads drew meanwhile stays drawn
+        if random.getstate() != python:
+            random.setstate(python)
+        if _numpy_numbers() != before:
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager

@@ -86,7 +86,10 @@ def _normal_(mode: Interception, input: Tensor, mean: float = 0.0, std: float = 
 
 
 def _exponential_(mode: Interception, input: Tensor, lambd: float = 1.0, **ignored: Any) -> Tensor:
-    return mode.write(input, -torch.log1p(-mode.numbers("uniform", tuple(input.shape), input)) / lambd)
+    values = mode.source.draw("uniform", tuple(input.shape), 0.0)
+    if values is None:
+        return mode.write(input, torch.full_like(input, 1 / lambd))
+    return mode.write(input, (-torch.log1p(-values.to(input.device, input.dtype)) / lambd).expand(input.shape))
 
 
 def _normal(mode: Interception, mean: Tensor | float, std: Tensor | float = 1.0, *args: Any, **kwargs: Any) -> Tensor:

@@ -28,16 +28,16 @@ class Trace:
 
     ``rates`` holds the numbers of the dropouts whose rate is random itself. ``unclear`` names the draws whose axis of
     the rows could not be told: their masks belong to one number of rows. ``off`` lists the module of each dropout call
-    that is switched off, ``forced`` the numbers of those that drop all the same. ``escaped`` lists (module, operation)
-    of draws that no rule controls, ``written`` the parameters and buffers that the pass writes to. ``row_bytes`` is the
-    largest result of one operation, in bytes a row.
+    that is switched off (None where its rate is 0 besides), ``forced`` the numbers of those that drop all the same.
+    ``escaped`` lists (module, operation) of draws that no rule controls, ``written`` the parameters and buffers that
+    the pass writes to. ``row_bytes`` is the largest result of one operation, in bytes a row.
     """
 
     sites: tuple[Site, ...]
     layouts: tuple[Layout | None, ...]
     rates: frozenset[int]
     unclear: tuple[str, ...]
-    off: tuple[str, ...]
+    off: tuple[str | None, ...]
     forced: frozenset[int]
     escaped: tuple[tuple[str, str], ...]
     written: tuple[str, ...]
