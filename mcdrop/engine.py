@@ -73,10 +73,14 @@ def _whole(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is gathered: outputs (t, N, ...) to statistics (t, N, ..., K); the first ``width(K)`` are the mean's."""
+    """What is gathered: outputs (t, N, ...) to statistics (t, N, ..., K); the first ``width(K)`` are the mean's.
+
+    Where passes are kept, the first ``kept(K)`` are.
+    """
 
     of: Callable[[Array], Array]
     width: Callable[[int], int]
+    kept: Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,14 @@ class PassResult:
     standard_error: Array
     degrees: NDArray[np.int64]
     deterministic: Array
-    samples: Array | None
+    samples: NDArray[np.float32] | None
     plan: PassPlan
     features: NDArray[np.float32] | None = None  # hidden features (N, F), where a screen compares them
 
     @classmethod
-    def of(cls, gathered: Gathered, deterministic: Array, samples: Array | None, plan: PassPlan) -> "PassResult":
+    def of(
+        cls, gathered: Gathered, deterministic: Array, samples: NDArray[np.float32] | None, plan: PassPlan
+    ) -> "PassResult":
         """Reads what was gathered for rows that all had the same passes."""
         assert gathered.whole is not None
         count = len(gathered.whole.mean)
@@ -138,7 +144,7 @@ def _deterministic(backend: Backend, rows: Rows, statistics: Statistics) -> Arra
 
 
 def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int) -> PassResult:
-    kept: list[Array] | None = [] if plan.keep_samples else None
+    kept: list[NDArray[np.float32]] | None = [] if plan.keep_samples else None
     gathered = Gathered(BLOCKS[plan.sampler])
     gathered = _gather(gathered, backend, rows, plan, statistics, row_bytes, (0, plan.passes), kept)
     samples = np.concatenate(kept) if kept else None
@@ -147,7 +153,7 @@ def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics,
 
 def _gather(
     gathered: Gathered, backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int,
-    span: tuple[int, int], kept: list[Array] | None = None,
+    span: tuple[int, int], kept: list[NDArray[np.float32]] | None = None,
 ) -> Gathered:  # fmt: skip
     """Runs the passes of a span in chunks, and adds them to what was gathered."""
     chunk = max(1, backend.chunk_bytes // (row_bytes * rows.count))
@@ -156,8 +162,8 @@ def _gather(
         outputs = backend.forward(rows, count, seed=plan.seed, start=start, sampler=plan.sampler)
         values = statistics.of(outputs.astype(np.float64))
         gathered = gathered.add(values)
-        if kept is not None:
-            kept.append(values)
+        if kept is not None:  # in the network's own precision
+            kept.append(values[..., : statistics.kept(values.shape[-1])].astype(np.float32))
     return gathered
 
 

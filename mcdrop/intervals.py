@@ -131,7 +131,7 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
         )
     assert summary.samples is not None, "the plan of a method that needs samples keeps them"
     ordered = np.partition(summary.samples, (rank - 1, passes - rank), axis=0)
-    return ordered[rank - 1], ordered[passes - rank]
+    return ordered[rank - 1].astype(np.float64), ordered[passes - rank].astype(np.float64)
 
 
 def _conformal(summary: Summary, level: float, calibration: Calibrated | None) -> tuple[Array, Array]:
@@ -159,13 +159,14 @@ def predictive_bounds(summary: Summary, level: float) -> tuple[Array, Array]:
         return _symmetric(summary.mean, half)
     shape = summary.mean.shape
     samples = summary.samples.reshape(len(summary.samples), -1)
-    spread = np.sqrt(np.maximum(noise, _TINY)).reshape(len(noise), -1)
+    spread = np.sqrt(np.maximum(noise, _TINY)).astype(np.float64).reshape(len(noise), -1)
     lower, upper = np.empty(samples.shape[1]), np.empty(samples.shape[1])
     size = max(1, _BLOCK // len(samples))
     for start in range(0, samples.shape[1], size):
         part = slice(start, start + size)
-        lower[part] = _mixture_quantile(samples[:, part], spread[:, part], tail)
-        upper[part] = _mixture_quantile(samples[:, part], spread[:, part], 1 - tail)
+        centres = samples[:, part].astype(np.float64)
+        lower[part] = _mixture_quantile(centres, spread[:, part], tail)
+        upper[part] = _mixture_quantile(centres, spread[:, part], 1 - tail)
     scale = _scale(summary)
     bounds = [summary.mean + scale * (bound.reshape(shape) - summary.mean) for bound in (lower, upper)]
     return bounds[0], bounds[1]
@@ -195,7 +196,7 @@ def _noise(summary: Summary) -> Array:
             "interval 'predictive' needs to know the noise of y: give a network with a log-variance head "
             "(task='gaussian'), or fit the noise on held-out rows with mcdrop.calibrate(model, x_held, y_held)"
         )
-    return summary.aleatoric[None] if summary.noise_samples is None else summary.noise_samples
+    return summary.aleatoric[None] if summary.noise_samples is None else summary.noise_samples.astype(np.float64)
 
 
 def _scale(summary: Summary) -> Array | float:

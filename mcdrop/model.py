@@ -175,6 +175,7 @@ def wrap(
     exclude: Sequence[str | type] = (),
     force_literal: bool = False,
     strict: bool = True,
+    memory: int | str = "auto",
 ) -> Model:
     """Discovers a network's random draws once and gives a model that can be sampled.
 
@@ -190,6 +191,8 @@ def wrap(
         force_literal: whether dropout calls with a literal ``training=False`` drop as well.
         strict: whether a draw of training that cannot be controlled refuses the network; False makes it a warning in
             the audit.
+        memory: bytes that the activations of one chunk of passes may take; "auto" is about a CPU's cache, which is
+            fastest there.
 
     Raises:
         InputError: an unknown task, or an example that the network cannot take.
@@ -216,12 +219,20 @@ def wrap(
         rows = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
         found = discover(module, rows, pick, overrules)  # whole numbers may stand for real ones, as in [[1], [2]]
     backend = TorchBackend(found.live, found.plain, pick, found.off, found.force)
+    if memory != "auto":
+        backend.chunk_bytes = _bytes(memory)
     audit = diagnose(backend, rows, found.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
     return Model(
         module=module, backend=backend, audit=audit, task=task,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
     )  # fmt: skip
+
+
+def _bytes(memory: int | str) -> int:
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise InputError(f"memory must be 'auto' or a whole number of bytes above 0, got {memory!r}")
+    return memory
 
 
 def _all_whole(rows: Rows) -> bool:

@@ -67,7 +67,7 @@ class Prediction:
     expected_entropy: Array | None = None
     mutual_information: Array | None = None
     variation_ratio: Array | None = None
-    samples: Array | None = None  # (T, N, D)
+    samples: NDArray[np.float32] | None = None  # (T, N, D)
     prediction_set: NDArray[np.bool_] | None = None
     probabilities: Array | None = None
 
@@ -223,10 +223,7 @@ def predict(
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
         plan = calibration.plan
         defaults = replace(defaults, passes=plan.passes, seed=plan.seed, sampler=plan.sampler, tolerance=plan.tolerance)
-    if tolerance is not None:
-        passes = _MAX_PASSES if max_passes is None else max_passes
-    elif max_passes is not None:
-        raise InputError("max_passes goes with tolerance; without one every row gets the same number of passes")
+    passes = _most_passes(passes, tolerance, max_passes)
     asked: dict[str, Any] = {
         "passes": passes, "level": level, "interval": interval, "seed": seed, "tolerance": tolerance,
         "sampler": sampler, "keep_samples": keep_samples,
@@ -240,3 +237,12 @@ def predict(
     return interpret(
         model, sample(model, x, plan, screen=screen), options, screen=screen, fpr=fpr, calibration=calibration
     )
+
+
+def _most_passes(passes: int | None, tolerance: float | None, max_passes: int | None) -> int | None:
+    """The passes to plan for: with a tolerance, where a row ends at the latest."""
+    if tolerance is not None:
+        return _MAX_PASSES if max_passes is None else max_passes
+    if max_passes is not None:
+        raise InputError("max_passes goes with tolerance; without one every row gets the same number of passes")
+    return passes

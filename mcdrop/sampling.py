@@ -34,8 +34,8 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     task = TASKS[model.task]
     if plan.keep_samples:
         first = model.backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
-        width = task.statistics.of(first[None]).size
-        needed = plan.passes * rows.count * width * 8
+        width = task.statistics.kept(task.statistics.of(first[None]).shape[-1]) * first[0, ..., 0].size
+        needed = plan.passes * rows.count * width * 4
         if needed > _SAMPLE_BYTES:
             raise InputError(
                 f"{plan.passes} passes of {rows.count} rows need {needed / 2**30:.1f} GiB to keep every pass; "

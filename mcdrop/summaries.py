@@ -65,10 +65,10 @@ class Summary:
     aleatoric: Array | None
     standard_error: Array
     deterministic: Array
-    samples: Array | None
+    samples: NDArray[np.float32] | None
     support: tuple[float, float]
     classes: Classes | None = None
-    noise_samples: Array | None = None
+    noise_samples: NDArray[np.float32] | None = None
     scale: Array | None = None
 
     @property
@@ -208,7 +208,7 @@ def _read_classes(result: PassResult) -> Summary:
 
 
 TASKS: dict[str, Task] = {
-    "classification": Task(Statistics(_class_statistics, _half), _read_classes),
-    "gaussian": Task(Statistics(_split_gaussian, _half), _read_gaussian),
-    "regression": Task(Statistics(_identity, _all), _read_regression),
+    "classification": Task(Statistics(_class_statistics, _half, kept=_half), _read_classes),
+    "gaussian": Task(Statistics(_split_gaussian, _half, kept=_all), _read_gaussian),
+    "regression": Task(Statistics(_identity, _all, kept=_all), _read_regression),
 }

@@ -129,9 +129,10 @@ def test_kept_samples_are_what_the_moments_are_of() -> None:
     result = run(passes=40, sampler="iid", keep_samples=True)
     assert result.samples is not None
     assert result.samples.shape == (40, 40, 1)
-    np.testing.assert_allclose(result.mean, result.samples.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(result.variance, result.samples.var(axis=0, ddof=1), rtol=1e-9)
-    np.testing.assert_allclose(result.standard_error, stats.sem(result.samples), rtol=1e-9)
+    samples = result.samples.astype(np.float64)
+    np.testing.assert_allclose(result.mean, samples.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(result.variance, samples.var(axis=0, ddof=1), rtol=1e-9)
+    np.testing.assert_allclose(result.standard_error, stats.sem(samples), rtol=1e-9)
 
 
 # -- rows that stop ----------------------------------------------------------------------------------------------------

@@ -1,13 +1,6 @@
-"""Passes of a torch module: masks from ``masks``, the module's live shadow, and a verified way to run them.
-
-A *tier* is a way to run several passes; all get the same masks. ``vmap`` batches over the passes, so what comes before
-the first mask runs once; ``fold`` repeats the rows; ``loop`` runs pass after pass and is what the others are checked
-against. To add a tier, add one function and one line to ``TIERS``.
-"""
+"""Passes of a torch module: masks from ``masks``, the module's live shadow, and a verified tier to run them."""
 
 import threading
-import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,52 +15,19 @@ from torch.overrides import TorchFunctionMode
 from mcdrop.errors import InputError
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import VOLATILE, draws_off, to_tensors
-from mcdrop.intercept import Folded
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
-from mcdrop.trace import Trace, one_pass, trace
+from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, first_line
+from mcdrop.trace import Trace, trace
 
-__all__ = ["TIERS", "TorchBackend"]
+__all__ = ["TorchBackend"]
 
-Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
 CHUNK_BYTES = 16 * 2**20  # about a CPU's cache: chunks of 8 to 32 MiB ran fastest on small and large networks
 _MASK_CACHE_BYTES = 64 * 2**20
-_CHECK_PASSES = 3
-
-
-def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
-    passes = next(len(stack) for stack in stacks if stack is not None)
-    each = ([None if stack is None else stack[t] for stack in stacks] for t in range(passes))
-    return torch.stack([one_pass(module, rows, pick, found, masks) for masks in each])
-
-
-def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
-    present = [stack for stack in stacks if stack is not None]
-
-    def one(*masks: Tensor) -> Tensor:
-        left = iter(masks)
-        return one_pass(module, rows, pick, found, [None if stack is None else next(left) for stack in stacks])
-
-    output: Tensor = torch.vmap(one, randomness="error")(*present)
-    return output
-
-
-def _fold(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
-    passes = next(len(stack) for stack in stacks if stack is not None)
-    copies = rows.map(lambda leaf: leaf.repeat(passes, *(1,) * (leaf.dim() - 1)))
-    output = one_pass(module, copies, pick, found, stacks, Folded)
-    return output.reshape(passes, rows.count, *output.shape[1:])
-
-
-TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor]] = {
-    "fold": _fold,
-    "loop": _loop,
-    "vmap": _vmap,
-}
 
 
 @dataclass(frozen=True)
@@ -131,7 +91,24 @@ class TorchBackend:
         self._turn = threading.Lock() if VOLATILE in vars(live) else nullcontext()
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
-        """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
+        """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...).
+
+        Out of memory, half of the passes or of the rows are run at a time, and later chunks are half as large.
+        """
+        try:
+            return self._forward(rows, passes, seed, start, sampler)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error) or passes * rows.count == 1:
+                raise
+        self.chunk_bytes = max(1, self.chunk_bytes // 2)
+        if passes > 1:
+            half = passes // 2
+            spans = [(start, half), (start + half, passes - half)]
+            return np.concatenate([self.forward(rows, n, seed=seed, start=at, sampler=sampler) for at, n in spans])
+        blocks = rows.split(-(-rows.count // 2))
+        return np.concatenate([self.forward(b, 1, seed=seed, start=start, sampler=sampler) for b in blocks], axis=1)
+
+    def _forward(self, rows: Rows, passes: int, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         plan, tensors = self._prepare(rows)
         stacks = self._stacks(plan, passes, seed, start, sampler)
         with torch.no_grad(), self._turn:
@@ -174,7 +151,7 @@ class TorchBackend:
         """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""
         plan, tensors = self._prepare(rows)
         with torch.no_grad():
-            _loop(self.live, tensors, self.pick, plan.trace, self._stacks(plan, passes, seed, start, "iid"))
+            TIERS["loop"](self.live, tensors, self.pick, plan.trace, self._stacks(plan, passes, seed, start, "iid"))
 
     def watch(self, rows: Rows, mode: TorchFunctionMode, *, passes: int) -> None:
         """Runs passes one by one under a function mode that looks on; with no passes the deterministic forward."""
@@ -184,7 +161,7 @@ class TorchBackend:
                 draws_off(self.plain, tensors, self.pick)
                 return
             stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
-            _loop(self.live, tensors, self.pick, plan.trace, stacks)
+            TIERS["loop"](self.live, tensors, self.pick, plan.trace, stacks)
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs: some four of its largest results are alive at a time."""
@@ -215,11 +192,11 @@ class TorchBackend:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"the network cannot take inputs of shape {shapes}: {_first_line(error)}") from error
+            raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error
         few = tensors if found.unclear else tensors.take(slice(0, min(tensors.count, 4)))
         plan = _Plan(found, self.off, "loop", "")
-        stacks = self._stacks(plan, _CHECK_PASSES, seed=0, start=0, sampler="iid")
-        tier, reason = _choose(self.live, few, self.pick, found, stacks)
+        stacks = self._stacks(plan, CHECK_PASSES, seed=0, start=0, sampler="iid")
+        tier, reason = choose_tier(self.live, few, self.pick, found, stacks)
         return _Plan(found, self.off, tier, reason)
 
     def _stacks(self, plan: _Plan, passes: int, seed: int, start: int, sampler: str) -> Stacks:
@@ -238,65 +215,11 @@ class TorchBackend:
         return stacks
 
 
-def _choose(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> tuple[str, str]:
-    """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest."""
-    if VOLATILE in vars(module):
-        return "loop", "the network writes to buffers of its own in every pass"
-    seconds, reasons = {}, []
-    with torch.no_grad(), warnings.catch_warnings():
-        # where torch only loops inside vmap, nothing is gained, and users would see its warning
-        warnings.filterwarnings("error", message=".*performance drop.*")
-        expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
-        for tier in ("vmap", "fold"):
-            try:
-                got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
-            except Exception as error:  # whatever a network does there, the loop is right
-                reasons.append(f"{tier} does not take this network: {_first_line(error)}")
-                continue
-            worst = _difference(got, expected)
-            if worst > _tolerance(expected.dtype):
-                del seconds[tier]
-                reasons.append(f"{tier} differs from the loop by {worst:.1e}")
-            elif tier == "vmap":
-                return tier, "equals the loop; what comes before the first draw is run once"
-    best = min(seconds, key=lambda tier: seconds[tier])
-    agrees = "equals the loop" if best == "fold" else "the way that the others are checked against"
-    return best, "; ".join([agrees, *reasons])
-
-
-def _timed(
-    run: Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor],
-    module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks,
-) -> tuple[Tensor, float]:  # fmt: skip
-    """Gives the output and the shorter of two times."""
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        output = run(module, rows, pick, found, stacks)
-        if output.is_cuda:
-            torch.cuda.synchronize(output.device)
-        times.append(time.perf_counter() - began)
-    return output, min(times)
-
-
-def _difference(got: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest value; infinite where the shapes differ."""
-    if got.shape != expected.shape:
-        return float("inf")
-    scale = max(float(expected.abs().max()), 1e-30)
-    return float((got - expected).abs().max()) / scale
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Rounding of a few hundred operations in a type: 3e-5 in float32, 2e-2 in bfloat16."""
-    return {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2}.get(dtype, 2e-2)
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator only says so."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _numpy(output: Tensor) -> NDArray[np.float32]:
     array: NDArray[np.float32] = output.detach().to("cpu", torch.float32).numpy()
     return array
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -1,0 +1,116 @@
+"""Tiers: the ways to run several passes of a torch module; all get the same masks.
+
+``vmap`` batches over the passes, so what comes before the first mask runs once; ``fold`` repeats the rows; ``loop``
+runs pass after pass and is what the others are checked against. To add a tier, add one function and one line to
+``TIERS``.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mcdrop.forward import VOLATILE
+from mcdrop.intercept import Folded
+from mcdrop.outputs import Pick
+from mcdrop.rows import Rows
+from mcdrop.trace import Trace, one_pass
+
+__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "first_line"]
+
+Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
+
+CHECK_PASSES = 3
+
+
+def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    passes = next(len(stack) for stack in stacks if stack is not None)
+    each = ([None if stack is None else stack[t] for stack in stacks] for t in range(passes))
+    return torch.stack([one_pass(module, rows, pick, found, masks) for masks in each])
+
+
+def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    present = [stack for stack in stacks if stack is not None]
+
+    def one(*masks: Tensor) -> Tensor:
+        left = iter(masks)
+        return one_pass(module, rows, pick, found, [None if stack is None else next(left) for stack in stacks])
+
+    output: Tensor = torch.vmap(one, randomness="error")(*present)
+    return output
+
+
+def _fold(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    passes = next(len(stack) for stack in stacks if stack is not None)
+    copies = rows.map(lambda leaf: leaf.repeat(passes, *(1,) * (leaf.dim() - 1)))
+    output = one_pass(module, copies, pick, found, stacks, Folded)
+    return output.reshape(passes, rows.count, *output.shape[1:])
+
+
+TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor]] = {
+    "fold": _fold,
+    "loop": _loop,
+    "vmap": _vmap,
+}
+
+
+def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> tuple[str, str]:
+    """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest."""
+    if VOLATILE in vars(module):
+        return "loop", "the network writes to buffers of its own in every pass"
+    seconds, reasons = {}, []
+    with torch.no_grad(), warnings.catch_warnings():
+        # where torch only loops inside vmap, nothing is gained, and users would see its warning
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
+        for tier in ("vmap", "fold"):
+            try:
+                got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
+            except Exception as error:  # whatever a network does there, the loop is right
+                reasons.append(f"{tier} does not take this network: {first_line(error)}")
+                continue
+            worst = _difference(got, expected)
+            if worst > _tolerance(expected.dtype):
+                del seconds[tier]
+                reasons.append(f"{tier} differs from the loop by {worst:.1e}")
+            elif tier == "vmap":
+                return tier, "equals the loop; what comes before the first draw is run once"
+    best = min(seconds, key=lambda tier: seconds[tier])
+    agrees = "equals the loop" if best == "fold" else "the way that the others are checked against"
+    return best, "; ".join([agrees, *reasons])
+
+
+def _timed(
+    run: Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor],
+    module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Gives the output and the shorter of two times."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        output = run(module, rows, pick, found, stacks)
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+        times.append(time.perf_counter() - began)
+    return output, min(times)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest value; infinite where the shapes differ."""
+    if got.shape != expected.shape:
+        return float("inf")
+    scale = max(float(expected.abs().max()), 1e-30)
+    return float((got - expected).abs().max()) / scale
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Rounding of a few hundred operations in a type: 3e-5 in float32, 2e-2 in bfloat16."""
+    return {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2}.get(dtype, 2e-2)
+
+
+def first_line(error: Exception) -> str:
+    """Gives the first line of an error's message."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
