@@ -13,7 +13,7 @@ import torch
 import mcdrop
 from benchmarks.accuracy.published import PUBLISHED, Figure
 
-__all__ = ["environment", "markdown", "put_section"]
+__all__ = ["README", "ROOT", "environment", "markdown", "put_section"]
 
 Result = dict[str, Any]
 
@@ -117,13 +117,14 @@ def _width(cell: Result) -> str:
     return "infinite" if cell["width"] is None else f"{cell['width']:.3g}"
 
 
-def put_section(readme: Path, text: str) -> None:
+def put_section(readme: Path, text: str, markers: tuple[str, str] = MARKERS) -> None:
     """Puts text between the markers of a README; adds them at its end, or the file, where they are missing."""
     old = readme.read_text(encoding="utf-8") if readme.is_file() else "# Benchmarks\n"
-    if MARKERS[0] not in old:
-        old = old.rstrip("\n") + f"\n\n{MARKERS[0]}\n{MARKERS[1]}\n"
-    before, rest = old.split(MARKERS[0], 1)
-    readme.write_text(f"{before}{MARKERS[0]}\n{text}{MARKERS[1]}{rest.split(MARKERS[1], 1)[1]}", encoding="utf-8")
+    begin, end = markers
+    if begin not in old:
+        old = old.rstrip("\n") + f"\n\n{begin}\n{end}\n"
+    before, rest = old.split(begin, 1)
+    readme.write_text(f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
