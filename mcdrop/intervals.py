@@ -224,7 +224,7 @@ def _mixture_quantile(centres: Array, spread: Array, share: float) -> Array:
             break
         left, low, high = left[unsolved], low[unsolved], high[unsolved]
         found[left] = np.where(inside[unsolved], newton[unsolved], (low + high) / 2)
-    return found
+    return np.asarray(found, np.float64)
 
 
 def _by_row(values: NDArray[np.int64], like: Array) -> Array:
