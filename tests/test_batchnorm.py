@@ -1,0 +1,67 @@
+"""Batch norm's running statistics, fitted to a network under its own dropout."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop.errors import InputError
+
+
+def shifted(p: float = 0.5) -> tuple[nn.Sequential, Tensor]:
+    """Batch norm behind dropout, with statistics that are exact without it: inputs of mean 0 and variance 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Dropout(p), nn.BatchNorm1d(6), nn.Linear(6, 1)).eval()
+        x = torch.randn(3000, 6)
+    return net, (x - x.mean(0)) / x.std(0, correction=0)
+
+
+@pytest.mark.statistical
+def test_statistics_become_those_under_masks() -> None:
+    net, x = shifted(p=0.5)
+    model = mcdrop.wrap(net, example=x[:8])
+    copy = mcdrop.recalibrate_batchnorm(model, x, passes=10, batch_rows=500)
+    # inverted dropout of inputs with mean 0 and variance 1: mean 0, variance 1 / (1 - p), but one mask serves a batch,
+    # so a channel is either doubled or gone: over passes the average of 0 and 1 / (1 - p)^2
+    variance = copy.get_buffer("1.running_var").numpy()
+    error = np.sqrt(0.5 * 0.5) * 4 / np.sqrt(6 * 10)  # of the share kept among 60 masks, times 1 / (1 - p)^2
+    assert np.abs(variance - 2).max() < 4 * error
+    assert np.abs(copy.get_buffer("1.running_mean").numpy()).max() < 0.2
+
+
+def test_the_models_own_network_is_untouched_and_weights_are_kept() -> None:
+    net, x = shifted()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    copy = mcdrop.recalibrate_batchnorm(mcdrop.wrap(net, example=x[:8]), x, passes=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert not net.training
+    assert copy is not net
+    for name, tensor in copy.named_parameters():
+        assert torch.equal(tensor, before[name])
+    assert not any(module.training for module in copy.modules())
+    assert copy[1].momentum == net[1].momentum  # type: ignore[index]
+
+
+def test_batches_may_come_one_by_one() -> None:
+    net, x = shifted()
+    model = mcdrop.wrap(net, example=x[:8])
+    whole = mcdrop.recalibrate_batchnorm(model, x, passes=3, batch_rows=1000)
+    by_batch = mcdrop.recalibrate_batchnorm(model, iter(x.split(1000)), passes=3)
+    for ours, theirs in zip(whole.buffers(), by_batch.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("net", "data", "said"),
+    [
+        (nn.Sequential(nn.Dropout(0.3), nn.Linear(6, 1)), torch.ones(9, 6), "no norm layer"),
+        (shifted()[0], [torch.ones(1, 6)], "batch of one row"),
+    ],
+)
+def test_what_cannot_be_recalibrated_is_said(net: nn.Module, data: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        mcdrop.recalibrate_batchnorm(mcdrop.wrap(net, example=torch.ones(4, 6)), data)

@@ -1,0 +1,143 @@
+"""Dropout put into networks that were trained without any."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop.errors import InputError, NoStochasticSite, UnknownName
+from mcdrop.inject import CRITERIA, KINDS
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.branch(x)
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def network() -> tuple[nn.Module, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Residual().eval(), torch.randn(6, 3, 8, 8)
+
+
+def placed(kind: str) -> dict[str, Any]:
+    """Where a kind fits this network; the linear layer is its only one, and so must be named."""
+    return {} if kind in ("dropblock", "dropconnect", "dropout2d") else {"where": ["branch"]}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_injected_network_draws_and_keeps_every_weight(kind: str) -> None:
+    net, x = network()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    keys = [sorted(vars(module)) for module in net.modules()]
+    injected = mcdrop.inject(net, kind=kind, p=0.2, **placed(kind))
+    model = mcdrop.wrap(injected, example=x)
+    assert model.audit.live
+    assert mcdrop.predict(model, x).std.min() > 0
+    assert all(ours is theirs for ours, theirs in zip(injected.parameters(), net.parameters(), strict=True))
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert [sorted(vars(module)) for module in net.modules()] == keys
+    assert all(not module._forward_hooks for module in net.modules())
+    with pytest.raises(NoStochasticSite):
+        mcdrop.wrap(net, example=x)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_with_its_draws_off_an_injected_network_is_the_old_one(kind: str) -> None:
+    net, x = network()
+    injected = mcdrop.inject(net, kind=kind, p=0.2, **placed(kind))
+    with torch.no_grad():
+        torch.testing.assert_close(injected.eval()(x), net(x), rtol=0, atol=0)
+
+
+def test_dropout_injected_before_a_linear_layer_has_its_closed_form() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first, second = nn.Linear(4, 50), nn.Linear(50, 1)
+    net, x, p = nn.Sequential(first, second).eval(), torch.eye(4), 0.3
+    found = mcdrop.predict(mcdrop.inject(net, p=p), x, passes=4000, sampler="iid")
+    with torch.no_grad():
+        # inverted dropout on h: Var[w . h] = p / (1 - p) sum w^2 h^2 (Srivastava et al. 2014, section 9)
+        variance = p / (1 - p) * (first(x).square() @ second.weight.square().T)
+    relative = np.sqrt(2 / 4000)  # one standard error of a normal's variance
+    np.testing.assert_allclose(found.variance, variance.numpy(), rtol=4 * relative)
+
+
+def test_the_audit_calls_it_uncalibrated_until_it_is_calibrated() -> None:
+    net, x = network()
+    model = mcdrop.wrap(mcdrop.inject(net, kind="dropout2d", p=0.2), example=x)
+    assert model.audit.injected == "dropout2d with p=0.2 at stem"
+    assert "injected, uncalibrated" in str(model.audit)
+    held = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        y = net(held).numpy()
+    calibrated = model.with_calibration(mcdrop.calibrate(model, held, y))
+    assert "injected, calibrated" in str(calibrated.audit)
+
+
+def test_where_chooses_by_path_or_by_function() -> None:
+    net, x = network()
+    by_path = mcdrop.wrap(mcdrop.inject(net, kind="dropout2d", where=["stem", "branch"]), example=x)
+    by_type = mcdrop.wrap(mcdrop.inject(net, kind="dropout2d", where=lambda _, m: isinstance(m, nn.Conv2d)), example=x)
+    assert [site.path for site in by_path.audit.live] == ["stem", "branch"]
+    assert by_type.audit.live == by_path.audit.live
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"kind": "nope"}, "choose one of: dropblock"),
+        ({"p": 0.0}, "between 0 and 1, got 0.0"),
+        ({"p": 1.0}, "between 0 and 1, got 1.0"),
+        ({"where": ["nowhere"]}, "no module 'nowhere'"),
+        ({"kind": "dropout"}, "needs two of Linear"),
+        ({"kind": "stochastic_depth"}, "say where"),
+        ({"kind": "dropconnect", "where": [""]}, "fits Linear and Conv2d layers, not Residual"),
+    ],
+)
+def test_what_cannot_be_injected_is_said(asked: dict[str, Any], said: str) -> None:
+    net, _ = network()
+    with pytest.raises(InputError, match=said):
+        mcdrop.inject(net, **asked)
+
+
+def held_out() -> tuple[nn.Module, np.ndarray, np.ndarray]:
+    """An exact linear network and targets with the spread that dropout of 0.2 gives it, times a little."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(4, 200), nn.Linear(200, 1)).eval()
+        x = torch.randn(400, 4)
+        with torch.no_grad():
+            h = net[0](x)
+            y = net[1](nn.functional.dropout(h, 0.2, training=True))  # a mask of its own for every row
+    return net, x.numpy(), y.numpy()
+
+
+@pytest.mark.statistical
+def test_the_likelihood_finds_the_rate_that_made_the_data() -> None:
+    net, x, y = held_out()
+    best, values = mcdrop.choose_rate(net, x, y, rates=(0.02, 0.2, 0.6))
+    assert best == 0.2
+    assert values[0.2] == max(values.values())
+
+
+@pytest.mark.statistical
+def test_coverage_finds_it_too() -> None:
+    net, x, y = held_out()
+    assert mcdrop.choose_rate(net, x, y, rates=(0.02, 0.2, 0.6), criterion="coverage")[0] == 0.2
+
+
+def test_an_unknown_criterion_is_named() -> None:
+    net, x, y = held_out()
+    with pytest.raises(UnknownName, match=", ".join(sorted(CRITERIA))):
+        mcdrop.choose_rate(net, x, y, criterion="luck")
