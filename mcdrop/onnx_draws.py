@@ -18,9 +18,9 @@ from mcdrop.errors import InputError, UncontrolledDraw
 from mcdrop.onnx_bodies import LOOPS, into_loop, shape_outside
 from mcdrop.onnx_graph import Constants, Place, constant, opset, reads, walk
 
-__all__ = ["DRAWS", "PATHS", "Slot", "masks_as_inputs"]
+__all__ = ["DRAWS", "SITES", "Slot", "masks_as_inputs"]
 
-PATHS = "mcdrop.paths"  # metadata of a graph: the modules of its draws, in order
+SITES = "mcdrop.sites"  # metadata of a graph: number and module of each of its draws, in order
 
 _COMPARISONS = {"Greater": False, "GreaterOrEqual": False, "Less": True, "LessOrEqual": True}
 
@@ -32,7 +32,8 @@ class Slot:
     The input takes ``numbers * scale + shift`` in any shape that broadcasts to that of the draw; ``expected`` switches
     the draw off. ``like`` is a value that has the draw's shape; for a draw inside a body ``shape`` is a value that
     holds it. A slot with a ``loop`` (the node that repeats it) takes one mask a step, stacked on the first axis.
-    ``channels`` says that axes of size 1 at the end are only there to meet the units of a channel.
+    ``channels`` says that axes of size 1 at the end are only there to meet the units of a channel. ``site`` is
+    the number of the draw where the graph itself tells it.
     """
 
     mask: str
@@ -46,6 +47,7 @@ class Slot:
     shape: str = ""
     loop: str = ""
     channels: bool = False
+    site: int | None = None
 
     def values(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
         """Gives what is fed for the numbers that ``masks`` gave."""
@@ -118,19 +120,19 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
         names = ", ".join(place.path for place in walk(model.graph) if place.operator in ("Gemm", "MatMul", "Softmax"))
         raise InputError(f"inject names no node of the graph: {', '.join(map(repr, inject))}; it has {names[:500]}")
     _drop_unused_inputs(model)
-    return _with_paths(model, tuple(change.slots))
+    return _with_sites(model, tuple(change.slots))
 
 
-def _with_paths(model: Any, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
-    """Names the draws by the modules that made them, where the graph says so."""
-    said = next((entry.value for entry in model.metadata_props if entry.key == PATHS), "")
+def _with_sites(model: Any, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """Numbers and names the draws as the network did that the graph was made from, where it says so."""
+    said = next((entry.value for entry in model.metadata_props if entry.key == SITES), "")
     try:
-        paths = [str(path) for path in json.loads(said)] if said else []
+        sites = [(int(number), str(path)) for number, path in json.loads(said)] if said else []
     except (ValueError, TypeError):
         return slots
-    if len(paths) != len(slots):
+    if len(sites) != len(slots) or len({number for number, _ in sites}) != len(sites):
         return slots
-    return tuple(replace(slot, path=path) for slot, path in zip(slots, paths, strict=True))
+    return tuple(replace(slot, path=path, site=number) for slot, (number, path) in zip(slots, sites, strict=True))
 
 
 def _replace(place: Place, new: list[Any], *, after: bool = False) -> None:

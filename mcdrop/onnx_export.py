@@ -1,10 +1,9 @@
-"""A torch network as an ONNX graph that still has its draws: one Dropout or random operator for each site, in order.
+"""A torch network as an ONNX graph that still has its draws: one Dropout or random operator for each site.
 
 torch's own exporter loses the dropout of attention, of recurrent layers and of everything in eval mode. Here the live
 shadow is exported under our interception, so that the graph draws where the network does, and nowhere else.
 """
 
-import itertools
 import json
 import logging
 import warnings
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.backends.torch import TorchBackend
-from mcdrop.errors import ModelRefused
+from mcdrop.errors import MissingExtra, ModelRefused
 from mcdrop.forward import forward, to_tensors
 from mcdrop.intercept import Given, Interception
-from mcdrop.onnx_draws import PATHS
+from mcdrop.onnx_draws import DRAWS, SITES
 from mcdrop.onnx_graph import walk
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
@@ -32,14 +31,25 @@ _ROWS = 3
 
 
 @torch.library.custom_op("mcdrop::dropout", mutates_args=())
-def _dropout(x: Tensor, p: float) -> Tensor:
+def _dropout(x: Tensor, p: float, site: int) -> Tensor:
     """Stands for a Dropout node while a network is exported."""
     return x.clone()
 
 
-@_dropout.register_fake
-def _(x: Tensor, p: float) -> Tensor:
-    return torch.empty_like(x)
+@torch.library.custom_op("mcdrop::uniform", mutates_args=())
+def _uniform(x: Tensor, site: int) -> Tensor:
+    """Stands for a RandomUniformLike node."""
+    return x.clone()
+
+
+@torch.library.custom_op("mcdrop::normal", mutates_args=())
+def _normal(x: Tensor, site: int) -> Tensor:
+    """Stands for a RandomNormalLike node."""
+    return x.clone()
+
+
+for _operator in (_dropout, _uniform, _normal):
+    _operator.register_fake(lambda x, *given: torch.empty_like(x))
 
 
 class _Nodes(Given):
@@ -47,22 +57,23 @@ class _Nodes(Given):
 
     def __init__(self, found: Trace, off: frozenset[str]) -> None:
         super().__init__([], found.layouts, found.forced)
-        self._sites, self._left_off = found.sites, off
+        self._numbered, self._left_off = found.sites, off
 
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
         """Draws as the graph will."""
-        if self.is_off():
+        site = self.next_site()
+        if site is None:
             return None
-        if kind == "uniform":
-            return torch.rand(shape)
-        if kind == "normal":
-            return torch.randn(shape)
-        return dropped(torch.ones(shape), p) * (1 - p)
+        ones = torch.ones(shape)
+        if kind == "bernoulli":
+            return _dropped(ones, p, site) * (1 - p)
+        numbers: Tensor = getattr(torch.ops.mcdrop, kind)(ones, site)
+        return numbers
 
-    def is_off(self) -> bool:
-        """Counts the draws, and says whether the next one was switched off by the user."""
+    def next_site(self) -> int | None:
+        """Gives the number of the next draw, None if the user switched it off."""
         index, self._next = self._next, self._next + 1
-        return self._sites[index].name in self._left_off
+        return None if self._numbered[index].name in self._left_off else index
 
 
 class _Exporting(Interception):
@@ -72,17 +83,17 @@ class _Exporting(Interception):
 
     def drop(self, x: Tensor, p: float, leading: int | None = None) -> Tensor:
         """Inverted dropout of the first ``leading`` axes."""
-        if self.source.is_off():
+        site = self.source.next_site()
+        if site is None:
             return x
         if leading is None or leading == x.dim():
-            return dropped(x, p)
-        keep = dropped(torch.ones(x.shape[:leading], dtype=x.dtype), p)
+            return _dropped(x, p, site)
+        keep = _dropped(torch.ones(x.shape[:leading], dtype=x.dtype), p, site)
         return x * keep.reshape(*x.shape[:leading], *(1,) * (x.dim() - leading))
 
 
-def dropped(x: Tensor, p: float) -> Tensor:
-    """Gives what a Dropout node gives."""
-    node: Tensor = torch.ops.mcdrop.dropout(x, float(p))
+def _dropped(x: Tensor, p: float, site: int) -> Tensor:
+    node: Tensor = torch.ops.mcdrop.dropout(x, float(p), site)
     return node
 
 
@@ -107,46 +118,60 @@ def stochastic_graph(backend: TorchBackend, rows: Rows, names: Sequence[str], ou
 
     Raises:
         ModelRefused: the network's draws, or the network, cannot be written as such a graph.
+        MissingExtra: torch's exporter needs onnxscript.
     """
-    import onnxscript
-
-    operators = getattr(onnxscript, f"opset{_OPSET}")
-
-    seeds = itertools.count(1)
-
-    def dropout_node(x: Any, p: float) -> Any:
-        # told apart by a seed, or the exporter takes equal nodes for one
-        return operators.Dropout(x, p, True, seed=next(seeds))[0]
-
     few = to_tensors(repeat_rows(rows, _ROWS), backend.live)
     found = trace(backend.live, few, backend.pick, backend.force)
     if found.rates or found.unclear:
-        raise ModelRefused(
-            "a draw whose rate, or whose rows, are only known while it runs cannot be written to a graph"
-        )
+        raise ModelRefused("a draw whose rate or rows are only known while the network runs cannot be part of a graph")
     leaves = tuple(leaf for _, leaf in few.named())
-    count = torch.export.Dim("rows", min=1)
+    count, translations = torch.export.Dim("rows", min=1), _translations()
+    # the exporter computes what depends on constants alone, and takes the dropout of a weight for that
+    optimize = all(layout is not None for layout in found.layouts)
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                _Pass(backend, found, few), leaves, dynamo=True, opset_version=_OPSET, verbose=False,
-                input_names=list(names), output_names=[output],
+                _Pass(backend, found, few), leaves, dynamo=True, opset_version=_OPSET, verbose=False, optimize=optimize,
+                input_names=list(names), output_names=[output], custom_translation_table=translations,
                 dynamic_shapes=(tuple({0: count} for _ in leaves),),
-                custom_translation_table={torch.ops.mcdrop.dropout.default: dropout_node},
             )  # fmt: skip
         except Exception as error:  # whatever an exporter makes of somebody's network
             raise ModelRefused(f"torch cannot export this network to ONNX: {_reason(error)}") from error
     assert program is not None
-    model = _without_seeds(program.model_proto)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = PATHS, json.dumps([site.path for site in found.sites if site.name not in backend.off])
-    return model
+    return _with_sites(program.model_proto, found)
 
 
-def _without_seeds(model: Any) -> Any:
+def _translations() -> dict[Any, Any]:
+    """Our operators as nodes; the number of the site goes as a seed, which also keeps equal nodes from being merged."""
+    try:
+        import onnxscript
+    except ImportError:
+        raise MissingExtra("onnxscript", "onnx") from None
+    operators = getattr(onnxscript, f"opset{_OPSET}")
+
+    def dropout(x: Any, p: float, site: int) -> Any:
+        return operators.Dropout(x, p, True, seed=site)[0]
+
+    def uniform(x: Any, site: int) -> Any:
+        return operators.RandomUniformLike(x, seed=float(site))
+
+    def normal(x: Any, site: int) -> Any:
+        return operators.RandomNormalLike(x, seed=float(site))
+
+    ours = torch.ops.mcdrop
+    return {ours.dropout.default: dropout, ours.uniform.default: uniform, ours.normal.default: normal}
+
+
+def _with_sites(model: Any, found: Trace) -> Any:
+    """Takes the seeds out again and writes down which site each random node is."""
+    sites = []
     for place in walk(model.graph):
-        if place.operator == "Dropout":
-            del place.node.attribute[:]
+        for attribute in [one for one in place.node.attribute if one.name == "seed" and place.operator in DRAWS]:
+            number = int(attribute.i if place.operator == "Dropout" else attribute.f)
+            sites.append([number, found.sites[number].path])
+            place.node.attribute.remove(attribute)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = SITES, json.dumps(sites)
     return model
 
 

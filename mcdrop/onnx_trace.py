@@ -32,12 +32,13 @@ Feeds = dict[str, Array]
 class Axis:
     """How a value follows the rows: along an axis, ``multiple`` entries for each row; or (axis None) as numbers do.
 
-    ``base`` is then what the numbers are for no rows at all.
+    ``base`` is then what the numbers are for no rows at all. ``rank`` is the number of axes of the value.
     """
 
     axis: int | None
     multiple: int = 1
     base: Any = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class Observer:
                     shape = units[slot.mask]
                     while slot.channels and shape[-1:] == (1,):
                         shape = shape[:-1]
-                    sites.append(Site(f"site{len(sites)}", shape, slot.p, slot.kind, slot.path))
+                    number = len(sites) if slot.site is None else slot.site
+                    sites.append(Site(f"site{number}", shape, slot.p, slot.kind, slot.path))
                     of_slot[slot.mask] = (*of_slot[slot.mask], sites[-1].name)
         return tuple(sites), of_slot
 
@@ -177,7 +179,7 @@ def _axis_of(few: tuple[int, ...], more: tuple[int, ...], path: str) -> Axis | N
     axis = differing[0]
     if len(differing) > 1 or few[axis] % _FEW or few[axis] // _FEW * _MORE != more[axis]:
         raise ModelRefused(f"no axis of the draw of {path} follows the rows: {few} for 3 rows, {more} for 5")
-    return Axis(axis, few[axis] // _FEW)
+    return Axis(axis, few[axis] // _FEW, rank=len(few))
 
 
 def _follows(few: Array, more: Array) -> tuple[Axis | None, str]:
@@ -194,7 +196,7 @@ def _follows(few: Array, more: Array) -> tuple[Axis | None, str]:
     step, rest = np.divmod(more.astype(np.int64) - few, _MORE - _FEW)
     if rest.any():
         return None, "holds numbers that are not linear in the rows"
-    return Axis(None, base=few - _FEW * step), ""
+    return Axis(None, base=(few - _FEW * step).astype(few.dtype), rank=few.ndim), ""
 
 
 def fold_rows(value: Array, kind: Axis | None, passes: int) -> Array:
