@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mcdrop import __version__
-from mcdrop.errors import InputError, MCDropError, ModelNotFound
+from mcdrop.errors import InputError, MCDropError, ModelNotFound, ModelRefused
 from service.limits import BodyTooLarge, BrokenBody, SlowBody, read_body
 from service.registry import NotReady, Registry
 from service.schemas import (
@@ -42,6 +42,7 @@ STATUS: dict[type[MCDropError], int] = {
     SlowBody: 408,
     BodyTooLarge: 413,
     InputError: 422,
+    ModelRefused: 422,  # rows that take another way through the network than its example
     NotReady: 503,
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
