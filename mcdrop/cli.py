@@ -20,9 +20,10 @@ from mcdrop.errors import InputError, MCDropError, MissingExtra
 
 if TYPE_CHECKING:
     from mcdrop.model import InputSpec, Model
+    from mcdrop.screening import Screen
     from mcdrop.table import Table
 
-__all__ = ["app", "inspect", "main", "predict", "predicted", "serve"]
+__all__ = ["app", "calibrate", "inspect", "main", "predict", "predicted", "screen", "serve"]
 
 STANDARD_STREAM = "-"
 
@@ -132,6 +133,65 @@ def predict(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
+    rows: Annotated[Path, typer.Argument(help="CSV or Parquet file of rows that the model was not trained on.")],
+    target: Annotated[list[str], typer.Option(help="Column with the true value; once for each output.")],
+    method: Annotated[str | None, typer.Option(help="Such as standardised, absolute, cqr; lac, aps, raps.")] = None,
+    passes: Annotated[int | None, typer.Option(callback=_option("passes"), help="Stochastic passes.")] = None,
+    seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
+) -> None:
+    """Fit intervals for future values on held-out rows, and keep them in the model's folder."""
+    import numpy as np
+
+    from mcdrop.artifact import CALIBRATION, load
+    from mcdrop.files import read_inputs, read_targets
+    from mcdrop.fitting import calibrate as fit
+    from mcdrop.store import put_file, resolve
+
+    loaded = load(model)
+    y = read_targets(rows, target)
+    with _progress(str(rows), "", "reading") as advance:
+        x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])
+    labels = y[:, 0] if loaded.task == "classification" else y
+    fitted = fit(loaded, {loaded.inputs[0].name: x}, labels, method=method, passes=passes, seed=seed)
+    put_file(resolve(model), CALIBRATION, json.dumps(fitted.to_dict(), allow_nan=False).encode())
+    known = f"passes={fitted.plan.passes} seed={fitted.plan.seed}"
+    typer.echo(f"{fitted.method} calibration of {fitted.rows} rows kept in {resolve(model)}; it holds for {known}")
+
+
+@app.command()
+def screen(
+    model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
+    rows: Annotated[Path, typer.Argument(help="CSV or Parquet file with the rows; it is read twice.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, of the same format.")],
+    fdr: Annotated[float | None, typer.Option(help="Share of false flags among all flags, such as 0.05.")] = None,
+    fpr: Annotated[float | None, typer.Option(help="Share of flagged inliers; by default the screen's own.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="File of inliers; by default the model's own screen.")] = None,
+    score: Annotated[str, typer.Option(help="With --reference: what is compared.")] = "variance",
+    prefix: Annotated[str, typer.Option(help="Put before the name of every new column.")] = "",
+) -> None:
+    """Flag the anomalies of a table: its columns followed by score, p_value and is_anomaly."""
+    from mcdrop.artifact import load
+    from mcdrop.detect import screen as find
+    from mcdrop.files import append_columns, read_inputs
+
+    if fdr is not None and fpr is not None:
+        raise typer.BadParameter("give --fdr or --fpr, not both", param_hint="--fdr")
+    if _same_file(rows, output):
+        raise typer.BadParameter("the output would replace the input; choose another file", param_hint="--output")
+    loaded = load(model)
+    fitted = None if reference is None else _fitted_screen(loaded, reference, score, fpr)
+    name = loaded.inputs[0].name
+    with _progress(str(rows), str(output), "screening") as advance:
+        blocks = read_inputs(loaded, rows, advance=advance)
+        found = find(loaded, ({name: block} for block in blocks), screen=fitted, fdr=fdr, fpr=fpr)
+    columns = {prefix + column: getattr(found, column) for column in ("score", "p_value", "is_anomaly")}
+    append_columns(loaded, rows, output, columns)
+    typer.echo(str(found), err=True)
+
+
+@app.command()
 def serve(
     store: Annotated[Path | None, typer.Argument(help="Folder of models.", show_default="models/store")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
@@ -171,12 +231,22 @@ def _only_input(model: "Model") -> "InputSpec":
     return model.inputs[0]
 
 
+def _fitted_screen(model: "Model", reference: Path, score: str, fpr: float | None) -> "Screen":
+    import numpy as np
+
+    from mcdrop.files import read_inputs
+    from mcdrop.fitting import fit_screen
+
+    rows = np.concatenate([*read_inputs(model, reference)])
+    return fit_screen(model, {model.inputs[0].name: rows}, score=score, fpr=fpr or 0.01)
+
+
 def _same_file(source: Path, target: Path) -> bool:
     return source.exists() and target.exists() and source.samefile(target)
 
 
 @contextmanager
-def _progress(source: str, output: str) -> Iterator[Callable[[int], None]]:
+def _progress(source: str, output: str, doing: str = "predicting") -> Iterator[Callable[[int], None]]:
     """Gives what is to be told the bytes that were read; shows a bar on a terminal that prints nothing else."""
     if not sys.stderr.isatty() or (output == STANDARD_STREAM and sys.stdout.isatty()):
         yield lambda position: None
@@ -184,7 +254,9 @@ def _progress(source: str, output: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    total = Path(source).stat().st_size if Path(source).is_file() else None
+    from mcdrop.files import size_of
+
+    total = size_of(source)
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task("predicting", total=total)
+        task = bar.add_task(doing, total=total)
         yield lambda position: bar.update(task, completed=position)

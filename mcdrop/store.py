@@ -2,7 +2,9 @@
 
 import hashlib
 import re
+import shutil
 import stat
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +13,19 @@ from typing import Any
 
 from mcdrop.errors import ArtifactError, ModelNotFound
 
-__all__ = ["FORMAT", "MANIFEST", "Entry", "check_name", "list_models", "read_manifest", "resolve", "sha256", "verify"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "Entry",
+    "check_name",
+    "list_models",
+    "put_file",
+    "read_manifest",
+    "resolve",
+    "sha256",
+    "swap",
+    "verify",
+]
 
 MANIFEST = "model.toml"
 FORMAT = 1
@@ -58,7 +72,7 @@ def list_models(store: str | Path) -> list[Entry]:
 def _version_key(version: str) -> list[tuple[int, int, str]]:
     """Orders 9 before 10, and 1.9 before 1.10."""
     parts = re.split(r"[._-]", version)
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
 
 
 def _entry(folder: Path) -> Entry:
@@ -91,13 +105,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     _check_plain(path, _MANIFEST_BYTES)
     try:
         manifest = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # not TOML, not text, numbers or brackets without end
         raise ArtifactError(f"{path} is not a readable manifest: {error}") from None
     if manifest.get("format") != FORMAT:
         raise ArtifactError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
     missing = {"name", "version", "task", "weights", "inputs", "defaults", "sha256"} - manifest.keys()
     if missing:
         raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}")
+    check_name(str(manifest["name"]))
+    check_name(str(manifest["version"]))
     return manifest
 
 
@@ -133,3 +149,43 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
         _check_plain(folder / name, _FILE_BYTES)
         if sha256(folder / name) != expected[name]:
             raise ArtifactError(f"{folder / name} is not the file that its manifest was written for (sha256 differs)")
+
+
+def put_file(folder: Path, name: str, content: bytes) -> None:
+    """Puts a file into a model folder, or another in its place, and renews the manifest; whole or not at all.
+
+    Raises:
+        ArtifactError: the folder differs from its manifest.
+    """
+    import tomli_w
+
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        shutil.copytree(folder, beside, dirs_exist_ok=True)
+        (beside / name).write_bytes(content)
+        manifest["sha256"][name] = sha256(beside / name)
+        (beside / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
+        swap(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def swap(beside: Path, target: Path) -> None:
+    """Renames a new folder into place; an old one is moved aside first, and back if that fails."""
+    beside.chmod(0o755)  # a temporary folder and its files are their owner's alone; a model is for whoever serves it
+    for path in beside.iterdir():
+        path.chmod(0o644)
+    if not target.exists():
+        beside.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent)) / "old"
+    target.rename(old)
+    try:
+        beside.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""The commands that calibrate and screen files, CSV and Parquet."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import mcdrop
+from mcdrop.cli import app
+
+X = np.random.default_rng(0).uniform(-1, 1, 120).astype(np.float32)
+Y = X + 0.3 * np.random.default_rng(1).normal(size=120)
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def line(store: Path, tmp_path: Path) -> Path:
+    """A copy of the model that names its column and has a screen, for writing to."""
+    return Path(shutil.copytree(store / "line" / "2", tmp_path / "store" / "line" / "2"))
+
+
+def table(path: Path, **columns: np.ndarray) -> Path:
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table(columns), path)
+        return path
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
+    return path
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        found = parquet.read_table(path).to_pydict()
+        return {name: [str(value).lower() for value in values] for name, values in found.items()}
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_calibrate_keeps_what_the_library_fits(line: Path, tmp_path: Path, suffix: str) -> None:
+    held = table(tmp_path / f"held.{suffix}", id=np.arange(120), x=X, y=Y)
+    result = run("calibrate", line, held, "--target", "y", "--passes", "60")
+    assert result.exit_code == 0, result.stderr
+    assert "standardised calibration of 120 rows kept" in result.stdout
+    model = mcdrop.load(line)
+    expected = mcdrop.calibrate(model, X[:, None], Y, passes=60)
+    assert model.calibration is not None
+    assert model.calibration.to_dict() == expected.to_dict()
+    found = mcdrop.predict(model, X[:, None], passes=60, interval="conformal")
+    assert ((found.lower[:, 0] <= Y) & (found.upper[:, 0] >= Y)).mean() > 0.9
+
+
+def test_calibrate_says_what_is_wrong_in_one_line(line: Path, tmp_path: Path) -> None:
+    held = table(tmp_path / "held.csv", x=X, y=Y)
+    result = run("calibrate", line, held, "--target", "z")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: {held} has no column 'z'; its columns are x, y\n"
+    assert run("calibrate", line, held).exit_code == 2
+    assert "unknown calibration method" in run("calibrate", line, held, "--target", "y", "--method", "nope").stderr
+    assert mcdrop.load(line).calibration is None
+
+
+def test_columns_of_a_model_without_names_are_those_that_are_no_targets(store: Path, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(store / "line" / "1", tmp_path / "plain" / "1"))
+    held = table(tmp_path / "held.csv", y=Y, anything=X)
+    assert run("calibrate", plain, held, "--target", "y").exit_code == 0
+    assert mcdrop.load(plain).calibration is not None
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_screen_writes_what_the_library_finds(line: Path, tmp_path: Path, suffix: str) -> None:
+    rows = np.concatenate([X, np.full(20, 50, np.float32)])
+    source = table(tmp_path / f"rows.{suffix}", id=np.arange(140), x=rows)
+    target = tmp_path / f"flagged.{suffix}"
+    result = run("screen", line, source, "-o", target, "--fdr", "0.2")
+    assert result.exit_code == 0, result.stderr
+    found = mcdrop.screen(mcdrop.load(line), rows[:, None], fdr=0.2)
+    assert result.stderr.strip() == str(found)
+    written = read(target)
+    assert list(written) == ["id", "x", "score", "p_value", "is_anomaly"]
+    np.testing.assert_allclose(np.array(written["score"], float), found.score)
+    assert [flag == "true" for flag in written["is_anomaly"]] == found.is_anomaly.tolist()
+
+
+def test_screen_may_fit_on_a_file_of_inliers(store: Path, tmp_path: Path) -> None:
+    inliers, rows = table(tmp_path / "in.csv", x=X), table(tmp_path / "rows.csv", x=X + 40)
+    options = ["--reference", inliers, "--score", "feature_distance", "--fpr", "0.05", "--prefix", "mc_"]
+    result = run("screen", store / "line" / "1", rows, "-o", tmp_path / "out.csv", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "mc_is_anomaly" in read(tmp_path / "out.csv")
+
+
+def test_screen_refuses_what_cannot_be_right(line: Path, tmp_path: Path) -> None:
+    rows, target = table(tmp_path / "rows.csv", x=X), tmp_path / "out.csv"
+    assert run("screen", line, rows, "-o", target, "--fdr", "0.1", "--fpr", "0.1").exit_code == 2
+    assert run("screen", line, rows, "-o", rows).exit_code == 2
+    assert "must have the format of" in run("screen", line, rows, "-o", tmp_path / "out.parquet").stderr
+    taken = table(tmp_path / "taken.csv", x=X, score=X)
+    assert "already has a column 'score'" in run("screen", line, taken, "-o", target).stderr
+    assert "fdr 0.001 is below" in run("screen", line, rows, "-o", target, "--fdr", "0.001").stderr
+    assert not target.exists()
+
+
+def test_parquet_is_read_as_strictly_as_csv(line: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    target = tmp_path / "out.parquet"
+    text = table(tmp_path / "text.parquet", x=np.array(["a", "b"]))
+    assert "column 'x' holds string, not numbers" in run("screen", line, text, "-o", target).stderr
+    hole = table(tmp_path / "hole.parquet", x=np.array([1.0, np.nan]))
+    assert "row 1, column 'x' is empty or not a finite number" in run("screen", line, hole, "-o", target).stderr
+    other = table(tmp_path / "other.parquet", z=X)
+    assert "lacks the column 'x'" in run("screen", line, other, "-o", target).stderr
+    (tmp_path / "no.parquet").write_text("no")
+    assert "as Parquet" in run("screen", line, tmp_path / "no.parquet", "-o", target).stderr
