@@ -164,14 +164,15 @@ def _reference(model: Model, screen: Screen, plan: PassPlan) -> Array:
         return screen.scores
     key = (id(screen), wanted)
     with model.lock:
-        known = model.references.get(key)
-    if known is None:
-        known = scores_under(model, screen.rows, wanted, screen.score, screen.bank)
+        held = model.references.get(key)
+    if held is None:
+        # the screen is held too: were it freed, another could get its id, and these scores
+        held = screen, scores_under(model, screen.rows, wanted, screen.score, screen.bank)
         with model.lock:
             while len(model.references) >= _REFERENCES_KEPT:
                 model.references.pop(next(iter(model.references)))
-            model.references[key] = known
-    scores: Array = known
+            model.references[key] = held
+    scores: Array = held[1]
     return scores
 
 

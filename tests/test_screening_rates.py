@@ -1,3 +1,5 @@
+import gc
+import weakref
 from itertools import combinations
 
 import numpy as np
@@ -219,6 +221,17 @@ def test_a_folder_keeps_its_screen(score: str, tmp_path) -> None:  # type: ignor
     mcdrop.save(model, tmp_path / "line" / "1", factory="models.networks:noisy_line", screen=screen)
     loaded = mcdrop.load(tmp_path / "line")
     np.testing.assert_array_equal(mcdrop.screen(loaded, x).p_value, mcdrop.screen(model, x, screen=screen).p_value)
+
+
+def test_a_screen_lives_as_long_as_the_scores_that_are_kept_for_it() -> None:
+    """Another screen at its place in memory would be given its scores."""
+    model = mcdrop.wrap(net(), example=X)
+    screen = mcdrop.fit_screen(model, X, fpr=0.1)
+    mcdrop.predict(model, X, screen=screen, seed=1)
+    alive = weakref.ref(screen)
+    del screen
+    gc.collect()
+    assert alive() is not None
 
 
 def test_a_detector_flags_what_its_p_values_say() -> None:
