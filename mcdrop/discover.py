@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mcdrop.audit import Audit, SiteReport
+from mcdrop.checks import coupled, mean_preserving, unrepeatable
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.forward import VOLATILE, draws_off, to_tensors
 from mcdrop.masks import Site, sample_masks
@@ -79,10 +80,10 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         return overrules.force_literal or path in refused
 
     found = trace(live, few, pick, force)
-    lost = _lost(found, verdicts) + _unrepeatable(live, few, pick, found)
+    lost = _lost(found, verdicts) + unrepeatable(live, few, pick, found)
     if lost and overrules.strict:
         raise UncontrolledDraw(_lost_message(name, lost))
-    warnings += lost + _unclear(found)
+    warnings += lost + _unclear(found) + coupled(live, few, pick, found)
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
     reports = tuple(_report(live, few, pick, found, index, excluded) for index in range(len(found.sites)))
     audit = Audit(
@@ -91,7 +92,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         sites=reports,
         stochastic=tuple(path for path, verdict in verdicts.items() if verdict.kind == "stochastic"),
         kept={p: v.reason for p, v in verdicts.items() if v.kind in ("norm", "refused", "excluded")},
-        mean_preserving=_mean_preserving(live, plain, few, pick, found),
+        mean_preserving=mean_preserving(live, plain, few, pick, found),
         injected=vars(module).get("_mcdrop_injected"),
         warnings=tuple(warnings),
     )
@@ -229,32 +230,6 @@ def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int) 
     return "idle", "no mask on it changes the output"
 
 
-def _unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
-    """Says so where the same masks give another output: something draws out of sight, as numpy's Generator does."""
-    if found.escaped:
-        return []
-    device = next(leaf for _, leaf in rows.named()).device
-    drawn = sample_masks(found.sites, 1, seed=0)
-    masks = [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]
-    with torch.no_grad():
-        first, again = (one_pass(live, rows, pick, found, masks).double() for _ in range(2))
-    scale = max(float(first.abs().max()), 1e-30)
-    if first.shape == again.shape and float((first - again).abs().max()) <= 1e-6 * scale:
-        return []
-    return ["a generator out of sight, such as numpy's Generator, gives other numbers at each call"]
-
-
-def _mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace) -> bool:
-    """Whether the network with every draw at its expectation equals plain eval."""
-    with torch.no_grad():
-        expected = one_pass(live, rows, pick, found, [None] * len(found.sites)).double()
-        eval_output = draws_off(plain, rows, pick).double()
-    if expected.shape != eval_output.shape:
-        return False
-    scale = max(float(eval_output.abs().max()), 1e-30)
-    return float((expected - eval_output).abs().max()) <= 1e-4 * scale
-
-
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +263,7 @@ def _lost_message(name: str, lost: list[str]) -> str:
 def _none_message(audit: Audit, found: Trace) -> str:
     seen = "; ".join(f"{site.path or 'root'}: {site.kind}, {site.reason}" for site in audit.sites) or "no draw at all"
     kept = "".join(f"; {path or 'root'} {reason}" for path, reason in audit.kept.items())
-    off = sorted({path or "root" for path in found.off if path})
+    off = sorted({path or "root" for path in found.off if path is not None})
     literal = f"; dropout switched off in {', '.join(off)} (force_literal=True drops there)" if off else ""
     return (
         f"{audit.model} has no live stochastic site: every variance would be 0. Looked at {audit.modules} modules and "

@@ -17,7 +17,7 @@ from mcdrop.errors import UncontrolledDraw
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
 
-__all__ = ["Expected", "Folded", "Given", "Interception", "Layout", "Rules", "Source"]
+__all__ = ["Expected", "Folded", "Given", "Interception", "LargerDraw", "Layout", "Rules", "Source"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -46,6 +46,10 @@ class Layout:
             return mask
         rows = shape[self.axis] // self.multiple
         return mask.expand(*shape[: self.axis], rows, self.multiple, *shape[self.axis + 1 :]).reshape(shape)
+
+
+class LargerDraw(UncontrolledDraw):
+    """A draw is larger than when the network was traced, as where a packed sequence is longer: trace again."""
 
 
 class Source(Protocol):
@@ -122,13 +126,19 @@ class Given:
         if index >= len(self._masks):
             raise UncontrolledDraw(f"{_OTHER_WAY}: a draw of {kind} {shape} is one too many")
         layout = self._layouts[index]
+        mask = self._masks[index]
         if self._sites:
             site = self._sites[index]
             unit = shape if layout is None else layout.unit_shape(shape)
-            same = unit == site.shape and (index in self._rates or (kind, p) == (site.kind, site.p))
-            if not same:
-                raise UncontrolledDraw(f"{_OTHER_WAY}: {site.name} was {site.kind} {site.shape}, now {kind} {unit}")
-        return index, self._masks[index], layout
+            same = index in self._rates or (kind, p) == (site.kind, site.p)
+            if not same or len(unit) != len(site.shape):
+                was, now = (f"{site.kind} {site.shape} p={site.p:g}", f"{kind} {unit} p={p:g}")
+                raise UncontrolledDraw(f"{_OTHER_WAY}: {site.name} was {was}, now {now}")
+            if any(size > most for size, most in zip(unit, site.shape, strict=True)):
+                raise LargerDraw(f"{_OTHER_WAY}: {site.name} had the shape {site.shape}, now {unit}")
+            if mask is not None and unit != site.shape:  # the smaller mask is the corner of the larger one
+                mask = mask[(..., *(slice(size) for size in unit))]
+        return index, mask, layout
 
     def finish(self) -> None:
         """Checks that every mask was asked for.

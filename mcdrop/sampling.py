@@ -33,7 +33,7 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     rows = model.rows(x)
     task = TASKS[model.task]
     if plan.keep_samples:
-        first = model.backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
+        first = model.backend.deterministic(rows.take(slice(0, 2)))[:1].astype(np.float64)
         width = task.statistics.kept(task.statistics.of(first[None]).shape[-1]) * first[0, ..., 0].size
         needed = plan.passes * rows.count * width * 4
         if needed > _SAMPLE_BYTES:

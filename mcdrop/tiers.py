@@ -18,7 +18,7 @@ from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 
-__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "first_line"]
+__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "difference", "first_line", "tolerance"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
@@ -71,8 +71,8 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
             except Exception as error:  # whatever a network does there, the loop is right
                 reasons.append(f"{tier} does not take this network: {first_line(error)}")
                 continue
-            worst = _difference(got, expected)
-            if worst > _tolerance(expected.dtype):
+            worst = difference(got, expected)
+            if worst > tolerance(expected.dtype):
                 del seconds[tier]
                 reasons.append(f"{tier} differs from the loop by {worst:.1e}")
             elif tier == "vmap":
@@ -97,7 +97,7 @@ def _timed(
     return output, min(times)
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
+def difference(got: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest value; infinite where the shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
@@ -105,7 +105,7 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max()) / scale
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """Rounding of a few hundred operations in a type: 3e-5 in float32, 2e-2 in bfloat16."""
     return {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2}.get(dtype, 2e-2)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from mcdrop.record import Draw, Recorder, nowhere, record
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 
-__all__ = ["Trace", "one_pass", "trace"]
+__all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
 _FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
@@ -58,6 +58,20 @@ def one_pass(
         output = forward(module, rows, pick)
     given.finish()
     return output
+
+
+def widened(found: Trace, other: Trace) -> Trace:
+    """Gives a trace whose draws are as large as in either of two, where they differ in size alone.
+
+    Raises:
+        UncontrolledDraw: they differ otherwise.
+    """
+    pairs = list(zip(found.sites, other.sites, strict=False))
+    alike = all(replace(a, shape=()) == replace(b, shape=()) and len(a.shape) == len(b.shape) for a, b in pairs)
+    if len(found.sites) != len(other.sites) or found.layouts != other.layouts or not alike:
+        raise UncontrolledDraw("the network takes another way through these rows than through its example")
+    sites = (replace(a, shape=tuple(map(max, a.shape, b.shape))) for a, b in pairs)
+    return replace(found, sites=tuple(sites), row_bytes=max(found.row_bytes, other.row_bytes))
 
 
 def repeat_rows(rows: Rows, count: int) -> Rows:

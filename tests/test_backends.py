@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.backends.torch import TIERS
 from mcdrop.masks import Site, sample_masks
 from mcdrop.predict import Prediction
+from mcdrop.tiers import TIERS
 
 Array = NDArray[Any]
 

@@ -2,9 +2,9 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 from mcdrop.errors import InputError
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import VOLATILE, draws_off, to_tensors
+from mcdrop.intercept import LargerDraw
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, first_line
-from mcdrop.trace import Trace, trace
+from mcdrop.trace import Trace, trace, widened
 
 __all__ = ["TorchBackend"]
 
@@ -110,16 +111,33 @@ class TorchBackend:
 
     def _forward(self, rows: Rows, passes: int, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         plan, tensors = self._prepare(rows)
-        stacks = self._stacks(plan, passes, seed, start, sampler)
-        with torch.no_grad(), self._turn:
-            output = TIERS[plan.tier](self.live, tensors, self.pick, plan.trace, stacks)
-        return _numpy(output)
+        try:
+            return self._through(plan, tensors, self._stacks(plan, passes, seed, start, sampler))
+        except LargerDraw:
+            plan = self._widened(plan, tensors)
+        return self._through(plan, tensors, self._stacks(plan, passes, seed, start, sampler))
+
+    def _through(self, plan: _Plan, tensors: Rows, stacks: Stacks) -> NDArray[np.float32]:
+        with torch.no_grad(), self._turn, _said_of(tensors):
+            return _numpy(TIERS[plan.tier](self.live, tensors, self.pick, plan.trace, stacks))
+
+    def _widened(self, plan: _Plan, tensors: Rows) -> _Plan:
+        """Gives a plan whose draws are as large as these rows ask for, and keeps it for later ones."""
+        with self._lock, self._turn, _said_of(tensors):
+            wide = replace(plan, trace=widened(plan.trace, trace(self.live, tensors, self.pick, self.force)))
+            self._plans = {key: wide if kept is plan else kept for key, kept in self._plans.items()}
+        return wide
 
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
-        _, tensors = self._prepare(rows)
-        with torch.no_grad(), self._turn:
-            return _numpy(draws_off(self.plain, tensors, self.pick))
+        try:
+            _, tensors = self._prepare(rows)
+            with torch.no_grad(), self._turn, _said_of(tensors):
+                return _numpy(draws_off(self.plain, tensors, self.pick))
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error) or rows.count == 1:
+                raise
+        return np.concatenate([self.deterministic(block) for block in rows.split(-(-rows.count // 2))])
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
@@ -186,17 +204,13 @@ class TorchBackend:
         return plan, tensors
 
     def _make_plan(self, tensors: Rows) -> _Plan:
-        shapes = ", ".join(f"{name}: {('N', *leaf.shape[1:])}" for name, leaf in tensors.named())
-        try:
+        with _said_of(tensors):
             found = trace(self.live, tensors, self.pick, self.force)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error
         few = tensors if found.unclear else tensors.take(slice(0, min(tensors.count, 4)))
         plan = _Plan(found, self.off, "loop", "")
         stacks = self._stacks(plan, CHECK_PASSES, seed=0, start=0, sampler="iid")
-        tier, reason = choose_tier(self.live, few, self.pick, found, stacks)
+        with _said_of(few):
+            tier, reason = choose_tier(self.live, few, self.pick, found, stacks)
         return _Plan(found, self.off, tier, reason)
 
     def _stacks(self, plan: _Plan, passes: int, seed: int, start: int, sampler: str) -> Stacks:
@@ -213,6 +227,18 @@ class TorchBackend:
 
             stacks.append(self._cache.get((site, passes, seed, start, sampler, device), make))
         return stacks
+
+
+@contextmanager
+def _said_of(rows: Rows) -> Iterator[None]:
+    """Turns a network's own error into one that says what it was given."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, InputError) or _out_of_memory(error):
+            raise
+        shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in rows.named())
+        raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error
 
 
 def _out_of_memory(error: Exception) -> bool:

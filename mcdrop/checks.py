@@ -1,0 +1,79 @@
+"""Checks of a traced network: same masks, same answer; rows answer for themselves; the expectation is eval's."""
+
+import torch
+from torch import Tensor, nn
+
+from mcdrop.errors import UncontrolledDraw
+from mcdrop.forward import draws_off
+from mcdrop.masks import sample_masks
+from mcdrop.outputs import Pick
+from mcdrop.rows import Rows
+from mcdrop.tiers import difference, first_line, tolerance
+from mcdrop.trace import Trace, one_pass
+
+__all__ = ["coupled", "mean_preserving", "unrepeatable"]
+
+_SO = "so a row's answer depends on its batch"
+_LOOSE = 3  # other kernels are chosen for other numbers of rows
+
+
+def _masks(found: Trace, rows: Rows) -> list[Tensor]:
+    """The draws of one pass."""
+    device = next(leaf for _, leaf in rows.named()).device
+    drawn = sample_masks(found.sites, 1, seed=0)
+    return [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]
+
+
+def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
+    """Says so where the same masks give another output: something draws out of sight, as numpy's Generator does."""
+    if found.escaped:
+        return []
+    masks = _masks(found, rows)
+    with torch.no_grad():
+        first, again = (one_pass(live, rows, pick, found, masks).double() for _ in range(2))
+    scale = max(float(first.abs().max()), 1e-30)
+    if first.shape == again.shape and float((first - again).abs().max()) <= 1e-6 * scale:
+        return []
+    return ["a generator out of sight, such as numpy's Generator, gives other numbers at each call"]
+
+
+def mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace) -> bool:
+    """Whether the network with every draw at its expectation equals plain eval."""
+    with torch.no_grad():
+        expected = one_pass(live, rows, pick, found, _expectations(found, rows)).double()
+        eval_output = draws_off(plain, rows, pick).double()
+    if expected.shape != eval_output.shape:
+        return False
+    scale = max(float(eval_output.abs().max()), 1e-30)
+    return float((expected - eval_output).abs().max()) <= 1e-4 * scale
+
+
+def _expectations(found: Trace, rows: Rows) -> list[Tensor | None]:
+    """The expectation of every draw; of a mask the keep rate itself, at which alpha dropout is not the identity."""
+    device = next(leaf for _, leaf in rows.named()).device
+    return [
+        torch.full(site.shape, 1 - site.p, device=device) if site.kind == "bernoulli" else None for site in found.sites
+    ]
+
+
+def coupled(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
+    """Says so where a row that is alone answers otherwise than among the others, with the same masks.
+
+    Seen on the example rows: a network may still couple others, as by a branch on a value.
+    """
+    if found.unclear or rows.count == 1:  # said of each draw, and not to be tried with another number of rows
+        return []
+    masks = _masks(found, rows)
+    with torch.no_grad():
+        together = one_pass(module, rows, pick, found, masks)
+        for row in range(rows.count):
+            try:
+                alone = one_pass(module, rows.take(slice(row, row + 1)), pick, found, masks)
+            except UncontrolledDraw as error:
+                return [f"row {row} of the example takes a way of its own when it is alone ({error}), {_SO}"]
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                return [f"the network does not take a single row ({first_line(error)}), {_SO}"]
+            worst = difference(alone, together[row : row + 1])
+            if worst > _LOOSE * tolerance(alone.dtype):
+                return [f"row {row} of the example alone is off by {worst:.1e} from the same row among others, {_SO}"]
+    return []
