@@ -4,9 +4,7 @@ The manifest holds the sha256 of every other file, and each file is hashed befor
 the folder: the factory is a function of an installed, allow-listed package.
 """
 
-import importlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -19,20 +17,19 @@ import numpy as np
 from mcdrop.bank import Bank
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
-from mcdrop.errors import ArtifactError, MCDropError
+from mcdrop.errors import ArtifactError, MCDropError, UnknownName
 from mcdrop.model import Model, Options, wrap
 from mcdrop.rows import Rows
 from mcdrop.sampling import fingerprint
-from mcdrop.screening import Screen
-from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, sha256, verify
+from mcdrop.screening import SCORES, Screen
+from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, sha256, swap, verify
 
-__all__ = ["FACTORY_PACKAGES", "load", "save"]
+__all__ = ["CALIBRATION", "load", "save"]
 
 WEIGHTS, EXAMPLE, SCREEN = "weights.safetensors", "example.safetensors", "screen.safetensors"
 CALIBRATION = "calibration.json"
-FACTORY_PACKAGES = ("mcdrop", "models", "timm", "torchvision", "transformers")
 
-_FACTORY = re.compile(r"([a-z_][\w.]*):([A-Za-z_]\w*)", re.ASCII)
+_DEFAULTS = ("passes", "level", "interval", "seed", "sampler", "tolerance")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -57,7 +54,8 @@ def save(
     Args:
         model: what ``wrap`` gave.
         folder: where, usually ``STORE/NAME/VERSION``.
-        factory: "package.module:function" that builds the network without weights; see ``FACTORY_PACKAGES``.
+        factory: "package.module:function" that builds the network without weights, of a package in
+            ``mcdrop.factory.FACTORY_PACKAGES``.
         arguments: keyword arguments of the factory, as TOML can hold them.
         screen: fitted flags; None is the model's own.
         calibration: what ``calibrate`` gave; None is the model's own.
@@ -85,29 +83,10 @@ def save(
         factory_part = {"factory": factory, "arguments": dict(arguments or {})}
         _write_manifest(model, beside, screen, head, factory_part)
         _check_same(model, load(beside), calibration or model.calibration)
-        _swap(beside, target)
+        swap(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
-
-
-def _swap(beside: Path, target: Path) -> None:
-    """Renames the new folder into place; an old one is moved aside first, and back if that fails."""
-    beside.chmod(0o755)  # a temporary folder and its files are their owner's alone; a model is for whoever serves it
-    for path in beside.iterdir():
-        path.chmod(0o644)
-    if not target.exists():
-        beside.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent)) / "old"
-    target.rename(old)
-    try:
-        beside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _write_files(model: Model, folder: Path, screen: Screen | None, calibration: Calibration | None) -> None:
@@ -155,7 +134,7 @@ def _write_manifest(
             {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "positional": i < model.positional}
             for i, spec in enumerate(model.inputs)
         ],
-        "defaults": {key: getattr(model.defaults, key) for key in ("passes", "level", "interval", "seed")},
+        "defaults": {key: value for key in _DEFAULTS if (value := getattr(model.defaults, key)) is not None},
     }
     if screen is not None:
         plan = {"passes": screen.plan.passes, "seed": screen.plan.seed, "sampler": screen.plan.sampler}
@@ -165,7 +144,11 @@ def _write_manifest(
             layer = {} if screen.bank.layer is None else {"layer": screen.bank.layer}
             manifest["screen"] |= {"distance": screen.bank.distance, **layer}
     manifest["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
+    try:
+        text = tomli_w.dumps(manifest)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the manifest cannot hold what was given for the factory: {error}") from None
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _check_same(model: Model, loaded: Model, calibration: Calibration | None) -> None:
@@ -202,18 +185,17 @@ def load(folder: str | Path) -> Model:
 
 
 def _build(place: Path, manifest: Mapping[str, Any]) -> Model:
-    module = _network(manifest["weights"])
-    _fill(module, place / WEIGHTS)
+    from mcdrop.factory import fill, network  # here, because asking what is in a store needs no torch
+
+    module = network(manifest["weights"])
+    fill(module, place / WEIGHTS)
     positional = sum(bool(spec["positional"]) for spec in manifest["inputs"])
     example, _ = _read_rows(place / EXAMPLE, positional)
     given = example.args[0] if positional == 1 and not example.kwargs else (example.args or example.kwargs)
     if example.args and example.kwargs:
         raise ArtifactError(f"{place / EXAMPLE} mixes inputs by position and by name")
     model = wrap(module, example=given, task=manifest["task"])
-    live = [(site.name, site.kind) for site in model.audit.live]
-    promised = [(site["name"], site["kind"]) for site in manifest["sites"]]
-    if live != promised:
-        raise ArtifactError(f"{place}: the network has the live sites {live}, its manifest promises {promised}")
+    _check_promises(place, model, manifest)
     model = replace(
         model, name=manifest["name"], version=manifest["version"], description=manifest.get("description", ""),
         features=manifest.get("features") or None, defaults=Options(**manifest["defaults"]),
@@ -222,40 +204,22 @@ def _build(place: Path, manifest: Mapping[str, Any]) -> Model:
     return model.with_calibration(_read_calibration(place / CALIBRATION))
 
 
-def _network(weights: Mapping[str, Any]) -> Any:
-    """Calls the factory; on the meta device, so that nothing is initialised only to be overwritten."""
-    import torch
-
-    factory = str(weights["factory"])
-    match = _FACTORY.fullmatch(factory)
-    if match is None or match[1].split(".")[0] not in FACTORY_PACKAGES:
-        allowed = ", ".join(FACTORY_PACKAGES)
-        raise ArtifactError(f"factory {factory!r} must be 'package.module:function' of one of: {allowed}")
-    try:
-        function = getattr(importlib.import_module(match[1]), match[2])
-    except (ImportError, AttributeError) as error:
-        raise ArtifactError(f"factory {factory!r} cannot be imported: {error}") from error
-    with torch.device("meta"):
-        module = function(**weights.get("arguments", {}))
-    if not isinstance(module, torch.nn.Module):
-        raise ArtifactError(f"factory {factory!r} gave a {type(module).__name__}, not a torch.nn.Module")
-    return module.eval()
-
-
-def _fill(module: Any, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(str(path))
-        tied = set(module.state_dict()) - set(state)
-        module.load_state_dict(state, strict=False, assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ArtifactError(f"{path} does not fit the network: {str(error)[:500]}") from error
-    unexpected = set(state) - set(module.state_dict())
-    left = {name for name in tied if module.state_dict()[name].is_meta}
-    if unexpected or left:
-        raise ArtifactError(f"{path} does not fit the network: missing {sorted(left)}, unexpected {sorted(unexpected)}")
+def _check_promises(place: Path, model: Model, manifest: Mapping[str, Any]) -> None:
+    """What a manifest says of the network must be so, because others read it there."""
+    live = [(site.name, site.kind) for site in model.audit.live]
+    promised = [(site["name"], site["kind"]) for site in manifest["sites"]]
+    if live != promised:
+        raise ArtifactError(f"{place}: the network has the live sites {live}, its manifest promises {promised}")
+    inputs = [(spec.name, spec.dtype, [*spec.shape]) for spec in model.inputs]
+    promised = [(spec["name"], spec["dtype"], spec["shape"]) for spec in manifest["inputs"]]
+    if inputs != promised:
+        raise ArtifactError(f"{place}: the network takes {inputs}, its manifest promises {promised}")
+    features = manifest.get("features", [])
+    if not isinstance(manifest.get("description", ""), str) or not isinstance(features, list):
+        raise ArtifactError(f"{place / MANIFEST} must hold a text as description and a list as features")
+    width = model.inputs[0].shape[-1] if len(model.inputs) == 1 and len(model.inputs[0].shape) == 2 else None
+    if features and (len(features) != width or not all(isinstance(feature, str) for feature in features)):
+        raise ArtifactError(f"{place / MANIFEST} must name {width} features, one for each column, got {features}")
 
 
 def _read_rows(path: Path, positional: int) -> tuple[Rows, dict[str, Any]]:
@@ -264,7 +228,7 @@ def _read_rows(path: Path, positional: int) -> tuple[Rows, dict[str, Any]]:
 
     try:
         arrays = load_file(str(path))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a safetensors file: {error}") from error
     leaves = {key.removeprefix("input."): value for key, value in arrays.items() if key.startswith("input.")}
     args = tuple(leaves.pop(str(i)) for i in range(positional))
@@ -276,6 +240,8 @@ def _read_screen(place: Path, head: Mapping[str, Any] | None, positional: int) -
     if head is None:
         return None
     rows, more = _read_rows(place / SCREEN, positional)
+    if head["score"] not in SCORES:
+        raise UnknownName("score", head["score"], SCORES)
     plan = PassPlan(head["passes"], head["seed"], head["sampler"])
     bank = None
     if "distance" in head:

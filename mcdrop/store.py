@@ -181,11 +181,12 @@ def swap(beside: Path, target: Path) -> None:
         beside.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent)) / "old"
-    target.rename(old)
     try:
-        beside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
+        target.rename(old)
+        try:
+            beside.rename(target)
+        except BaseException:  # Ctrl-C too
+            old.rename(target)
+            raise
     finally:
         shutil.rmtree(old.parent, ignore_errors=True)

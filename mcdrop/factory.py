@@ -1,0 +1,109 @@
+"""A network from the factory that a manifest names, with weights from a safetensors file; nothing is unpickled.
+
+Code never comes from a model folder: the factory is a function of an installed, allow-listed package.
+"""
+
+import importlib
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mcdrop.errors import ArtifactError
+
+__all__ = ["FACTORY_PACKAGES", "fill", "network"]
+
+FACTORY_PACKAGES = ("mcdrop", "models", "timm", "torchvision", "transformers")
+
+_FACTORY = re.compile(r"([a-z_][\w.]*):([A-Za-z_]\w*)", re.ASCII)
+
+
+def network(weights: Mapping[str, Any]) -> nn.Module:
+    """Finds the factory that a manifest names, and calls it: a network in eval mode, its weights not yet read.
+
+    Raises:
+        ArtifactError: the factory is not of an allowed package, fails, or gives no network.
+    """
+    if weights["format"] != "safetensors":
+        raise ArtifactError(f"weights of the format {weights['format']!r} cannot be read; only 'safetensors' can")
+    factory = str(weights["factory"])
+    match = _FACTORY.fullmatch(factory)
+    if match is None or match[1].split(".")[0] not in FACTORY_PACKAGES:
+        allowed = ", ".join(FACTORY_PACKAGES)
+        raise ArtifactError(f"factory {factory!r} must be 'package.module:function' of one of: {allowed}")
+    try:
+        function = getattr(importlib.import_module(match[1]), match[2])
+    except (ImportError, AttributeError) as error:
+        raise ArtifactError(f"factory {factory!r} cannot be imported: {error}") from error
+    try:
+        module = _made(function, weights.get("arguments", {}))
+    except Exception as error:  # whatever a factory does with arguments that it cannot take
+        raise ArtifactError(f"factory {factory!r} failed: {type(error).__name__}: {str(error)[:500]}") from error
+    if not isinstance(module, nn.Module):
+        raise ArtifactError(f"factory {factory!r} gave a {type(module).__name__}, not a torch.nn.Module")
+    return module.eval()
+
+
+def _made(function: Any, arguments: Mapping[str, Any]) -> Any:
+    """Calls a factory on the meta device, so that nothing is initialised only to be overwritten.
+
+    A network that holds tensors which the weights do not, or that computes with tensors while it is built, is built
+    for real; the global generator is left as it was.
+    """
+    with suppress(Exception), torch.device("meta"):
+        module = function(**arguments)
+        if not isinstance(module, nn.Module):
+            return module
+        stored = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        held = [value for child in module.modules() for value in (*vars(child).values(), *child._buffers.values())]
+        if all(id(value) in stored for value in held if isinstance(value, torch.Tensor)):
+            return module
+    with torch.random.fork_rng():
+        return function(**arguments)
+
+
+def fill(module: nn.Module, path: Path) -> None:
+    """Reads the weights of a network from a safetensors file.
+
+    Raises:
+        ArtifactError: they are not those of this network.
+    """
+    tied = _tied(module)
+    try:
+        state = load_file(str(path))
+        found = module.load_state_dict(state, strict=False, assign=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ArtifactError(f"{path} does not fit the network: {str(error)[:500]}") from error
+    missing = set(found.missing_keys)
+    for names in tied:
+        if stored := sorted(set(names) & set(state)):
+            for name in names:
+                _tie(module, stored[0], name)
+            missing -= set(names)
+    if found.unexpected_keys or missing:
+        unexpected = sorted(found.unexpected_keys)
+        raise ArtifactError(f"{path} does not fit the network: missing {sorted(missing)}, unexpected {unexpected}")
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of parameters and buffers that are one tensor; only one of them is stored."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in (
+        *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+    ):  # fmt: skip
+        names.setdefault(id(tensor), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie(module: nn.Module, stored: str, name: str) -> None:
+    """Makes a name stand for the same tensor as the stored one."""
+    (source, _, key), (target, _, other) = stored.rpartition("."), name.rpartition(".")
+    owner = module.get_submodule(target)
+    tensors: dict[str, Any] = vars(owner)["_parameters" if other in owner._parameters else "_buffers"]
+    tensors[other] = getattr(module.get_submodule(source), key)

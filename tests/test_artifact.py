@@ -1,0 +1,176 @@
+"""Model folders: what comes back is what was saved, and a save that is stopped leaves nothing."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factories import FACTORIES, X, plain, saved, trained
+from torch import nn
+
+import mcdrop
+import mcdrop.factory
+from mcdrop.errors import ArtifactError
+
+
+@pytest.fixture(autouse=True)
+def _these_networks_may_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcdrop.factory, "FACTORY_PACKAGES", (*mcdrop.factory.FACTORY_PACKAGES, "factories"))
+
+
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_what_is_loaded_answers_as_what_was_saved(tmp_path: Path, name: str) -> None:
+    model, folder = saved(tmp_path, name)
+    before = torch.get_rng_state()
+    loaded = mcdrop.load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    for x in (FACTORIES[name][1], FACTORIES[name][1]):
+        ours, theirs = (mcdrop.predict(m, x, passes=20, seed=5) for m in (model, loaded))
+        np.testing.assert_array_equal(ours.mean, theirs.mean)
+        np.testing.assert_array_equal(ours.variance, theirs.variance)
+        np.testing.assert_array_equal(ours.deterministic, theirs.deterministic)
+    assert loaded.inputs == model.inputs
+    assert not any(tensor.is_meta for tensor in loaded.module.state_dict().values())
+    assert not any(module.training for module in loaded.module.modules())
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    loaded = mcdrop.load(saved(tmp_path, "Tied")[1]).module
+    assert loaded.there.weight is loaded.back.weight is loaded.again.weight
+    with torch.no_grad():
+        loaded.there.weight.fill_(7)
+        assert float(loaded.back.weight.mean()) == 7
+
+
+def test_screen_names_and_defaults_come_back(tmp_path: Path) -> None:
+    model = trained(plain, X)
+    screen = mcdrop.fit_screen(model, X, fpr=0.05, passes=30, seed=2)
+    about: dict[str, Any] = {"description": "a net", "features": ["a", "b", "c", "d"], "arguments": {"width": 6}}
+    folder = mcdrop.save(
+        model, tmp_path / "net" / "2.1", factory="factories:plain", screen=screen, version="2.1", **about
+    )
+    loaded = mcdrop.load(folder)
+    assert (loaded.name, loaded.version, loaded.description) == ("net", "2.1", "a net")
+    assert loaded.features == ["a", "b", "c", "d"]
+    assert loaded.task == "regression"
+    assert loaded.screen is not None
+    assert (loaded.screen.plan, loaded.screen.fpr, loaded.screen.score) == (screen.plan, 0.05, "variance")
+    np.testing.assert_array_equal(loaded.screen.scores, screen.scores)
+    ours = mcdrop.predict(model, X * 3, passes=30, seed=2, screen=screen)
+    theirs = mcdrop.predict(loaded, X * 3, passes=30, seed=2)
+    assert ours.p_value is not None
+    assert theirs.p_value is not None
+    assert theirs.is_anomaly is not None
+    np.testing.assert_array_equal(ours.p_value, theirs.p_value)
+    np.testing.assert_array_equal(theirs.is_anomaly, theirs.p_value <= 0.05)
+
+
+def test_the_newest_version_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    model = trained(plain, X)
+    for version in ("9", "10", "1"):
+        mcdrop.save(model, tmp_path / "net" / version, factory="factories:plain", version=version)
+    assert mcdrop.load(tmp_path / "net").version == "10"
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path, description="first")
+    with pytest.raises(ArtifactError, match="exists; choose another version or give overwrite=True"):
+        mcdrop.save(model, folder, factory="factories:plain")
+    assert mcdrop.load(folder).description == "first"
+    mcdrop.save(model, folder, factory="factories:plain", description="second", overwrite=True)
+    assert mcdrop.load(folder).description == "second"
+    assert [path.name for path in folder.parent.iterdir()] == ["1"]
+
+
+class Breaks(nn.Linear):
+    """A layer whose weights cannot be written."""
+
+    broken: BaseException
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.broken
+
+
+def left_alone(folder: Path) -> bool:
+    return [path.name for path in folder.parent.iterdir()] == ["1"] and mcdrop.load(folder).description == "first"
+
+
+@pytest.mark.parametrize("broken", [RuntimeError, KeyboardInterrupt, OSError])
+def test_a_save_that_is_stopped_while_it_writes_leaves_nothing(tmp_path: Path, broken: type[BaseException]) -> None:
+    _, folder = saved(tmp_path, description="first")
+    layer = Breaks(4, 1)
+    layer.broken = broken()
+    model = mcdrop.wrap(nn.Sequential(layer, nn.Dropout(0.5)), example=X)
+    for target in (folder, folder.parent / "2"):
+        with pytest.raises(broken):
+            mcdrop.save(model, target, factory="factories:plain", overwrite=True)
+    assert left_alone(folder)
+
+
+def test_a_save_that_is_stopped_while_it_reads_back_leaves_nothing(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path, description="first")
+    for target in (folder, folder.parent / "2"):
+        with pytest.raises(KeyboardInterrupt):
+            mcdrop.save(model, target, factory="factories:stops", overwrite=True)
+    assert left_alone(folder)
+
+
+@pytest.mark.parametrize("broken", [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_save_that_is_stopped_while_it_replaces_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int, broken: type[BaseException]
+) -> None:
+    model, folder = saved(tmp_path, description="first")
+    calls, rename = itertools.count(1), Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if next(calls) == nth:
+            raise broken
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(broken):
+            mcdrop.save(model, folder, factory="factories:plain", overwrite=True)
+    assert left_alone(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"factory": "factories:Tied"}, "does not fit the network"),
+        ({"factory": "factories:plain", "arguments": {"width": 7}}, "does not fit the network"),
+        ({"factory": "factories:plain", "arguments": {"nope": 7}}, "failed: TypeError"),
+        ({"factory": "factories:plain", "arguments": {"width": -1}}, "failed: RuntimeError"),
+        ({"factory": "factories:plain", "arguments": {"width": None}}, "cannot hold what was given"),
+        ({"factory": "factories:nope"}, "cannot be imported"),
+        ({"factory": "factories.nope:plain"}, "cannot be imported"),
+        ({"factory": "factories:not_a_network"}, "gave a str, not a torch.nn.Module"),
+        ({"factory": "os:system"}, "must be 'package.module:function' of one of: mcdrop, models"),
+        ({"factory": "factories:plain", "name": ".."}, "'..' cannot be a name or version"),
+        ({"factory": "factories:plain", "name": "a/b"}, "cannot be a name or version"),
+        ({"factory": "factories:plain", "version": "../1"}, "cannot be a name or version"),
+        ({"factory": "factories:plain", "version": ""}, "cannot be a name or version"),
+    ],
+)
+def test_what_would_not_load_is_not_saved(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        mcdrop.save(trained(plain, X), tmp_path / "net" / "1", **options)
+    assert said in str(caught.value)
+    assert not list((tmp_path / "net").glob("*"))
+
+
+def test_a_network_with_another_dropout_than_its_factory_gives_is_not_saved(tmp_path: Path) -> None:
+    net = plain()
+    net.get_submodule("2").p = 0.6  # type: ignore[assignment]
+    with pytest.raises(ArtifactError, match="answers differently from the model"):
+        mcdrop.save(mcdrop.wrap(net.eval(), example=X), tmp_path / "net" / "1", factory="factories:plain")
+    assert not list((tmp_path / "net").glob("*"))

@@ -1,0 +1,168 @@
+"""Model folders that were tampered with: refused, or harmless; and no code of a stranger ever runs."""
+
+import itertools
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from factories import X, saved
+
+import mcdrop
+import mcdrop.factory
+from mcdrop.errors import ArtifactError, MCDropError, ModelNotFound
+from mcdrop.store import MANIFEST, sha256
+
+
+@pytest.fixture(autouse=True)
+def _these_networks_may_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcdrop.factory, "FACTORY_PACKAGES", (*mcdrop.factory.FACTORY_PACKAGES, "factories"))
+
+
+def rewritten(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(tomli_w.dumps(manifest))
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / MANIFEST).read_text())
+
+
+def test_any_changed_byte_of_any_file_is_refused(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    for path in (folder / "weights.safetensors", folder / "example.safetensors"):
+        whole = path.read_bytes()
+        for place in np.linspace(0, len(whole) - 1, 25).astype(int):
+            changed = bytearray(whole)
+            changed[place] ^= 1
+            path.write_bytes(changed)
+            with pytest.raises(ArtifactError, match=r"is not the file that its manifest was written for \(sha256"):
+                mcdrop.load(folder)
+        for other in (whole[:-1], whole + b"\0", b""):
+            path.write_bytes(other)
+            with pytest.raises(ArtifactError, match="sha256"):
+                mcdrop.load(folder)
+        path.write_bytes(whole)
+    mcdrop.load(folder)
+
+
+def test_a_damaged_file_with_a_fitting_hash_is_refused_or_harmless(tmp_path: Path) -> None:
+    """Who can rewrite the manifest can change numbers, but not crash the reader."""
+    _, folder = saved(tmp_path)
+    refused = 0
+    for name in ("weights.safetensors", "example.safetensors"):
+        whole = (folder / name).read_bytes()
+        for place in range(0, 120, 5):
+            changed = bytearray(whole)
+            changed[place] ^= 0x14
+            (folder / name).write_bytes(changed)
+            manifest = manifest_of(folder)
+            rewritten(folder, manifest | {"sha256": manifest["sha256"] | {name: sha256(folder / name)}})
+            try:
+                mcdrop.load(folder)
+            except MCDropError:
+                refused += 1
+        (folder / name).write_bytes(whole)
+    assert refused > 30
+
+
+def change(folder: Path, path: tuple[Any, ...], value: Any) -> None:
+    manifest = manifest_of(folder)
+    place = manifest
+    for key in path[:-1]:
+        place = place[key]
+    if value is KeyError:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    rewritten(folder, manifest)
+
+
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from paths_of(inner, (*path, key))
+
+
+def test_a_manifest_with_a_part_missing_or_of_another_kind_is_refused_or_harmless(tmp_path: Path) -> None:
+    """Never an error that is not this library's; and what still loads has the same weights and sites."""
+    model, folder = saved(tmp_path)
+    screen = mcdrop.fit_screen(model, X, fpr=0.05, passes=4)
+    folder = mcdrop.save(model, folder, factory="factories:plain", screen=screen, overwrite=True)
+    good = (folder / MANIFEST).read_text()
+    paths = [path for path in paths_of(manifest_of(folder)) if path[0] != "sha256"]
+    expected = mcdrop.predict(model, X, passes=5, seed=1).deterministic
+    for path, value in itertools.product(paths, (KeyError, "x", -1, [])):
+        change(folder, path, value)
+        try:
+            found = mcdrop.load(folder)
+        except MCDropError:
+            pass
+        else:
+            if found.task == model.task and path[0] not in ("inputs", "task"):
+                answer = mcdrop.predict(found, X, passes=5, seed=1, interval="mean", screen=screen)
+                np.testing.assert_array_equal(answer.deterministic, expected)
+        (folder / MANIFEST).write_text(good)
+
+
+@pytest.mark.parametrize("key", ["format", "name", "version", "task", "weights", "inputs", "defaults", "sha256"])
+def test_a_manifest_without_what_every_manifest_has_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    _, folder = saved(tmp_path)
+    change(folder, (key,), KeyError)
+    with pytest.raises(ArtifactError, match=key):
+        mcdrop.load(folder)
+
+
+ELSEWHERE = [
+    "os:system",
+    "subprocess:run",
+    "builtins:exec",
+    "torch:load",
+    "models.networks",
+    "models:",
+    "../x:f",
+    "a b:f",
+]
+
+
+@pytest.mark.parametrize("factory", ELSEWHERE)
+def test_a_factory_out_of_the_allowed_packages_is_never_called(tmp_path: Path, factory: str) -> None:
+    _, folder = saved(tmp_path)
+    change(folder, ("weights", "factory"), factory)
+    change(folder, ("weights", "arguments"), {"command": f"touch {tmp_path}/owned"})
+    with pytest.raises(ArtifactError, match=r"must be 'package.module:function' of one of"):
+        mcdrop.load(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_network_with_other_live_sites_than_promised_is_refused(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    change(folder, ("sites",), [])
+    with pytest.raises(ArtifactError, match=r"has the live sites .*, its manifest promises \[\]"):
+        mcdrop.load(folder)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    """A pickle in place of the weights is not read, whatever the manifest says."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    _, folder = saved(tmp_path)
+    torch.save({"weight": Evil()}, folder / "weights.safetensors")
+    change(folder, ("sha256", "weights.safetensors"), sha256(folder / "weights.safetensors"))
+    with pytest.raises(ArtifactError, match="does not fit the network"):
+        mcdrop.load(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_there_must_be_a_model(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nope", tmp_path / "nope" / ".."):
+        with pytest.raises(ModelNotFound, match="there is no model at"):
+            mcdrop.load(place)
