@@ -30,6 +30,7 @@ _HOMES = {
     "Site": "masks",
     "calibrate": "fitting",
     "choose_rate": "inject",
+    "export_onnx": "posterior",
     "fit_screen": "fitting",
     "inject": "inject",
     "interpret": "predict",
@@ -62,6 +63,7 @@ __all__ = [
     "calibrate",
     "choose_rate",
     "errors",
+    "export_onnx",
     "fit_screen",
     "inject",
     "interpret",
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from mcdrop.inject import choose_rate, inject
     from mcdrop.masks import Site, sample_masks
     from mcdrop.model import Model, Options, wrap
+    from mcdrop.posterior import export_onnx
     from mcdrop.predict import Prediction, interpret, predict
     from mcdrop.registry import register, unregister
     from mcdrop.sampling import sample

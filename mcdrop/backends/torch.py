@@ -148,15 +148,24 @@ class TorchBackend:
         """Gives a sha256 over the weights."""
         return weights_digest(self.plain)
 
-    def run(self, rows: Rows, passes: int, *, only: str | None, tier: str | None = None) -> Tensor:
-        """Gives some passes as they are on the device, with one site alone drawing, or all of them (T, N, ...)."""
+    def run(
+        self, rows: Rows, passes: int, *, only: str | None, tier: str | None = None, at_once: bool = False
+    ) -> Tensor:
+        """Gives some passes as they are on the device (T, N, ...), with one site alone drawing, or all of them.
+
+        They are run in chunks, or ``at_once``.
+        """
         plan, tensors = self._prepare(rows)
-        stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
-        if only is not None:
-            sites = plan.trace.sites
-            stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
-        with torch.no_grad():
-            return TIERS[tier or plan.tier](self.live, tensors, self.pick, plan.trace, stacks)
+        chunk = passes if at_once else max(1, self.chunk_bytes // max(1, self.row_bytes(rows) * rows.count))
+        parts = []
+        for start in range(0, passes, chunk):
+            stacks = self._stacks(plan, min(chunk, passes - start), seed=0, start=start, sampler="iid")
+            if only is not None:
+                sites = plan.trace.sites
+                stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
+            with torch.no_grad():
+                parts.append(TIERS[tier or plan.tier](self.live, tensors, self.pick, plan.trace, stacks))
+        return torch.cat(parts)
 
     def over(self, module: nn.Module) -> "TorchBackend":
         """Gives the same for a copy of the module: the same draws on, nothing traced yet."""
