@@ -24,7 +24,7 @@ from mcdrop.onnx_graph import pruned, split
 from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed
 from mcdrop.rows import Rows
 
-__all__ = ["OnnxBackend", "providers"]
+__all__ = ["OnnxBackend", "providers", "run_plain"]
 
 CHUNK_BYTES = 16 * 2**20
 _CHECK_PASSES = 3
@@ -42,6 +42,7 @@ class _Plan:
     trace: Trace
     tier: str
     reason: str
+    agrees: bool = False  # fold with the loop, which is faster
 
 
 def providers() -> list[str]:
@@ -65,6 +66,17 @@ def session(model: "onnx.ModelProto") -> onnxruntime.InferenceSession:
         raise ModelRefused(f"onnxruntime does not take this graph: {_first_line(error)}") from error
 
 
+def run_plain(data: bytes, inputs: Sequence[Array]) -> Feeds:
+    """Runs a graph as any server would: inputs in order in their types, outputs by name."""
+    plain = session(onnx.ModelProto.FromString(data))
+    feeds = {}
+    for info, value in zip(plain.get_inputs(), inputs, strict=True):
+        kind = onnx.helper.tensor_dtype_to_np_dtype(_info(info).type.tensor_type.elem_type)
+        feeds[info.name] = np.ascontiguousarray(value, kind)
+    names = [info.name for info in plain.get_outputs()]
+    return dict(zip(names, plain.run(names, feeds), strict=True))
+
+
 class OnnxBackend:
     """A graph with its draws as inputs; safe to use from several threads at once."""
 
@@ -78,7 +90,8 @@ class OnnxBackend:
         ``digest`` is the sha256 of the graph as it was, ``layers`` maps the names of nodes to their first outputs.
         """
         self.slots = tuple(slots)
-        self._model, self._output, self._digest, self._layers = model, output, digest, layers
+        self.model, self.output = model, output
+        self._digest, self._layers = digest, layers
         masks = {slot.mask for slot in slots}
         self.inputs = [info for info in model.graph.input if info.name not in masks]
         self._border, _ = split(model, masks)
@@ -140,6 +153,11 @@ class OnnxBackend:
                     plan = self._plans[signature] = self._make_plan(rows)
         return plan
 
+    def folds(self, rows: Rows) -> bool:
+        """Whether the rows can be repeated for the passes; found out when rows of such shapes are first seen."""
+        plan = self.plan(rows)
+        return plan.tier == "fold" or plan.agrees
+
     def tier(self, rows: Rows) -> tuple[str, str]:
         """Gives the tier that runs the passes of such rows, and why."""
         plan = self.plan(rows)
@@ -162,7 +180,7 @@ class OnnxBackend:
     # -- inside --
 
     def _random(self, feeds: Feeds) -> Array:
-        output: Array = self._after.run([self._output], {k: v for k, v in feeds.items() if k in self._takes})[0]
+        output: Array = self._after.run([self.output], {k: v for k, v in feeds.items() if k in self._takes})[0]
         return output
 
     def _checked(self, outputs: Array, rows: Rows) -> NDArray[np.float32]:
@@ -199,11 +217,11 @@ class OnnxBackend:
 
     def _observe(self, feeds: Feeds) -> Feeds:
         if self._observer is None:
-            self._observer = Observer(self._model, self.slots, session)
+            self._observer = Observer(self.model, self.slots, session)
         return self._observer(feeds)
 
     def _last_hidden(self) -> str:
-        for node in reversed(self._model.graph.node):
+        for node in reversed(self.model.graph.node):
             if node.op_type in ("Gemm", "MatMul"):
                 return str(node.input[0])
         raise InputError(
@@ -212,8 +230,8 @@ class OnnxBackend:
 
     def _make_plan(self, rows: Rows) -> _Plan:
         if self._observer is None:
-            self._observer = Observer(self._model, self.slots, session)
-        trace = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self._output)
+            self._observer = Observer(self.model, self.slots, session)
+        trace = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self.output)
         few = rows.take(slice(0, min(rows.count, 4)))
         drawn = sample_masks(trace.sites, _CHECK_PASSES, seed=0)
         began = time.perf_counter()
@@ -233,7 +251,7 @@ class OnnxBackend:
         if not worst <= _TOLERANCE.get(trace.dtype, 3e-5):
             return _Plan(trace, "loop", f"fold differs from the loop by {worst:.1e}")
         if looped < folded:
-            return _Plan(trace, "loop", "faster than fold, which agrees")
+            return _Plan(trace, "loop", "faster than fold, which agrees", agrees=True)
         return _Plan(trace, "fold", "equals the loop; what comes before the first draw is run once")
 
 

@@ -1,0 +1,158 @@
+"""The posterior itself as a file: one deterministic graph that gives mean, variance and bounds, without mcdrop.
+
+The masks of all passes are constants in it. It runs wherever the format runs, on any number of rows.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcdrop.engine import PassPlan
+from mcdrop.errors import ArtifactError, MissingExtra, ModelRefused
+from mcdrop.masks import sample_masks
+from mcdrop.model import Model, Options
+from mcdrop.predict import Prediction, predict
+
+if TYPE_CHECKING:
+    from mcdrop.backends.onnx import OnnxBackend
+    from mcdrop.posterior_graph import Builder
+
+__all__ = ["export_onnx", "graph_backend"]
+
+OUTPUT = "output"
+_TOLERANCE = 1e-5
+_BYTES = 2**31 - 1
+
+
+def export_onnx(
+    model: Model,
+    path: str | Path,
+    *,
+    passes: int = 50,
+    level: float = 0.95,
+    interval: str = "student_t",
+    seed: int | None = None,
+    sampler: str | None = None,
+) -> Path:
+    """Writes an ONNX graph whose outputs are the posterior: mean, variance, lower, upper, standard_error.
+
+    A classifier's also gives label, entropy, expected_entropy, mutual_information and variation_ratio, a gaussian one's
+    epistemic and aleatoric. Any number of rows goes in. What was written is run and compared with ``predict``.
+
+    Args:
+        model: what ``wrap`` or ``load`` gave.
+        path: the file to write.
+        passes: how many are baked in.
+        level: of the interval.
+        interval: "mean", "normal", "predictive" (of a network with a log-variance head), "quantile" or "student_t".
+        seed: of the masks; None is the model's default, as for the sampler.
+        sampler: of the masks.
+
+    Raises:
+        ModelRefused: the network cannot be written as a graph.
+        InputError: an interval that a graph cannot hold, or too few passes for it.
+        ArtifactError: what was written does not answer as ``predict`` does.
+        MissingExtra: onnx, onnxruntime or onnxscript is not installed.
+    """
+    plan = PassPlan(
+        passes, model.defaults.seed if seed is None else seed, model.defaults.sampler if sampler is None else sampler
+    )
+    options = Options(passes, level, interval, plan.seed, sampler=plan.sampler)
+    graph = _posterior(graph_backend(model), model, plan, options)
+    data = graph.SerializeToString()
+    if len(data) > _BYTES:
+        raise ArtifactError(f"the graph has {len(data)} bytes, more than one ONNX file can hold; ask for fewer passes")
+    _check(data, model, options)
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".writing-", delete=False) as file:
+        file.write(data)
+    beside = Path(file.name)
+    beside.chmod(0o644)
+    beside.replace(target)
+    return target
+
+
+def graph_backend(model: Model) -> "OnnxBackend":
+    """Gives a model's network on onnxruntime: its own backend, or that of the graph it is exported to."""
+    try:
+        from mcdrop.backends.onnx import OnnxBackend
+        from mcdrop.onnx_discover import discover_graph
+    except ImportError as error:
+        raise MissingExtra(error.name or "onnx", "onnx") from None
+    if isinstance(model.backend, OnnxBackend):
+        return model.backend
+    from mcdrop.onnx_export import stochastic_graph
+
+    names = [spec.name for spec in model.inputs]
+    graph = stochastic_graph(model.backend, model.example, names, OUTPUT)  # type: ignore[arg-type]
+    return discover_graph(graph, model.example).backend
+
+
+def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Options) -> Any:
+    """The graph of all passes with their statistics on top."""
+    from mcdrop.posterior_graph import all_passes
+    from mcdrop.posterior_statistics import statistics
+
+    rows = model.example
+    trace = backend.plan(rows).trace
+    one = backend.deterministic(rows.take(slice(0, 1)))
+    drawn = sample_masks(trace.sites, plan.passes, seed=plan.seed, sampler=plan.sampler)
+    builder, everything = all_passes(
+        backend.model, backend.slots, trace, drawn, backend.output,
+        passes=plan.passes, folds=backend.folds(rows), shape=one.shape[1:],
+    )  # fmt: skip
+    everything = builder.node("Cast", everything, to=1)
+    found = statistics(
+        builder, everything, one.shape[1:], task=model.task, passes=plan.passes, sampler=plan.sampler,
+        level=options.level, interval=options.interval,
+    )  # fmt: skip
+    _name_outputs(builder, found)
+    said = {"passes": plan.passes, "seed": plan.seed, "sampler": plan.sampler, "level": options.level}
+    entry = builder.model.metadata_props.add()
+    entry.key = "mcdrop.posterior"
+    entry.value = json.dumps({**said, "interval": options.interval, "task": model.task, "model": model.name})
+    return builder.model
+
+
+def _name_outputs(builder: "Builder", found: dict[str, str]) -> None:
+    for name, value in found.items():
+        builder.node("Identity", value, output=name)
+    builder.finish({name: name == "label" for name in found})
+
+
+def _check(data: bytes, model: Model, options: Options) -> None:
+    """Runs what is to be written, on the example's rows and on one of them, against ``predict``."""
+    from mcdrop.backends.onnx import run_plain
+
+    bare = replace(model, screen=None, calibration=None)
+    for rows in (model.example, model.example.take(slice(0, 1))):
+        found = run_plain(data, [_array(leaf) for _, leaf in rows.named()])
+        expected = predict(
+            bare, rows, passes=options.passes, level=options.level, interval=options.interval,
+            seed=options.seed, sampler=options.sampler,
+        )  # fmt: skip
+        worst = _worst(found, expected)
+        if worst > _TOLERANCE:
+            raise ArtifactError(f"the exported graph differs from mcdrop.predict by {worst:.1e} of the largest value")
+
+
+def _array(leaf: Any) -> NDArray[Any]:
+    return np.asarray(leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf)
+
+
+def _worst(found: dict[str, NDArray[Any]], expected: Prediction) -> float:
+    """The largest difference, relative to the largest value of the mean and the spread together."""
+    scale = max(float(np.abs(expected.mean).max() + expected.std.max()), 1e-30)
+    worst = 0.0
+    for name, value in found.items():
+        wanted = getattr(expected, name)
+        if value.shape != wanted.shape:
+            raise ModelRefused(f"the exported graph gives {name} of shape {value.shape} instead of {wanted.shape}")
+        if name != "label":
+            worst = max(worst, float(np.abs(value - wanted).max()) / scale)
+    return worst

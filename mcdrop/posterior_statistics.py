@@ -1,0 +1,212 @@
+"""Mean, variance and bounds of all passes as nodes of a graph: the formulas of moments, summaries and intervals.
+
+To let a graph hold another interval, add one function and one line to ``BOUNDS``; for another task, one to ``READERS``.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from mcdrop.errors import InputError, UnknownName
+from mcdrop.masks import BLOCKS
+from mcdrop.moments import FEWEST_BLOCKS
+from mcdrop.posterior_graph import Builder
+
+__all__ = ["BOUNDS", "READERS", "statistics"]
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Values of the graph that hold the moments of a value (T, N, ...) over the passes."""
+
+    values: str
+    mean: str
+    variance: str
+    standard_error: str
+    degrees: int
+    passes: int
+
+
+def statistics(
+    builder: Builder, passes_value: str, shape: tuple[int, ...], *, task: str, passes: int, sampler: str, level: float,
+    interval: str,
+) -> dict[str, str]:  # fmt: skip
+    """Gives the values of the graph that hold the posterior, by what they are called.
+
+    Args:
+        builder: of the graph.
+        passes_value: all passes, (T, N, ...).
+        shape: of one row's output.
+        task: one of ``READERS``.
+        passes: T.
+        sampler: of the masks.
+        level: of the interval.
+        interval: one of ``BOUNDS``.
+
+    Raises:
+        UnknownName: a graph cannot hold this interval.
+    """
+    if interval not in BOUNDS:
+        raise UnknownName("interval of an exported graph", interval, BOUNDS)
+    read = READERS[task](builder, passes_value, shape, passes, BLOCKS[sampler])
+    gathered, noise = read.gathered, read.more.get("aleatoric")
+    lower, upper = BOUNDS[interval](builder, gathered, noise, level)
+    if read.support is not None:
+        low, high = (builder.constant(edge) for edge in read.support)
+        lower, upper = builder.node("Clip", lower, low, high), builder.node("Clip", upper, low, high)
+    total = gathered.variance if noise is None else builder.node("Add", gathered.variance, noise)
+    head = {"mean": gathered.mean, "variance": total, "lower": lower, "upper": upper}
+    return {**head, "standard_error": gathered.standard_error, **read.more}
+
+
+def _gather(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Gathered:
+    """Moments over the passes as ``moments.Gathered`` has them."""
+    mean = _mean_of(builder, values, 0)
+    squares = builder.node("ReduceSumSquare", builder.node("Sub", values, mean), builder.whole(0), keepdims=0)
+    blocks = passes // block
+    independent = _times(builder, squares, 1 / (passes - 1))
+    if block == 1 or blocks < FEWEST_BLOCKS:
+        error, degrees = _times(builder, independent, 1 / passes), passes - 1
+    else:
+        closed, axis = blocks * block, builder.whole(0)
+        whole_blocks = builder.node("Slice", values, builder.whole(0), builder.whole(closed), axis)
+        means = _mean_of(builder, builder.reshaped(whole_blocks, blocks, block, -1, *shape), 1)
+        off = builder.node("Sub", means, _mean_of(builder, means, 0))
+        spread = builder.node("ReduceSumSquare", off, axis, keepdims=0)
+        error = _times(builder, spread, (closed / passes) ** 2 / (blocks - 1) / blocks)
+        error = builder.node("Add", error, _times(builder, independent, (passes - closed) / passes**2))
+        degrees = blocks - 1
+    variance = builder.node("Add", _times(builder, squares, 1 / passes), error)
+    return _Gathered(values, mean, variance, builder.node("Sqrt", error), degrees, passes)
+
+
+def _mean_of(builder: Builder, value: str, axis: int) -> str:
+    return builder.node("ReduceMean", value, builder.whole(axis), keepdims=0)
+
+
+def _times(builder: Builder, value: str, factor: float) -> str:
+    return builder.node("Mul", value, builder.constant(factor))
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The mean function's moments, what else a task tells, and where the mean function can lie."""
+
+    gathered: _Gathered
+    more: dict[str, str]
+    support: tuple[float, float] | None = None
+
+
+def _regression(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+    return _Read(_gather(builder, values, shape, passes, block), {})
+
+
+def _gaussian(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+    """Means and log-variances are the halves of axis 2 of (T, N, 2 D, ...)."""
+    half = shape[0] // 2
+    ends = [builder.whole(0), builder.whole(half), builder.whole(2 * half)]
+    first = builder.node("Slice", values, ends[0], ends[1], builder.whole(2))
+    second = builder.node("Slice", values, ends[1], ends[2], builder.whole(2))
+    gathered = _gather(builder, first, (half, *shape[1:]), passes, block)
+    noise = _mean_of(builder, builder.node("Exp", second), 0)
+    return _Read(gathered, {"epistemic": gathered.variance, "aleatoric": noise})
+
+
+def _classification(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+    """Logits (T, N, C, ...) to probabilities, their entropies and votes."""
+    if len(shape) > 1:
+        order = [0, 1, *range(3, len(shape) + 2), 2]
+        values, shape = builder.node("Transpose", values, perm=order), (*shape[1:], shape[0])
+    chances = builder.node("Softmax", values, axis=-1)
+    gathered = _gather(builder, chances, shape, passes, block)
+    entropy = _entropy(builder, gathered.mean)
+    expected = _mean_of(builder, _entropy(builder, chances), 0)
+    votes = builder.node(
+        "OneHot", builder.node("ArgMax", chances, axis=-1, keepdims=0), builder.whole(shape[-1]),
+        builder.constant([0.0, 1.0]), axis=-1,
+    )  # fmt: skip
+    share = builder.node("ReduceMax", _mean_of(builder, votes, 0), builder.whole(-1), keepdims=0)
+    information = builder.node("Relu", builder.node("Sub", entropy, expected))
+    more = {
+        "label": builder.node("ArgMax", gathered.mean, axis=-1, keepdims=0),
+        "entropy": entropy,
+        "expected_entropy": expected,
+        "mutual_information": information,
+        "variation_ratio": builder.node("Sub", builder.constant(1.0), share),
+    }
+    return _Read(gathered, more, (0.0, 1.0))
+
+
+def _entropy(builder: Builder, chances: str) -> str:
+    logarithm = builder.node("Log", builder.node("Max", chances, builder.constant(_TINY)))
+    total = builder.node("ReduceSum", builder.node("Mul", chances, logarithm), builder.whole(-1), keepdims=0)
+    return builder.node("Neg", total)
+
+
+READERS: dict[str, Callable[[Builder, str, tuple[int, ...], int, int], _Read]] = {
+    "classification": _classification,
+    "gaussian": _gaussian,
+    "regression": _regression,
+}
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+Bounds = tuple[str, str]
+
+
+def _around(builder: Builder, centre: str, deviation: str, factor: float) -> Bounds:
+    half = _times(builder, deviation, factor)
+    return builder.node("Sub", centre, half), builder.node("Add", centre, half)
+
+
+def _mean(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+    factor = float(special.stdtrit(found.degrees, 0.5 + level / 2))
+    return _around(builder, found.mean, found.standard_error, factor)
+
+
+def _normal(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+    return _around(builder, found.mean, builder.node("Sqrt", found.variance), float(special.ndtri(0.5 + level / 2)))
+
+
+def _student_t(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+    factor = float(special.stdtrit(found.passes - 1, 0.5 + level / 2)) * math.sqrt(1 + 1 / found.passes)
+    return _around(builder, found.mean, builder.node("Sqrt", found.variance), factor)
+
+
+def _predictive(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+    if noise is None:
+        raise InputError("interval 'predictive' of an exported graph needs a network with a log-variance head")
+    total = builder.node("Sqrt", builder.node("Add", found.variance, noise))
+    return _around(builder, found.mean, total, float(special.ndtri(0.5 + level / 2)))
+
+
+def _quantile(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+    rank = math.floor(round((found.passes + 1) * (1 - level) / 2, 9))
+    if rank < 1:
+        needed = math.ceil(round(2 / (1 - level) - 1, 6))
+        raise InputError(f"interval 'quantile' at level {level:g} needs at least {needed} passes, got {found.passes}")
+    bounds = []
+    for largest in (0, 1):
+        name = builder.fresh()
+        node = builder.node("TopK", found.values, builder.whole(rank), output=name, axis=0, largest=largest, sorted=1)
+        builder.model.graph.node[-1].output.append(f"{node}.index")
+        bounds.append(builder.node("Gather", name, builder.constant(rank - 1, np.int64), axis=0))
+    return bounds[0], bounds[1]
+
+
+BOUNDS: dict[str, Callable[[Builder, _Gathered, str | None, float], Bounds]] = {
+    "mean": _mean,
+    "normal": _normal,
+    "predictive": _predictive,
+    "quantile": _quantile,
+    "student_t": _student_t,
+}
