@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 
 from mcdrop.errors import ArtifactError, ModelNotFound
 from mcdrop.store import (
-    FORMAT, MANIFEST, _version_key, check_name, list_models, put_file, read_manifest, resolve, sha256, verify,
-)  # fmt: skip
+    FORMAT,
+    MANIFEST,
+    _version_key,
+    check_name,
+    list_models,
+    put_file,
+    read_manifest,
+    resolve,
+    sha256,
+    verify,
+)
 
 
 def written(folder: Path, **more: Any) -> Path:
