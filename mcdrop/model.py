@@ -12,7 +12,7 @@ from mcdrop.audit import Audit
 from mcdrop.backends import Backend
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
-from mcdrop.errors import InputError, UnknownName
+from mcdrop.errors import InputError, MissingExtra, UnknownName
 from mcdrop.intervals import INTERVALS, check_level
 from mcdrop.rows import Rows
 from mcdrop.screening import Screen
@@ -21,7 +21,7 @@ from mcdrop.summaries import TASKS
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["InputSpec", "Model", "Options", "wrap"]
+__all__ = ["InputSpec", "Model", "Options", "wrap", "wrap_graph"]
 
 _EXAMPLE_ROWS = 8
 
@@ -180,7 +180,8 @@ def wrap(
     """Discovers a network's random draws once and gives a model that can be sampled.
 
     Args:
-        module: any ``torch.nn.Module``; it is not modified, and later changes of its weights are seen.
+        module: any ``torch.nn.Module``; it is not modified, and later changes of its weights are seen. Or an ONNX
+            graph: a path, a model of onnx or a session of onnxruntime (see ``wrap_graph``).
         example: a few real rows: an array or tensor, a tuple of positional inputs, or a dict of keyword inputs; the
             first dimension of each is the rows.
         task: one of ``TASKS``: "regression", "gaussian" (mean and log-variance) or "classification" (logits).
@@ -199,8 +200,8 @@ def wrap(
         NoStochasticSite: nothing in the network is random.
         UncontrolledDraw: something in it is random and cannot be controlled.
     """
-    if isinstance(module, Model):
-        return module
+    if isinstance(module, Model) or not hasattr(module, "named_modules"):
+        return module if isinstance(module, Model) else wrap_graph(module, example=example, task=task, output=output)
     from mcdrop.backends.torch import TorchBackend  # here, because a model of another backend needs no torch
     from mcdrop.diagnose import diagnose
     from mcdrop.discover import Overrules, discover
@@ -226,6 +227,47 @@ def wrap(
     return Model(
         module=module, backend=backend, audit=audit, task=task,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
+    )  # fmt: skip
+
+
+def wrap_graph(
+    source: Any,
+    *,
+    example: Any = None,
+    task: str = "regression",
+    output: Any = None,
+    inject: Mapping[str, float] | None = None,
+    digest: str | None = None,
+) -> Model:
+    """Discovers the draws of an ONNX graph and gives a model that runs on onnxruntime.
+
+    Args:
+        source: a path, the bytes of a file, a model of onnx or a session of onnxruntime.
+        example: as for ``wrap``; None makes rows up.
+        task: as for ``wrap``, and so is the output's name or position.
+        output: the output to read; None is the only one of real numbers.
+        inject: drop rates by the names of nodes after which a dropout is put.
+        digest: what names the weights; None is the sha256 of the graph.
+
+    Raises:
+        ArtifactError: it is no sound ONNX model in one piece.
+        ModelRefused: dropout was lost in export, or something is drawn that no mask can stand for.
+    """
+    try:
+        from mcdrop.onnx_discover import discover_graph
+    except ImportError as error:
+        raise MissingExtra(error.name or "onnx", "onnx") from None
+    if task not in TASKS:
+        raise UnknownName("task", task, TASKS)
+    rows = None if example is None else Rows.of(example).take(slice(0, _EXAMPLE_ROWS))
+    found = discover_graph(source, rows, output=output, inject=inject, digest=digest)
+    TASKS[task].statistics.of(found.backend.deterministic(found.rows).astype(np.float64)[None])
+    leaves = [leaf for _, leaf in found.rows.named()]
+    pairs = zip(found.inputs, leaves, strict=True)
+    inputs = (InputSpec(one.name, one.dtype, (-1, *leaf.shape[1:])) for one, leaf in pairs)
+    return Model(
+        module=found.graph, backend=found.backend, audit=found.audit, task=task,
+        inputs=tuple(inputs), positional=len(leaves), example=found.rows,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from mcdrop.onnx_draws import Slot, masks_as_inputs
 from mcdrop.onnx_graph import depends_on, drop_norm_training, read_graph, walk
 from mcdrop.rows import Rows
 
-__all__ = ["Discovery", "GraphInput", "discover_graph", "graph_inputs"]
+__all__ = ["Discovery", "Graph", "GraphInput", "discover_graph", "graph_inputs"]
 
 _PASSES = 32
 _TRIES = 6
@@ -41,9 +41,19 @@ class GraphInput:
 
 
 @dataclass(frozen=True)
-class Discovery:
-    """A graph ready to run, what it takes, the rows it was traced with, and the audit."""
+class Graph:
+    """A graph as it was given: its bytes, the output that is read, and the drop rates put after nodes."""
 
+    data: bytes
+    output: str
+    inject: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A graph as it was given and ready to run, what it takes, the rows it was traced with, and the audit."""
+
+    graph: Graph
     backend: OnnxBackend
     inputs: tuple[GraphInput, ...]
     rows: Rows
@@ -74,7 +84,8 @@ def discover_graph(
         ModelRefused: the runtime does not take it, or it takes one number of rows only.
     """
     model = read_graph(source)
-    digest = digest or hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    data = model.SerializeToString(deterministic=True)
+    digest = digest or hashlib.sha256(data).hexdigest()
     name = model.graph.name or "the graph"
     norms = drop_norm_training(model)
     nodes = [*walk(model.graph)]
@@ -89,9 +100,7 @@ def discover_graph(
     _free_rows(model, slots)
     backend = OnnxBackend(model, slots, _picked(model, output), digest=digest, layers=layers)
     inputs = graph_inputs(backend)
-    rows = _made_up(inputs) if rows is None else rows
-    if len([*rows.named()]) != len(inputs):
-        raise InputError(f"the graph takes {len(inputs)} inputs: {', '.join(one.name for one in inputs)}")
+    rows = _made_up(inputs) if rows is None else _placed(rows, inputs)
     audit = _audit(backend, rows, name, len(nodes))
     warnings = (*audit.warnings, *_lost(norms, [path for path in bare if path not in (inject or {})]))
     kept = dict.fromkeys(norms, "batch norm in training mode: put back to its running statistics")
@@ -99,7 +108,7 @@ def discover_graph(
     if not audit.live:
         said = "; ".join(f"{site.path}: {site.reason}" for site in audit.sites)
         raise NoStochasticSite(f"{name} has no live stochastic site: every variance would be 0 ({said}); {_RECIPE}")
-    return Discovery(backend, inputs, rows, audit)
+    return Discovery(Graph(data, backend.output, dict(inject or {})), backend, inputs, rows, audit)
 
 
 def _lost(norms: list[str], bare: list[str]) -> list[str]:
@@ -127,6 +136,16 @@ def graph_inputs(backend: OnnxBackend) -> tuple[GraphInput, ...]:
             raise InputError(f"input {info.name!r} has no axis for the rows")
         found.append(GraphInput(info.name, "float32" if dtype == "float16" else dtype, (-1, *sizes[1:])))
     return tuple(found)
+
+
+def _placed(rows: Rows, inputs: tuple[GraphInput, ...]) -> Rows:
+    """Puts rows that were given by name in the order of the inputs."""
+    names, leaves = [one.name for one in inputs], [leaf for _, leaf in rows.named()]
+    if rows.kwargs and sorted(rows.kwargs) == sorted(names):
+        leaves = [rows.kwargs[name] for name in names]
+    if len(leaves) != len(names):
+        raise InputError(f"the graph takes {len(names)} inputs: {', '.join(names)}; got {len(leaves)}")
+    return Rows(tuple(leaves), {}, rows.count)
 
 
 def _made_up(inputs: tuple[GraphInput, ...]) -> Rows:

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from mcdrop.errors import ArtifactError
+from mcdrop.errors import ArtifactError, InputError
 
 __all__ = [
     "Chain",
@@ -98,7 +98,14 @@ def _bytes(source: Any) -> tuple[bytes, str]:
         if path.stat().st_size > _BYTES:
             raise ArtifactError(f"{path} is larger than an ONNX file can be ({_BYTES} bytes)")
         return path.read_bytes(), str(path)
-    return source.SerializeToString(), source.graph.name or "the model"
+    if hasattr(source, "SerializeToString"):
+        return source.SerializeToString(), source.graph.name or "the model"
+    session = vars(source) if hasattr(source, "get_inputs") else {}  # onnxruntime keeps what it was made of
+    if session.get("_model_bytes"):
+        return session["_model_bytes"], "the session's model"
+    if session.get("_model_path"):
+        return _bytes(session["_model_path"])
+    raise InputError(f"a torch module or an ONNX graph is wanted, got {type(source).__name__}")
 
 
 def _tensors(model: Any) -> Iterator[Any]:
