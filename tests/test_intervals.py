@@ -72,7 +72,7 @@ def test_rows_with_their_own_passes_have_their_own_quantiles() -> None:
     counts = np.array([2, 10, 1000])
     rows = replace(summary(np.zeros((3, 2)), 1.0, passes=10), passes=counts, degrees=counts - 1)
     bounds = {name: interval_of(name, rows, 0.9).upper for name in ("mean", "student_t")}
-    expected = stats.t.ppf(0.95, counts - 1)[:, None] * np.ones(2)
+    expected = np.outer(stats.t.ppf(0.95, counts - 1), np.ones(2))
     np.testing.assert_allclose(bounds["mean"], expected / np.sqrt(10))
     np.testing.assert_allclose(bounds["student_t"], expected * np.sqrt(1 + 1 / counts)[:, None])
 

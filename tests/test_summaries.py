@@ -71,7 +71,7 @@ def test_a_gaussian_head_is_read_by_the_law_of_total_variance(outputs: Array) ->
     correction = mean.var(axis=0, ddof=1) / len(outputs)
     close(summary.variance, second_moment - mean.mean(axis=0) ** 2 + correction)
     assert summary.samples is not None
-    np.testing.assert_allclose(summary.samples, mean, rtol=1e-6)
+    np.testing.assert_allclose(summary.samples, mean, rtol=1e-6, atol=1e-30)
 
 
 def test_a_head_without_a_log_variance_for_each_mean_is_refused() -> None:
