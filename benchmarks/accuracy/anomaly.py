@@ -113,8 +113,9 @@ def markdown(results: Result) -> str:
         "",
         f"A dropout autoencoder ({HIDDEN}-{HIDDEN}, drop rate {DROP:g}, {PASSES} passes) learns inliers alone. "
         f"Up to {REFERENCE} reference rows that it has not seen turn scores into p-values; up to {ANOMALIES} anomalies "
-        f"hide among up to {TEST} fresh inliers. Promised on average: of inliers at most {fpr:g} flagged (`fpr={fpr:g}`), of flags at most {fdr:g} "
-        f"false (`fdr={fdr:g}`). Feature distances are Euclidean, to the rows of the training. Mean ± standard error.",
+        f"hide among up to {TEST} fresh inliers. Promised on average: of inliers at most {fpr:g} flagged "
+        f"(`fpr={fpr:g}`), of flags at most {fdr:g} false (`fdr={fdr:g}`). Feature distances are Euclidean, to "
+        "the rows of the training. Mean ± standard error.",
         "",
         f"| table | score | AUROC | inliers flagged at fpr={fpr:g} | anomalies found "
         f"| false among flags at fdr={fdr:g} | anomalies found |",
