@@ -4,7 +4,7 @@ The probe says which training flags draw; then every draw is traced, and a mask 
 Whatever draws and cannot be controlled is named, and by default the network is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
     spy = _first_look(live, few, pick)
     warnings = _own_written_buffers((live, plain), spy)
+    _own_swapped((live, plain), spy.swapped)
     _check_reach(module, live, few, pick)
     verdicts = _overruled(live, probe(live, few), overrules.include, overrules.exclude)
     _switch_on(live, verdicts)
@@ -80,6 +81,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         return overrules.force_literal or path in refused
 
     found = trace(live, few, pick, force)
+    _own_swapped((live,), found.swapped)
     lost = _lost(found, verdicts) + unrepeatable(live, few, pick, found)
     if lost and overrules.strict:
         raise UncontrolledDraw(_lost_message(name, lost))
@@ -195,6 +197,14 @@ def _own_written_buffers(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
             shadow.__dict__.setdefault(VOLATILE, []).append((owner, name, owner._buffers[name]))
     said = "is written to even in eval mode: every pass starts from mcdrop's own copy of it"
     return [f"{name} {said}" for name in sorted(spy.written)]
+
+
+def _own_swapped(shadows: tuple[nn.Module, ...], paths: Collection[str]) -> None:
+    """Gives shadows their own dicts of tensors where a forward swaps some for a while, as ``functional_call`` does."""
+    for shadow in shadows:
+        for path in paths:
+            owner = shadow.get_submodule(path)
+            owner.__dict__.update(_parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
 
 
 def _report(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int, excluded: frozenset[str]) -> SiteReport:

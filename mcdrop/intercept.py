@@ -137,7 +137,8 @@ class Given:
             if any(size > most for size, most in zip(unit, site.shape, strict=True)):
                 raise LargerDraw(f"{_OTHER_WAY}: {site.name} had the shape {site.shape}, now {unit}")
             if mask is not None and unit != site.shape:  # the smaller mask is the corner of the larger one
-                mask = mask[(..., *(slice(size) for size in unit))]
+                corner: tuple[Any, ...] = (..., *(slice(size) for size in unit))
+                mask = mask[corner]
         return index, mask, layout
 
     def finish(self) -> None:

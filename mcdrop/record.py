@@ -94,6 +94,7 @@ class Spy(TorchDispatchMode):
     watched: dict[int, str]
     escaped: list[tuple[str, str]] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    swapped: set[str] = field(default_factory=set)
     largest: int = 0
 
     def __post_init__(self) -> None:
@@ -182,16 +183,32 @@ def own_generator() -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
+class _Noting(dict[str, Any]):
+    """A module's parameters or buffers; notes which are set or taken away."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        super().__init__(tensors)
+        self.touched: set[str] = set()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.touched.add(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.touched.add(name)
+        super().__delitem__(name)
+
+
 @contextmanager
-def _own_tensor_dicts(module: nn.Module, written: set[str]) -> Iterator[None]:
-    """Notes the names of parameters and buffers that are set anew, and leaves the user's as they were."""
+def _own_tensor_dicts(module: nn.Module, spy: Spy) -> Iterator[None]:
+    """Notes which parameters and buffers are set anew, or swapped for a while, and leaves the user's as they were."""
     shared = [
         (path, child, kind, getattr(child, kind))
         for path, child in module.named_modules()
         for kind in ("_parameters", "_buffers")
     ]
     for _, child, kind, tensors in shared:
-        child.__dict__[kind] = type(tensors)(tensors)
+        child.__dict__[kind] = _Noting(tensors)
     try:
         yield
     finally:
@@ -199,7 +216,9 @@ def _own_tensor_dicts(module: nn.Module, written: set[str]) -> Iterator[None]:
             own = child.__dict__[kind]
             child.__dict__[kind] = tensors
             changed = {name for name in {*own, *tensors} if own.get(name) is not tensors.get(name)}
-            written |= {f"{path}.{name}".removeprefix(".") for name in changed}
+            spy.written |= {f"{path}.{name}".removeprefix(".") for name in changed}
+            if own.touched - changed:
+                spy.swapped.add(path)
 
 
 def watched(module: nn.Module) -> dict[int, str]:
@@ -222,7 +241,7 @@ def record(
     source, spy = Recorder(paths, leaf.device, seed=seed, force=force), Spy(paths, watched(module))
     with own_generator():
         foreign = _Foreign()
-        with _own_tensor_dicts(module, spy.written), spy, Interception(source, RULES):
+        with _own_tensor_dicts(module, spy), spy, Interception(source, RULES):
             forward(module, rows, pick)
         spy.escaped += foreign.moved(known=bool(spy.escaped))
     return source, spy

@@ -30,7 +30,8 @@ class Trace:
     the rows could not be told: their masks belong to one number of rows. ``off`` lists the module of each dropout call
     that is switched off (None where its rate is 0 besides), ``forced`` the numbers of those that drop all the same.
     ``escaped`` lists (module, operation) of draws that no rule controls, ``written`` the parameters and buffers that
-    the pass writes to. ``row_bytes`` is the largest result of one operation, in bytes a row.
+    the pass writes to, ``swapped`` the modules that have others put in their place for a while. ``row_bytes`` is the
+    largest result of one operation, in bytes a row.
     """
 
     sites: tuple[Site, ...]
@@ -41,6 +42,7 @@ class Trace:
     forced: frozenset[int]
     escaped: tuple[tuple[str, str], ...]
     written: tuple[str, ...]
+    swapped: frozenset[str]
     row_bytes: int
 
 
@@ -113,6 +115,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         forced=frozenset(source.forced),
         escaped=tuple(spy.escaped),
         written=tuple(sorted(spy.written)),
+        swapped=frozenset(spy.swapped),
         row_bytes=-(-spy.largest // (rows.count if unclear else _FEW)),
     )
 

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import InputError
 from mcdrop.features import hidden_features, weights_digest
-from mcdrop.forward import VOLATILE, draws_off, to_tensors
+from mcdrop.forward import draws_off, to_tensors
 from mcdrop.intercept import LargerDraw
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
@@ -88,8 +88,8 @@ class TorchBackend:
         self._plans: dict[object, _Plan] = {}
         self._lock = threading.Lock()
         self._cache = _MaskCache()
-        # passes that write to buffers of the shadow go one at a time
-        self._turn = threading.Lock() if VOLATILE in vars(live) else nullcontext()
+        # forwards of the shadows go one at a time: networks keep things on themselves while they run
+        self._turn = threading.Lock()
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...).
@@ -142,7 +142,8 @@ class TorchBackend:
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
         _, tensors = self._prepare(rows)
-        return _numpy(hidden_features(self.plain, tensors, self.pick, layer))
+        with self._turn:
+            return _numpy(hidden_features(self.plain, tensors, self.pick, layer))
 
     def digest(self) -> str:
         """Gives a sha256 over the weights."""

@@ -1,7 +1,9 @@
 """A row's answer is its own: alone, in any company and order, in chunks, in threads; a longer row extends its masks."""
 
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.errors import MCDropError
+from mcdrop.errors import InputError, MCDropError
 
 from . import ROWS, ZOO, Example
-from .wrapped import CONTROLLED, Wrapped, passes, plain, same, taken, tolerance, wrapped
+from .awkward import TwoLayers
+from .wrapped import CONTROLLED, Wrapped, built, passes, plain, same, taken, tolerance, wrapped
 
 every = pytest.mark.parametrize("name", CONTROLLED)
 
@@ -72,7 +75,17 @@ def test_chunks_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert equal or made.says_coupled, f"{name} hides that its rows depend on one another"
 
 
+@pytest.fixture
+def _hasty() -> Iterator[None]:
+    """Threads change places as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 @every
+@pytest.mark.usefixtures("_hasty")
 def test_threads_and_plain_calls_in_between_do_not_matter(name: str) -> None:
     """Three threads ask for passes of seeds of their own, and use the user's module as it is in between."""
     made = wrapped(name)
@@ -80,21 +93,73 @@ def test_threads_and_plain_calls_in_between_do_not_matter(name: str) -> None:
     ours = plain(made, made.module)
     # draws of its own in eval, or statistics that every call moves: then no two plain calls are equal anyway
     steady = torch.equal(ours, plain(made, made.module))
-    start = threading.Barrier(3)
+    start, one_user = threading.Barrier(3), threading.Lock()
 
     def work(seed: int) -> list[tuple[bool, bool]]:
         start.wait()
-        return [
-            (
-                np.array_equal(passes(made, made.example, 3, seed=seed), expected[seed]),
-                torch.equal(plain(made, made.module), ours) or not steady,
-            )
-            for _ in range(2)
-        ]
+        found = []
+        for _ in range(2):
+            right = np.array_equal(passes(made, made.example, 3, seed=seed), expected[seed])
+            with one_user:  # some networks cannot serve two users even without us
+                clean = torch.equal(plain(made, made.module), ours)
+            found.append((right, clean or not steady))
+        return found
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, range(3))) == [[(True, True)] * 2] * 3
     assert not any(child.training for child in made.module.modules())
+
+
+class Keeps(TwoLayers):
+    """Puts its hidden units on itself, and takes them back a little later."""
+
+    def forward(self, x: Tensor) -> Any:
+        self.hidden = self.drop(self.first(x).relu())
+        time.sleep(0.002)
+        return self.last(self.hidden)
+
+
+class KeepsInList(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Any:
+        self.hidden.append(self.drop(self.first(x).relu()))
+        time.sleep(0.002)
+        return self.last(self.hidden.pop())
+
+
+class Swaps(TwoLayers):
+    """Puts a dropped weight in the place of its own for a while, as ``functional_call`` does."""
+
+    def forward(self, x: Tensor) -> Any:
+        weight = self.drop(self.first.weight)
+        parameters: dict[str, Any] = self.first._parameters
+        before, parameters["weight"] = self.first.weight, weight
+        time.sleep(0.002)
+        try:
+            return self.last(self.first(x).relu())
+        finally:
+            parameters["weight"] = before
+
+
+@pytest.mark.parametrize("kind", [Keeps, KeepsInList, Swaps])
+def test_networks_that_keep_things_on_themselves_take_turns(kind: type[TwoLayers]) -> None:
+    torch.manual_seed(0)
+    module, x = kind().eval(), torch.randn(4, 8)
+    model = mcdrop.wrap(module, example=x)
+    with torch.no_grad():
+        ours = module(x)
+
+    def answer(seed: int) -> Any:
+        return model.backend.forward(model.rows(x), 3, seed=seed, start=0, sampler="iid")
+
+    expected = [answer(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool, torch.no_grad():
+        asked = [(seed, pool.submit(answer, seed)) for _ in range(4) for seed in range(3)]
+        assert all(torch.equal(module(x), ours) for _ in range(10))
+        assert all(np.array_equal(future.result(), expected[seed]) for seed, future in asked)
 
 
 # -- longer rows -------------------------------------------------------------------------------------------------------
@@ -162,6 +227,27 @@ def test_longer_texts_extend_the_masks_of_shorter_ones() -> None:
     ids = torch.randint(1, 50, (2, 14), generator=torch.Generator().manual_seed(0))
     long, short = ({"input_ids": part} for part in (ids, ids[:, :6]))
     assert same(passes(made, long, 5)[:, :, :6], passes(made, short, 5), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["lstm_packed", "gru_packed"])
+def test_packed_rows_may_be_longer_than_those_of_the_example(name: str) -> None:
+    """Its draws are as long as the longest row, so other rows of the same shape need larger masks or smaller ones."""
+    made = wrapped(name)
+    assert isinstance(made.example, tuple)
+    x = made.example[0]
+    module, _ = built(name)
+    model = mcdrop.wrap(module, example=(x, torch.tensor([2, 1, 2, 2])))
+    grown = Wrapped(made.specimen, module, made.example, model, [])
+    for lengths in ([5, 1, 2, 4], [1, 2, 3, 1], [3, 5, 2, 5], [1, 1, 1, 1]):
+        example = (x, torch.tensor(lengths))
+        assert same(passes(grown, example, 5), passes(made, example, 5), 1e-5)
+
+
+def test_a_network_that_takes_no_single_row_says_so() -> None:
+    made = wrapped("batch_statistics")
+    with pytest.raises(InputError, match=r"cannot take inputs of shape 0: \(1, 8\): Expected more than 1 value"):
+        mcdrop.predict(made.model, taken(made.example, [0]))
+    assert any("does not take a single row" in warning for warning in made.model.audit.warnings)
 
 
 def test_rows_of_several_lengths_in_turn_do_not_disturb_one_another() -> None:
