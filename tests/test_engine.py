@@ -75,7 +75,7 @@ def repeats(passes: int, sampler: str) -> dict[str, Array]:
 @pytest.mark.parametrize("chunk_bytes", [1, 3_000, 100_000, 10**9])
 def test_chunk_size_does_not_change_the_answer(sampler: str, chunk_bytes: int) -> None:
     """From one row and one pass at a time to all at once."""
-    plan: dict[str, Any] = {"passes": 50, "seed": 3, "sampler": sampler}
+    plan: dict[str, Any] = {"passes": 40, "seed": 3, "sampler": sampler, "x": small()[1][:6]}
     whole, cut = run(**plan), run(chunk_bytes=chunk_bytes, **plan)
     for name in ("mean", "variance", "standard_error"):
         np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
@@ -180,7 +180,7 @@ def test_the_95_percent_interval_of_the_mean_covers_the_mean_of_20000_passes(sam
     found = repeats(passes, sampler)
     half = stats.t.ppf(0.975, found["degrees"]) * found["standard_error"]
     share = float((np.abs(found["mean"] - truth()[0]) <= half).mean())
-    assert 0.93 <= share
+    assert share >= 0.93
     assert share <= (0.97 if sampler == "iid" else 1.0)
 
 

@@ -1,0 +1,159 @@
+"""Flags of single requests: false-positive rates that hold, and those that no screen could hold."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import net, summary
+from scipy import stats
+
+import mcdrop
+from mcdrop.engine import PassPlan
+from mcdrop.errors import InputError, UnknownName
+from mcdrop.rows import Rows
+from mcdrop.screening import SCORES, Screen, check_fpr, p_values, score_of
+
+X = np.random.default_rng(0).normal(size=(99, 2)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model() -> mcdrop.Model:
+    return mcdrop.wrap(net(), example=X)
+
+
+# -- p-values ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(-11, 11))
+def test_a_p_value_is_the_rank_of_the_row_among_the_reference_and_itself(reference: list[float], score: float) -> None:
+    """Against scipy's percentile of a score: the share of all n + 1 that is at least as strange."""
+    (p,) = p_values(np.array([score]), np.array(reference))
+    everyone = -np.array([*reference, score])
+    assert p == pytest.approx(stats.percentileofscore(everyone, -score, kind="weak") / 100)
+
+
+@given(st.integers(1, 200), st.floats(0.001, 0.999))
+def test_p_values_of_exchangeable_rows_are_super_uniform(count: int, rate: float) -> None:
+    """Exactly: of the n + 1 ranks that are equally likely, at most a share ``rate`` has p <= rate."""
+    reference = np.arange(count, dtype=float)
+    new = np.arange(count + 1, dtype=float) - 0.5  # every place among the reference once
+    assert (p_values(new, reference) <= rate).mean() <= rate + 1e-12
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(-11, 11), st.floats(0, 5))
+def test_a_stranger_row_has_no_larger_p_value(reference: list[float], score: float, more: float) -> None:
+    low, high = p_values(np.array([score, score + more]), np.array(reference))
+    assert high <= low
+    assert high >= 1 / (len(reference) + 1)
+
+
+@pytest.mark.statistical
+def test_flags_hold_their_false_positive_rate(model: mcdrop.Model) -> None:
+    """200 references of 39 rows, 20 inliers each, at 0.05: within 4 standard errors over references."""
+    rng, shares = np.random.default_rng(1), []
+    for seed in range(200):
+        screen = mcdrop.fit_screen(model, rng.normal(size=(39, 2)), fpr=0.05, passes=10, seed=seed)
+        found = mcdrop.predict(model, rng.normal(size=(20, 2)), passes=10, seed=seed, screen=screen)
+        assert found.is_anomaly is not None
+        shares.append(found.is_anomaly.mean())
+    assert abs(np.mean(shares) - 0.05) < 4 * stats.sem(shares)
+
+
+# -- rates -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5000))
+def test_the_smallest_rate_is_that_of_the_smallest_p_value(count: int) -> None:
+    check_fpr(1 / (count + 1), count)
+    with pytest.raises(InputError, match="below the smallest p-value"):
+        check_fpr(0.999 / (count + 1), count)
+
+
+@given(st.floats(1e-4, 0.9))
+def test_a_refused_rate_comes_with_the_rows_that_would_do(rate: float) -> None:
+    try:
+        check_fpr(rate, 1)
+    except InputError as error:
+        check_fpr(rate, int(str(error).split("at least ")[1].split()[0]))
+
+
+@pytest.mark.parametrize("fpr", [0, 1, -0.1, 5, float("nan"), "0.1", None, True])
+def test_a_rate_that_is_no_number_between_0_and_1_is_refused(fpr: Any) -> None:
+    with pytest.raises(InputError, match="fpr must be a number between 0 and 1, got"):
+        check_fpr(fpr, 1000)
+
+
+def test_a_screen_cannot_be_made_with_a_rate_it_cannot_hold(model: mcdrop.Model) -> None:
+    said = (
+        "fpr 0.01 is below the smallest p-value that 50 reference rows can give, 0.02; raise fpr or fit the screen on"
+    )
+    with pytest.raises(InputError, match=f"{said} at least 99 rows"):
+        mcdrop.fit_screen(model, X[:50], fpr=0.01)
+    with pytest.raises(InputError, match="below the smallest p-value"):
+        Screen("variance", Rows.of(X[:50]), np.zeros(50), PassPlan(), 0.01)
+    screen = mcdrop.fit_screen(model, X, fpr=0.01, passes=4)
+    with pytest.raises(InputError, match=r"fpr 0\.001 is below"):
+        mcdrop.predict(model, X, passes=4, screen=screen, fpr=0.001)
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_flagged_where_its_p_value_is_at_most_the_rate(model: mcdrop.Model) -> None:
+    screen = mcdrop.fit_screen(model, X, fpr=0.05, passes=20)
+    rows = np.concatenate([X[:10] * 0.5, X[:10] * 50])
+    for fpr in (None, 0.01, 0.5):
+        found = mcdrop.predict(model, rows, passes=20, screen=screen, fpr=fpr)
+        assert found.fpr == (0.05 if fpr is None else fpr)
+        assert found.score is not None
+        assert found.p_value is not None
+        np.testing.assert_array_equal(found.is_anomaly, found.p_value <= found.fpr)
+        np.testing.assert_array_equal(found.p_value, p_values(found.score, screen.scores))
+        np.testing.assert_allclose(found.score, found.epistemic.sum(axis=-1))
+    assert found.is_anomaly is not None
+    assert found.is_anomaly[10:].all()
+
+
+def test_the_reference_is_scored_again_with_the_masks_of_the_request(model: mcdrop.Model) -> None:
+    """A reference row then gets its own rank exactly, whatever seed, passes or sampler is asked for."""
+    screen = mcdrop.fit_screen(model, X, fpr=0.05, passes=20)
+    asked: list[dict[str, Any]] = [{"seed": 7}, {"passes": 50}, {"sampler": "iid"}, {"seed": 3, "passes": 33}]
+    for options in asked:
+        found = mcdrop.predict(model, X, screen=screen, **{"passes": 20} | options)
+        assert found.p_value is not None
+        ranks = stats.rankdata(-found.epistemic[:, 0], method="max")
+        np.testing.assert_allclose(found.p_value, (1 + ranks) / 100, atol=0.0100001)
+
+
+def test_without_a_screen_nothing_is_flagged_and_it_says_why(model: mcdrop.Model) -> None:
+    found = mcdrop.predict(model, X, passes=4)
+    assert (found.score, found.p_value, found.is_anomaly, found.fpr) == (None, None, None, None)
+    assert found.screen_note == "no screen is fitted: fit one on inlier rows with mcdrop.fit_screen"
+    with pytest.raises(InputError, match="fpr needs a fitted screen; fit one with"):
+        mcdrop.predict(model, X, passes=4, fpr=0.1)
+
+
+def test_a_model_keeps_the_screen_that_it_is_given(model: mcdrop.Model) -> None:
+    screen = mcdrop.fit_screen(model, X, fpr=0.05, passes=20)
+    with_screen = model.with_screen(screen)
+    ours, given = mcdrop.predict(with_screen, X * 2, passes=20), mcdrop.predict(model, X * 2, passes=20, screen=screen)
+    np.testing.assert_array_equal(ours.p_value, given.p_value)
+    assert model.screen is None
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_that_do_not_suit_the_task_are_refused_with_those_that_do(model: mcdrop.Model) -> None:
+    with pytest.raises(UnknownName, match=f"unknown score 'nope'; choose one of: {', '.join(sorted(SCORES))}"):
+        mcdrop.fit_screen(model, X, score="nope")
+    for name in ("entropy", "mutual_information", "variation_ratio"):
+        with pytest.raises(InputError, match=f"score '{name}' needs a classifier; for this task choose one of: "):
+            score_of(name, summary(np.zeros((3, 2))))
+
+
+def test_the_variance_is_summed_over_outputs() -> None:
+    found = score_of("variance", summary(np.zeros((2, 3)), [[1.0, 2.0, 3.0], [0.0, 0.0, 0.5]]))
+    np.testing.assert_array_equal(found, [6.0, 0.5])
