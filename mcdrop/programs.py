@@ -1,0 +1,180 @@
+"""Exported programs (``.pt2``): read behind the preflight, and with their dropout in reach again.
+
+An export in eval mode keeps dropout as calls that are switched off; these become dropout modules. What decomposition
+or attention in eval mode has lost is named.
+"""
+
+import io
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcdrop.errors import ArtifactError, ModelRefused, NoStochasticSite
+from mcdrop.preflight import preflight
+
+__all__ = ["lost_attention", "program_bytes", "read_program"]
+
+_aten = torch.ops.aten
+
+_DROPOUT: dict[Any, type[nn.Module]] = {
+    _aten.dropout.default: nn.Dropout,
+    _aten.dropout_.default: nn.Dropout,
+    _aten.feature_dropout.default: nn.Dropout2d,
+    _aten.feature_dropout_.default: nn.Dropout2d,
+    _aten.alpha_dropout.default: nn.AlphaDropout,
+    _aten.alpha_dropout_.default: nn.AlphaDropout,
+    _aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
+    _aten.feature_alpha_dropout_.default: nn.FeatureAlphaDropout,
+}
+_RECURRENT = {
+    _aten.gru.input: torch.gru,
+    _aten.lstm.input: torch.lstm,
+    _aten.rnn_relu.input: torch.rnn_relu,
+    _aten.rnn_tanh.input: torch.rnn_tanh,
+}
+_SAME: dict[Any, Any] = {  # the same arguments, by a function that masks can reach
+    _aten.bernoulli.default: torch.bernoulli,
+    _aten.bernoulli.p: torch.bernoulli,
+    _aten.normal.Tensor_Tensor: torch.normal,
+    _aten.normal.Tensor_float: torch.normal,
+    _aten.rand.default: torch.rand,
+    _aten.rand_like.default: torch.rand_like,
+    _aten.randn.default: torch.randn,
+    _aten.randn_like.default: torch.randn_like,
+    _aten.rrelu.default: F.rrelu,
+    _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+}
+_TRAIN = 6  # position of the flag among the arguments of a recurrent layer
+_NORM_TRAIN = 5
+_RECIPE = (
+    "export it with torch.export.export(model.eval(), ...) and save it before any run_decompositions(), or use "
+    "mcdrop.save(mcdrop.wrap(model, ...), folder, format='pt2')"
+)
+
+
+def program_bytes(module: nn.Module, leaves: tuple[Tensor, ...]) -> bytes:
+    """Gives a module as the bytes of a ``.pt2`` file, with any number of rows.
+
+    Raises:
+        ModelRefused: torch cannot export it.
+    """
+    buffer, count = io.BytesIO(), torch.export.Dim("rows", min=1)
+    try:
+        with torch.no_grad():
+            shapes = tuple({0: count} for _ in leaves)
+            program = torch.export.export(_Positional(module), leaves, dynamic_shapes=(shapes,), strict=False)
+            torch.export.save(program, buffer)
+    except Exception as error:  # whatever an exporter makes of somebody's network
+        raise ModelRefused(f"torch cannot export this network: {' '.join(str(error).split())[:300]}") from error
+    return buffer.getvalue()
+
+
+class _Positional(nn.Module):
+    """A module under the names of its own weights, which takes its inputs by position."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update({k: v for k, v in module.__dict__.items() if k.startswith("_") and "hook" not in k})
+        self.__dict__["inner"] = module
+
+    def forward(self, *leaves: Tensor) -> Any:
+        """Runs the module."""
+        return self.__dict__["inner"](*leaves)
+
+
+def read_program(data: bytes, name: str) -> nn.Module:
+    """Gives the network of a ``.pt2`` file, every dropout in it as a module in eval mode.
+
+    Raises:
+        ArtifactError: the file holds what could run code, or is damaged.
+        NoStochasticSite: its dropout was decomposed away.
+    """
+    sound = preflight(data, name)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        module = torch.export.load(io.BytesIO(sound)).module()
+    except Exception as error:  # damaged in a way that only shows when it is put together
+        raise ArtifactError(f"{name} is not a sound .pt2 file: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.disable(before)
+    found = _retargeted(module)
+    if not found:
+        raise NoStochasticSite(
+            f"{name} has no live stochastic site: every variance would be 0. It holds no dropout and no draw; "
+            f"run_decompositions() removes the dropout of eval mode for good; {_RECIPE}"
+        )
+    flat = torch.fx.GraphModule(module, module.graph)
+    flat.recompile()
+    return flat.eval()
+
+
+def _retargeted(module: Any) -> int:
+    """Puts dropout, draws and batch norm where masks reach them; gives the number of draws."""
+    graph, draws = module.graph, 0
+    for node in [node for node in graph.nodes if node.op == "call_module" and "guards" in str(node.target)]:
+        graph.erase_node(node)
+    for node in [node for node in graph.nodes if node.op == "call_function"]:
+        if node.target in _DROPOUT:
+            draws += _as_module(module, node)
+        elif node.target in _RECURRENT:
+            arguments = list(node.args)
+            arguments[_TRAIN] = True
+            node.target, node.args = _RECURRENT[node.target], tuple(arguments)
+            draws += bool(arguments[_TRAIN - 1])
+        elif node.target is _aten.native_dropout.default:
+            draws += _native(module, node)
+        elif node.target is _aten.batch_norm.default:
+            arguments = list(node.args)
+            arguments[_NORM_TRAIN] = False
+            node.args = tuple(arguments)
+        elif node.target in _SAME:
+            node.target = _SAME[node.target]
+            draws += node.target is not F.scaled_dot_product_attention or bool(_attention_rate(node))
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    graph.lint()
+    return draws
+
+
+def _attention_rate(node: Any) -> float:
+    return float(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+
+
+def _as_module(module: Any, node: Any) -> bool:
+    """Replaces a call by a dropout module at the place that the exporting network gave it."""
+    x, p = node.args[:2]
+    stack = [*(node.meta.get("nn_module_stack") or {"": ("",)}).values()]
+    place = str(stack[-1][0]) or "dropout"
+    names = dict(module.named_modules())
+    path = next(name for name in (place, *(f"{place}.dropout{i}" for i in range(len(names) + 1))) if name not in names)
+    module.add_submodule(path, _DROPOUT[node.target](float(p)))
+    with module.graph.inserting_before(node):
+        new = module.graph.call_module(path, (x,))
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
+    return float(p) > 0
+
+
+def _native(module: Any, node: Any) -> bool:
+    users = [*node.users]
+    if any(user.target is not torch.ops.aten and user.args[1] != 0 and user.users for user in users):
+        raise ModelRefused("the program reads the mask of a dropout, which cannot be replaced; export it in eval mode")
+    for user in users:
+        user.target = _aten.dropout.default
+        user.args = (node.args[0], node.args[1], True)
+    drawn = [_as_module(module, user) for user in users if user.users]
+    module.graph.erase_node(node) if not node.users else None
+    return any(drawn)
+
+
+def lost_attention(module: nn.Module) -> list[str]:
+    """Names the attention that has no dropout: exports in eval mode lose its rate."""
+    paths = []
+    for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+        if node.target is F.scaled_dot_product_attention and not _attention_rate(node):
+            stack = [*(node.meta.get("nn_module_stack") or {"": ("attention",)}).values()]
+            paths.append(str(stack[-1][0]))
+    return paths
