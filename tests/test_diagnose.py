@@ -1,0 +1,180 @@
+"""What the audit says about variance, norm layers and the deterministic prefix, against what is computed by hand."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop import diagnose
+from mcdrop.masks import sample_masks
+
+X = torch.linspace(-1, 1, 32).reshape(4, 8)
+
+
+def audit_of(*layers: nn.Module, example: Tensor = X) -> mcdrop.audit.Audit:
+    return mcdrop.wrap(nn.Sequential(*layers).eval(), example=example).audit
+
+
+# -- shares of variance ------------------------------------------------------------------------------------------------
+
+
+def two_dropouts() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Dropout(0.2), nn.Linear(8, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 2))
+
+
+def by_hand(net: nn.Sequential, first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The network written out in numpy, with kept units (T, units) given: (T, N, 2)."""
+    (w1, b1), (w2, b2) = (
+        [parameter.detach().double().numpy() for parameter in (layer.weight, layer.bias)]
+        for layer in net
+        if isinstance(layer, nn.Linear)
+    )
+    x = X.double().numpy()
+    hidden = np.tanh((x * first[:, None]) @ w1.T + b1)
+    answer: NDArray[np.float64] = (hidden * second[:, None]) @ w2.T + b2
+    return answer
+
+
+def test_a_share_is_the_variance_of_one_site_alone_over_that_of_all() -> None:
+    net = two_dropouts()
+    audit = mcdrop.wrap(net, example=X).audit
+    sites = [mcdrop.masks.Site(site.name, site.shape, site.p or 0.0) for site in audit.sites]
+    masks = sample_masks(sites, 32, seed=0)
+    first, second = (masks[site.name].astype(np.float64) / (1 - site.p) for site in sites)
+    ones = np.ones_like(first), np.ones_like(second)
+    total, alone_first, alone_second = (
+        by_hand(net, *pair).var(axis=0, ddof=1).sum() for pair in ((first, second), (first, ones[1]), (ones[0], second))
+    )
+    shares = [site.share for site in audit.sites]
+    np.testing.assert_allclose(np.array(shares, float), [alone_first / total, alone_second / total], rtol=1e-4)
+
+
+def test_a_single_site_makes_all_of_the_variance() -> None:
+    (site,) = audit_of(nn.Linear(8, 4), nn.Dropout(0.5), nn.Linear(4, 1)).sites
+    assert site.share == pytest.approx(1, abs=1e-6)
+
+
+def test_what_is_not_live_has_no_share() -> None:
+    audit = audit_of(nn.Dropout(1e-12), nn.Linear(8, 4), nn.Dropout(0.5))
+    shares = {site.path: site.share for site in audit.sites}
+    assert shares["2"] == pytest.approx(1)
+    excluded = mcdrop.wrap(two_dropouts(), example=X, exclude=["0"]).audit
+    assert [site.share for site in excluded.sites if site.verdict != "live"] == []
+
+
+def test_shares_that_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnose, "_SECONDS", -1.0)
+    audit = audit_of(nn.Dropout(0.5), nn.Linear(8, 1))
+    assert [site.share for site in audit.sites] == [None]
+    assert audit.mean_gap is not None
+
+
+# -- mean gap ----------------------------------------------------------------------------------------------------------
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
+def test_the_gap_of_a_linear_network_is_monte_carlo_error_alone() -> None:
+    """The largest of 4 errors of a mean of 32 passes: below 4 / sqrt(32) standard deviations."""
+    audit = audit_of(nn.Dropout(0.5), nn.Linear(8, 1))
+    assert audit.mean_gap is not None
+    assert audit.mean_gap < 4 / 32**0.5
+
+
+def test_the_gap_of_a_square_is_the_one_of_its_law() -> None:
+    """(x m / (1 - p))^2 has the mean x^2 / (1 - p), which lies sqrt(p (1 - p)) std from x^2; within 4 errors."""
+    audit = audit_of(nn.Dropout(0.5), Square(), example=torch.ones(4, 1))
+    assert audit.mean_gap == pytest.approx(0.5, abs=4 / 32**0.5)
+
+
+# -- norm layers -------------------------------------------------------------------------------------------------------
+
+
+def centred(channels: int) -> Tensor:
+    """Four rows whose every channel has the mean 0."""
+    rows = torch.randn(2, channels, generator=torch.Generator().manual_seed(0))
+    return torch.cat([rows, -rows])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+def test_dropout_before_a_norm_layer_raises_the_variance_by_one_over_the_keep_rate(p: float) -> None:
+    """Of a centred channel E[(x m / (1 - p))^2] = x^2 / (1 - p) (Li et al. 2018); the median of 400 channels."""
+    channels, passes = 400, 32
+    x = centred(channels)
+    norm = nn.BatchNorm1d(channels)
+    assert norm.running_var is not None
+    norm.running_var.copy_(2 * x.var(dim=0, unbiased=False))
+    (report,) = audit_of(nn.Dropout(p), norm, nn.Linear(channels, 1), example=x).norms
+    error = 1.25 * (p * (1 - p) / passes) ** 0.5 / (1 - p) ** 2 / channels**0.5
+    steps = 1 / passes / (1 - p) ** 2  # a median of counts of kept passes moves in steps
+    assert report.path == "1"
+    assert report.mask_effect == pytest.approx(1 / (1 - p), abs=4 * error + steps)
+    assert report.variance_ratio == pytest.approx(report.mask_effect / 2, rel=1e-3)
+
+
+def test_a_norm_layer_before_all_draws_is_not_shifted() -> None:
+    audit = audit_of(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    assert [norm.mask_effect for norm in audit.norms] == [pytest.approx(1)]
+    assert audit.warnings == ()
+
+
+def test_a_shifted_norm_layer_is_warned_of_with_advice() -> None:
+    x = centred(64)
+    net = (nn.BatchNorm1d(64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 1))
+    (warning,) = audit_of(*net, example=x).warnings
+    assert "shifts the variance at 1 of 2 norm layers, most x2" in warning
+    assert "at 2 (" in warning
+    assert "Put dropout after the last norm layer" in warning
+    assert "mcdrop.recalibrate_batchnorm" in warning
+
+
+def test_a_norm_layer_without_running_statistics_is_not_reported() -> None:
+    assert audit_of(nn.Dropout(0.5), nn.LayerNorm(8), nn.Linear(8, 1)).norms == ()
+
+
+# -- prefix ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_prefix_of_a_convolutional_trunk_is_its_part_of_the_operations() -> None:
+    """Two operations for each multiplication: two convolutions once, the head at every pass."""
+    torch.manual_seed(0)
+    rows, side = 4, 8
+    trunk = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2, padding=1), nn.Flatten())
+    audit = audit_of(
+        *trunk, nn.Dropout(0.5), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3),
+        example=torch.randn(rows, 3, side, side),
+    )  # fmt: skip
+    once = 2 * rows * (8 * 3 * 9 * side**2 + 4 * 8 * 9 * (side // 2) ** 2)
+    repeated = 2 * rows * (64 * 16 + 16 * 3)
+    assert audit.tier == "vmap"
+    assert audit.prefix_share == pytest.approx(once / (once + repeated))
+    assert audit.speed_up == pytest.approx(100 * (once + repeated) / (once + 100 * repeated))
+
+
+def test_nothing_comes_before_dropout_on_the_inputs() -> None:
+    audit = audit_of(nn.Dropout(0.5), nn.Linear(8, 16), nn.Linear(16, 1))
+    assert audit.prefix_share == pytest.approx(0)
+    assert audit.speed_up == pytest.approx(1)
+
+
+def test_all_comes_before_dropout_on_the_outputs() -> None:
+    audit = audit_of(nn.Linear(8, 16), nn.Linear(16, 1), nn.Dropout(0.5))
+    assert audit.prefix_share == pytest.approx(1)
+    assert audit.speed_up == pytest.approx(100)
+
+
+def test_a_network_without_operations_to_count_has_no_prefix() -> None:
+    audit = audit_of(nn.Dropout(0.5))
+    assert (audit.prefix_share, audit.speed_up) == (None, None)
+
+
+def test_a_person_can_read_all_of_it() -> None:
+    text = str(audit_of(nn.Linear(8, 64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 1), example=centred(8)))
+    for said in ("live 100%", "tier: vmap", "before the first draw: 89% of a pass", "norm layer 2", "std of the"):
+        assert said in text, text
