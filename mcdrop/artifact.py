@@ -211,9 +211,9 @@ def _check_promises(place: Path, model: Model, manifest: Mapping[str, Any]) -> N
     if live != promised:
         raise ArtifactError(f"{place}: the network has the live sites {live}, its manifest promises {promised}")
     inputs = [(spec.name, spec.dtype, [*spec.shape]) for spec in model.inputs]
-    promised = [(spec["name"], spec["dtype"], spec["shape"]) for spec in manifest["inputs"]]
-    if inputs != promised:
-        raise ArtifactError(f"{place}: the network takes {inputs}, its manifest promises {promised}")
+    told = [(spec["name"], spec["dtype"], spec["shape"]) for spec in manifest["inputs"]]
+    if inputs != told:
+        raise ArtifactError(f"{place}: the network takes {inputs}, its manifest promises {told}")
     features = manifest.get("features", [])
     if not isinstance(manifest.get("description", ""), str) or not isinstance(features, list):
         raise ArtifactError(f"{place / MANIFEST} must hold a text as description and a list as features")
