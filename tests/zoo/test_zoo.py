@@ -1,7 +1,6 @@
 """What holds for every specimen, checked by torch alone. A tool that wraps networks is tested against these truths."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,6 @@ from .reference import UnknownExpectation
 
 EVERY = [pytest.param(specimen, id=name) for name, specimen in ZOO.items()]
 every = pytest.mark.parametrize("specimen", EVERY)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The networks are so small that threads only get in each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
