@@ -1,7 +1,7 @@
-"""The model folder on disk: ``STORE/NAME/VERSION`` with ``model.toml`` and safetensors files. Nothing is unpickled.
+"""The model folder on disk: ``STORE/NAME/VERSION`` with ``model.toml`` and the network's file. Nothing is unpickled.
 
 The manifest holds the sha256 of every other file, and each file is hashed before it is parsed. Code never comes from
-the folder: the factory is a function of an installed, allow-listed package.
+the folder: a network is a graph, or weights for a function of an installed, allow-listed package (see ``formats``).
 """
 
 import json
@@ -17,16 +17,18 @@ import numpy as np
 from mcdrop.bank import Bank
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
-from mcdrop.errors import ArtifactError, MCDropError, UnknownName
-from mcdrop.model import Model, Options, wrap
+from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
+from mcdrop.formats import FORMATS, default_format, load_file, positional
+from mcdrop.model import Model, Options
 from mcdrop.rows import Rows
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
-from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, sha256, swap, verify
+from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, swap, verify
+from mcdrop.store import sha256 as hash_of
 
 __all__ = ["CALIBRATION", "load", "save"]
 
-WEIGHTS, EXAMPLE, SCREEN = "weights.safetensors", "example.safetensors", "screen.safetensors"
+EXAMPLE, SCREEN = "example.safetensors", "screen.safetensors"
 CALIBRATION = "calibration.json"
 
 _DEFAULTS = ("passes", "level", "interval", "seed", "sampler", "tolerance")
@@ -39,7 +41,8 @@ def save(
     model: Model,
     folder: str | Path,
     *,
-    factory: str,
+    factory: str | None = None,
+    format: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     screen: Screen | None = None,
     calibration: Calibration | None = None,
@@ -55,7 +58,8 @@ def save(
         model: what ``wrap`` gave.
         folder: where, usually ``STORE/NAME/VERSION``.
         factory: "package.module:function" that builds the network without weights, of a package in
-            ``mcdrop.factory.FACTORY_PACKAGES``.
+            ``mcdrop.factory.FACTORY_PACKAGES``; for the format "safetensors".
+        format: one of ``FORMATS``; None is "safetensors" with a factory, else "onnx" for a graph, "pt2" for a module.
         arguments: keyword arguments of the factory, as TOML can hold them.
         screen: fitted flags; None is the model's own.
         calibration: what ``calibrate`` gave; None is the model's own.
@@ -71,6 +75,9 @@ def save(
     target = Path(folder)
     if target.exists() and not overwrite:
         raise ArtifactError(f"{target} exists; choose another version or give overwrite=True")
+    format = format or default_format(model, factory)
+    if format not in FORMATS:
+        raise UnknownName("format", format, FORMATS)
     name = name or target.parent.name
     check_name(name)
     check_name(version)
@@ -78,10 +85,12 @@ def save(
     beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
     try:
         screen = screen or model.screen
-        _write_files(model, beside, screen, calibration or model.calibration)
+        said: dict[str, Any] = {"factory": factory, "arguments": dict(arguments or {})} if factory else {}
+        weights = {"format": format, **said, **FORMATS[format].write(model, beside / FORMATS[format].file, said)}
+        by_name = FORMATS[format].by_name
+        _write_files(model, beside, screen, calibration or model.calibration, by_name)
         head = {"name": name, "version": version, "description": description, "features": features or []}
-        factory_part = {"factory": factory, "arguments": dict(arguments or {})}
-        _write_manifest(model, beside, screen, head, factory_part)
+        _write_manifest(model, beside, screen, head, weights, by_name)
         _check_same(model, load(beside), calibration or model.calibration)
         swap(beside, target)
     finally:
@@ -89,13 +98,13 @@ def save(
     return target
 
 
-def _write_files(model: Model, folder: Path, screen: Screen | None, calibration: Calibration | None) -> None:
-    from safetensors.torch import save_model  # keeps tied weights tied
-
-    save_model(model.module, str(folder / WEIGHTS))
-    _write_rows(folder / EXAMPLE, model.example, {})
+def _write_files(
+    model: Model, folder: Path, screen: Screen | None, calibration: Calibration | None, by_name: bool
+) -> None:
+    _write_rows(folder / EXAMPLE, model.example if by_name else positional(model.example), {})
     if screen is not None:
-        _write_rows(folder / SCREEN, screen.rows, {"scores": screen.scores, **_bank_arrays(screen.bank)})
+        rows = screen.rows if by_name else positional(screen.rows)
+        _write_rows(folder / SCREEN, rows, {"scores": screen.scores, **_bank_arrays(screen.bank)})
     if calibration is not None:
         (folder / CALIBRATION).write_text(json.dumps(calibration.to_dict(), allow_nan=False), encoding="utf-8")
 
@@ -120,7 +129,7 @@ def _array(leaf: Any) -> Any:
 
 
 def _write_manifest(
-    model: Model, folder: Path, screen: Screen | None, head: dict[str, Any], factory: dict[str, Any]
+    model: Model, folder: Path, screen: Screen | None, head: dict[str, Any], weights: dict[str, Any], by_name: bool
 ) -> None:
     import tomli_w
 
@@ -128,11 +137,11 @@ def _write_manifest(
         "format": FORMAT,
         **head,
         "task": model.task,
-        "weights": {"format": "safetensors", **factory},
+        "weights": weights,
         "sites": [{"name": site.name, "path": site.path, "kind": site.kind} for site in model.audit.live],
         "inputs": [
-            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "positional": i < model.positional}
-            for i, spec in enumerate(model.inputs)
+            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "positional": here}
+            for spec, here in ((spec, not by_name or i < model.positional) for i, spec in enumerate(model.inputs))
         ],
         "defaults": {key: value for key in _DEFAULTS if (value := getattr(model.defaults, key)) is not None},
     }
@@ -143,7 +152,7 @@ def _write_manifest(
             # TOML knows no null: a default layer is left out
             layer = {} if screen.bank.layer is None else {"layer": screen.bank.layer}
             manifest["screen"] |= {"distance": screen.bank.distance, **layer}
-    manifest["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    manifest["sha256"] = {path.name: hash_of(path) for path in sorted(folder.iterdir())}
     try:
         text = tomli_w.dumps(manifest)
     except (TypeError, ValueError) as error:
@@ -166,14 +175,38 @@ def _check_same(model: Model, loaded: Model, calibration: Calibration | None) ->
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load(folder: str | Path) -> Model:
-    """Reads a model folder, or the newest version inside ``STORE/NAME``.
+def load(
+    folder: str | Path,
+    *,
+    sha256: str | None = None,
+    task: str | None = None,
+    example: Any = None,
+    output: str | int | None = None,
+    inject: Mapping[str, float] | None = None,
+) -> Model:
+    """Reads a model folder, the newest version inside ``STORE/NAME``, or a bare ONNX or ``.pt2`` file.
+
+    Args:
+        folder: where it lies.
+        sha256: what the file must have; of a folder its ``model.toml``, which pins all others.
+        task: of a bare file, as for ``wrap``; a folder knows its own, as it does all that follows.
+        example: a few rows for a bare file; an ONNX graph can do without.
+        output: name or position of the output to read of a bare file.
+        inject: drop rates by the names of nodes of a bare ONNX file after which a dropout is put.
 
     Raises:
         ModelNotFound: no model lies there.
-        ArtifactError: a file differs from the manifest, the factory is not allowed, or the weights do not fit.
+        ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
     """
+    if Path(folder).is_file():
+        return load_file(
+            Path(folder), sha256=sha256, task=task or "regression", example=example, output=output, inject=inject
+        )
+    if (task, example, output, inject) != (None, None, None, None):
+        raise InputError("task, example, output and inject are for bare files; a model folder knows its own")
     place = resolve(folder)
+    if sha256 is not None and hash_of(place / MANIFEST) != sha256.lower():
+        raise ArtifactError(f"{place / MANIFEST} is not the manifest that was asked for (its sha256 differs)")
     manifest = read_manifest(place)
     verify(place, manifest)
     try:
@@ -185,16 +218,20 @@ def load(folder: str | Path) -> Model:
 
 
 def _build(place: Path, manifest: Mapping[str, Any]) -> Model:
-    from mcdrop.factory import fill, network  # here, because asking what is in a store needs no torch
-
-    module = network(manifest["weights"])
-    fill(module, place / WEIGHTS)
+    weights = manifest["weights"]
+    if weights["format"] not in FORMATS:
+        raise UnknownName("format", weights["format"], FORMATS)
+    form = FORMATS[weights["format"]]
     positional = sum(bool(spec["positional"]) for spec in manifest["inputs"])
     example, _ = _read_rows(place / EXAMPLE, positional)
     given = example.args[0] if positional == 1 and not example.kwargs else (example.args or example.kwargs)
     if example.args and example.kwargs:
         raise ArtifactError(f"{place / EXAMPLE} mixes inputs by position and by name")
-    model = wrap(module, example=given, task=manifest["task"])
+    model = form.read(place / form.file, weights, given, manifest["task"], manifest["sha256"][form.file])
+    names = [str(spec["name"]) for spec in manifest["inputs"]]
+    if not form.by_name and len(names) == len(model.inputs):  # a graph's own names are the exporter's
+        specs = zip(model.inputs, names, strict=True)
+        model = replace(model, inputs=tuple(replace(spec, name=name) for spec, name in specs))
     _check_promises(place, model, manifest)
     model = replace(
         model, name=manifest["name"], version=manifest["version"], description=manifest.get("description", ""),

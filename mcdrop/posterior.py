@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.engine import PassPlan
-from mcdrop.errors import ArtifactError, MissingExtra, ModelRefused
+from mcdrop.errors import ArtifactError, ModelRefused
+from mcdrop.graphs import graph_backend
 from mcdrop.masks import sample_masks
 from mcdrop.model import Model, Options
 from mcdrop.predict import Prediction, predict
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
     from mcdrop.backends.onnx import OnnxBackend
     from mcdrop.posterior_graph import Builder
 
-__all__ = ["export_onnx", "graph_backend"]
+__all__ = ["export_onnx"]
 
-OUTPUT = "output"
 _TOLERANCE = 1e-5
 _BYTES = 2**31 - 1
 
@@ -75,22 +75,6 @@ def export_onnx(
     beside.chmod(0o644)
     beside.replace(target)
     return target
-
-
-def graph_backend(model: Model) -> "OnnxBackend":
-    """Gives a model's network on onnxruntime: its own backend, or that of the graph it is exported to."""
-    try:
-        from mcdrop.backends.onnx import OnnxBackend
-        from mcdrop.onnx_discover import discover_graph
-    except ImportError as error:
-        raise MissingExtra(error.name or "onnx", "onnx") from None
-    if isinstance(model.backend, OnnxBackend):
-        return model.backend
-    from mcdrop.onnx_export import stochastic_graph
-
-    names = [spec.name for spec in model.inputs]
-    graph = stochastic_graph(model.backend, model.example, names, OUTPUT)  # type: ignore[arg-type]
-    return discover_graph(graph, model.example).backend
 
 
 def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Options) -> Any:

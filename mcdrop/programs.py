@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mcdrop.backends import Backend
+from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ArtifactError, ModelRefused, NoStochasticSite
+from mcdrop.forward import to_tensors
 from mcdrop.preflight import preflight
+from mcdrop.rows import Rows
+from mcdrop.trace import repeat_rows
 
-__all__ = ["lost_attention", "program_bytes", "read_program"]
+__all__ = ["exported", "lost_attention", "read_program"]
 
 _aten = torch.ops.aten
 
@@ -49,23 +54,28 @@ _SAME: dict[Any, Any] = {  # the same arguments, by a function that masks can re
 }
 _TRAIN = 6  # position of the flag among the arguments of a recurrent layer
 _NORM_TRAIN = 5
+_ROWS = 3
 _RECIPE = (
     "export it with torch.export.export(model.eval(), ...) and save it before any run_decompositions(), or use "
     "mcdrop.save(mcdrop.wrap(model, ...), folder, format='pt2')"
 )
 
 
-def program_bytes(module: nn.Module, leaves: tuple[Tensor, ...]) -> bytes:
-    """Gives a module as the bytes of a ``.pt2`` file, with any number of rows.
+def exported(backend: Backend, rows: Rows) -> bytes:
+    """Gives a backend's network, its draws on, as the bytes of a ``.pt2`` file that takes any number of rows.
 
     Raises:
-        ModelRefused: torch cannot export it.
+        ModelRefused: torch cannot export it, or it is no torch network.
     """
+    if not isinstance(backend, TorchBackend):
+        raise ModelRefused("an ONNX graph cannot be saved as .pt2; save it with format='onnx'")
+    few = to_tensors(repeat_rows(rows, _ROWS), backend.live)
+    leaves = tuple(leaf for _, leaf in few.named())
     buffer, count = io.BytesIO(), torch.export.Dim("rows", min=1)
     try:
         with torch.no_grad():
-            shapes = tuple({0: count} for _ in leaves)
-            program = torch.export.export(_Positional(module), leaves, dynamic_shapes=(shapes,), strict=False)
+            shapes, module = tuple({0: count} for _ in leaves), _Positional(backend, few)
+            program = torch.export.export(module, leaves, dynamic_shapes=(shapes,), strict=False)
             torch.export.save(program, buffer)
     except Exception as error:  # whatever an exporter makes of somebody's network
         raise ModelRefused(f"torch cannot export this network: {' '.join(str(error).split())[:300]}") from error
@@ -73,16 +83,20 @@ def program_bytes(module: nn.Module, leaves: tuple[Tensor, ...]) -> bytes:
 
 
 class _Positional(nn.Module):
-    """A module under the names of its own weights, which takes its inputs by position."""
+    """A network under the names of its own weights, which takes its inputs by position and gives the picked output."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, backend: TorchBackend, rows: Rows) -> None:
         super().__init__()
-        self.__dict__.update({k: v for k, v in module.__dict__.items() if k.startswith("_") and "hook" not in k})
-        self.__dict__["inner"] = module
+        own = ("_buffers", "_modules", "_non_persistent_buffers_set", "_parameters")
+        self.__dict__.update({name: backend.live.__dict__[name] for name in own})
+        self.__dict__["backend"], self.__dict__["rows"] = backend, rows
 
-    def forward(self, *leaves: Tensor) -> Any:
-        """Runs the module."""
-        return self.__dict__["inner"](*leaves)
+    def forward(self, *leaves: Tensor) -> Tensor:
+        """Runs the network."""
+        backend, rows, left = self.__dict__["backend"], self.__dict__["rows"], iter(leaves)
+        args = [next(left) for _ in rows.args]
+        output: Tensor = backend.pick(backend.live(*args, **{name: next(left) for name in rows.kwargs}))
+        return output
 
 
 def read_program(data: bytes, name: str) -> nn.Module:
