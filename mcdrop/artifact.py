@@ -57,8 +57,8 @@ def save(
     Args:
         model: what ``wrap`` gave.
         folder: where, usually ``STORE/NAME/VERSION``.
-        factory: "package.module:function" that builds the network without weights, of a package in
-            ``mcdrop.factory.FACTORY_PACKAGES``; for the format "safetensors".
+        factory: "package.module:function" that builds the network without weights, defined in one of
+            ``mcdrop.factory.FACTORY_MODULES``; for the format "safetensors".
         format: one of ``FORMATS``; None is "safetensors" with a factory, else "onnx" for a graph, "pt2" for a module.
         arguments: keyword arguments of the factory, as TOML can hold them.
         screen: fitted flags; None is the model's own.

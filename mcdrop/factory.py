@@ -1,6 +1,7 @@
 """A network from the factory that a manifest names, with weights from a safetensors file; nothing is unpickled.
 
-Code never comes from a model folder: the factory is a function of an installed, allow-listed package.
+Code never comes from a model folder: the factory is a function that an allow-listed, installed module defines. Modules,
+not packages, because the rest of a package can do more than build networks: train, write, fetch, unpickle.
 """
 
 import importlib
@@ -17,10 +18,17 @@ from torch import nn
 
 from mcdrop.errors import ArtifactError
 
-__all__ = ["FACTORY_PACKAGES", "fill", "network"]
+__all__ = ["FACTORY_MODULES", "fill", "network"]
 
-FACTORY_PACKAGES = ("mcdrop", "models", "timm", "torchvision", "transformers")
+# these and those below them; a part that begins with "_" is no builder, but for timm's create_model
+FACTORY_MODULES = ("mcdrop.layers", "models.networks", "timm.models", "torchvision.models")
 
+_PRIVATE_BUILDERS = ("timm.models._factory",)
+_WEIGHTS_FROM_ELSEWHERE = {
+    "checkpoint_path", "pretrained", "pretrained_backbone", "pretrained_cfg", "pretrained_cfg_overlay", "weights",
+    "weights_backbone",
+}  # fmt: skip
+_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 _FACTORY = re.compile(r"([a-z_][\w.]*):([A-Za-z_]\w*)", re.ASCII)
 
 
@@ -32,22 +40,44 @@ def network(weights: Mapping[str, Any]) -> nn.Module:
     """
     if weights["format"] != "safetensors":
         raise ArtifactError(f"weights of the format {weights['format']!r} cannot be read; only 'safetensors' can")
-    factory = str(weights["factory"])
-    match = _FACTORY.fullmatch(factory)
-    if match is None or match[1].split(".")[0] not in FACTORY_PACKAGES:
-        allowed = ", ".join(FACTORY_PACKAGES)
-        raise ArtifactError(f"factory {factory!r} must be 'package.module:function' of one of: {allowed}")
+    factory, arguments = str(weights["factory"]), weights.get("arguments", {})
+    function = _function(factory)
+    fetching = sorted(name for name in arguments if name in _WEIGHTS_FROM_ELSEWHERE and arguments[name])
+    fetching += [repr(value) for value in arguments.values() if str(value).startswith(_ELSEWHERE)]
+    if fetching:
+        raise ArtifactError(f"factory {factory!r} must not read weights from elsewhere ({', '.join(fetching)})")
     try:
-        function = getattr(importlib.import_module(match[1]), match[2])
-    except (ImportError, AttributeError) as error:
-        raise ArtifactError(f"factory {factory!r} cannot be imported: {error}") from error
-    try:
-        module = _made(function, weights.get("arguments", {}))
+        module = _made(function, arguments)
     except Exception as error:  # whatever a factory does with arguments that it cannot take
         raise ArtifactError(f"factory {factory!r} failed: {type(error).__name__}: {str(error)[:500]}") from error
     if not isinstance(module, nn.Module):
         raise ArtifactError(f"factory {factory!r} gave a {type(module).__name__}, not a torch.nn.Module")
     return module.eval()
+
+
+def _function(factory: str) -> Any:
+    """Imports a factory; a parent package may name what a builder module defines, as ``timm:create_model`` does."""
+    match = _FACTORY.fullmatch(factory)
+    named = match[1] if match else ""
+    if match is None or not (_builds(named) or any(module.startswith(f"{named}.") for module in FACTORY_MODULES)):
+        raise ArtifactError(
+            f"factory {factory!r} must be 'package.module:function' of one of: {', '.join(FACTORY_MODULES)}"
+        )
+    try:
+        function = getattr(importlib.import_module(named), match[2])
+    except (ImportError, AttributeError) as error:
+        raise ArtifactError(f"factory {factory!r} cannot be imported: {error}") from error
+    home = str(getattr(function, "__module__", None))
+    if not callable(function) or not _builds(home):
+        raise ArtifactError(f"factory {factory!r} is defined in {home}, not in one of: {', '.join(FACTORY_MODULES)}")
+    return function
+
+
+def _builds(module: str) -> bool:
+    """Whether the functions that a module defines may be factories."""
+    if module in _PRIVATE_BUILDERS:
+        return True
+    return "._" not in module and any(f"{module}.".startswith(f"{allowed}.") for allowed in FACTORY_MODULES)
 
 
 def _made(function: Any, arguments: Mapping[str, Any]) -> Any:

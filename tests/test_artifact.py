@@ -17,7 +17,7 @@ from mcdrop.errors import ArtifactError
 
 @pytest.fixture(autouse=True)
 def _these_networks_may_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcdrop.factory, "FACTORY_PACKAGES", (*mcdrop.factory.FACTORY_PACKAGES, "factories"))
+    monkeypatch.setattr(mcdrop.factory, "FACTORY_MODULES", (*mcdrop.factory.FACTORY_MODULES, "factories"))
 
 
 # -- there and back ----------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_a_save_that_is_stopped_while_it_replaces_keeps_the_old(
         ({"factory": "factories:nope"}, "cannot be imported"),
         ({"factory": "factories.nope:plain"}, "cannot be imported"),
         ({"factory": "factories:not_a_network"}, "gave a str, not a torch.nn.Module"),
-        ({"factory": "os:system"}, "must be 'package.module:function' of one of: mcdrop, models"),
+        ({"factory": "os:system"}, "must be 'package.module:function' of one of: mcdrop.layers, models.networks"),
         ({"factory": "factories:plain", "name": ".."}, "'..' cannot be a name or version"),
         ({"factory": "factories:plain", "name": "a/b"}, "cannot be a name or version"),
         ({"factory": "factories:plain", "version": "../1"}, "cannot be a name or version"),

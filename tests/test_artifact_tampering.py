@@ -20,7 +20,7 @@ from mcdrop.store import MANIFEST, sha256
 
 @pytest.fixture(autouse=True)
 def _these_networks_may_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcdrop.factory, "FACTORY_PACKAGES", (*mcdrop.factory.FACTORY_PACKAGES, "factories"))
+    monkeypatch.setattr(mcdrop.factory, "FACTORY_MODULES", (*mcdrop.factory.FACTORY_MODULES, "factories"))
 
 
 def rewritten(folder: Path, manifest: dict[str, Any]) -> None:
@@ -128,6 +128,39 @@ ELSEWHERE = [
     "../x:f",
     "a b:f",
 ]
+
+
+MORE_THAN_BUILDERS = [
+    "models.train:main", "models.networks:nn", "models.recipes:noisy_line", "mcdrop:load", "mcdrop.artifact:save",
+    "mcdrop.store:put_file", "mcdrop.factory:importlib", "mcdrop.cli:main", "models.networks:__import__",
+    "timm.models._helpers:load_state_dict", "timm.utils:model", "torchvision.datasets.utils:download_url",
+    "transformers:pipeline",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("factory", MORE_THAN_BUILDERS)
+def test_a_function_that_is_no_builder_is_never_called(
+    tmp_path: Path, factory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packages of networks can also train, write, fetch and unpickle."""
+    _, folder = saved(tmp_path)
+    change(folder, ("weights", "factory"), factory)
+    change(folder, ("weights", "arguments"), {"argv": ["--store", str(tmp_path / "owned")]})
+    with pytest.raises(ArtifactError, match=r"of one of|is defined in|cannot be imported"):
+        mcdrop.load(folder)
+    assert not (tmp_path / "owned").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["weights", "pretrained", "checkpoint_path", "pretrained_cfg"])
+def test_a_builder_may_not_read_weights_from_elsewhere(tmp_path: Path, name: str) -> None:
+    _, folder = saved(tmp_path)
+    change(folder, ("weights", "arguments"), {name: "evil.pth"})
+    with pytest.raises(ArtifactError, match=rf"must not read weights from elsewhere \({name}\)"):
+        mcdrop.load(folder)
+    change(folder, ("weights", "arguments"), {"model_name": "hf-hub:stranger/net"})
+    with pytest.raises(ArtifactError, match="must not read weights from elsewhere"):
+        mcdrop.load(folder)
 
 
 @pytest.mark.parametrize("factory", ELSEWHERE)
