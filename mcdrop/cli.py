@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mcdrop.screening import Screen
     from mcdrop.table import Table
 
-__all__ = ["app", "calibrate", "inspect", "main", "predict", "predicted", "screen", "serve"]
+__all__ = ["app", "calibrate", "convert", "export", "inspect", "main", "predict", "predicted", "screen", "serve"]
 
 STANDARD_STREAM = "-"
 
@@ -189,6 +189,34 @@ def screen(
     columns = {prefix + column: getattr(found, column) for column in ("score", "p_value", "is_anomaly")}
     append_columns(loaded, rows, output, columns)
     typer.echo(str(found), err=True)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Model folder, or an ONNX file.")],
+    output: Annotated[Path, typer.Argument(help="ONNX file to write: mean, variance and bounds as outputs.")],
+    passes: Annotated[int, typer.Option(callback=_option("passes"), help="Stochastic passes baked in.")] = 50,
+    level: Annotated[float, typer.Option(callback=_option("level"), help="Such as 0.95.")] = 0.95,
+    interval: Annotated[str, typer.Option(callback=_option("interval"), help="Kind of interval.")] = "student_t",
+    seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
+) -> None:
+    """Write the posterior as one plain ONNX graph that needs no mcdrop to run."""
+    from mcdrop.artifact import load
+    from mcdrop.posterior import export_onnx
+
+    export_onnx(load(model), output, passes=passes, level=level, interval=interval, seed=seed)
+    typer.echo(f"{passes} passes written to {output}", err=True)
+
+
+@app.command()
+def convert(
+    weights: Annotated[Path, typer.Argument(help="State dict that torch.save wrote.")],
+    output: Annotated[Path, typer.Argument(help="safetensors file to write.")],
+) -> None:
+    """Turn pickled weights into safetensors, without running what a pickle may hold."""
+    from mcdrop.convert import convert as convert_weights
+
+    typer.echo(f"{convert_weights(weights, output)} tensors written to {output}", err=True)
 
 
 @app.command()

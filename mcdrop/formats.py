@@ -127,9 +127,10 @@ def load_file(
     """
     data = read_plain(path, sha256=sha256)
     if kind_of(data, str(path)) == "onnx":
-        return wrap_graph(data, example=example, task=task, output=output, inject=inject)
+        model = wrap_graph(data, example=example, task=task, output=output, inject=inject)
+        return replace(model, name=path.stem)
     if inject:
         raise InputError("inject is for ONNX graphs; a .pt2 file keeps its dropout")
     if example is None:
         raise InputError(f"{path} needs example rows: mcdrop.load(path, task=..., example=rows)")
-    return _wrap_program(data, str(path), example, task, output)
+    return replace(_wrap_program(data, str(path), example, task, output), name=path.stem)
