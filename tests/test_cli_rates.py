@@ -98,7 +98,8 @@ def test_screen_writes_what_the_library_finds(line: Path, tmp_path: Path, suffix
 
 def test_screen_may_fit_on_a_file_of_inliers(store: Path, tmp_path: Path) -> None:
     inliers, rows = table(tmp_path / "in.csv", x=X), table(tmp_path / "rows.csv", x=X + 40)
-    options: list[str | Path] = ["--reference", inliers, "--score", "feature_distance", "--fpr", "0.05", "--prefix", "mc_"]
+    options: list[str | Path] = ["--reference", inliers, "--score", "feature_distance", "--fpr", "0.05"]
+    options += ["--prefix", "mc_"]
     result = run("screen", store / "line" / "1", rows, "-o", tmp_path / "out.csv", *options)
     assert result.exit_code == 0, result.stderr
     assert "mc_is_anomaly" in read(tmp_path / "out.csv")
