@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 import mcdrop
-from benchmarks.accuracy.data import RegressionSet, data_folder, read_set, split_held
+from benchmarks.accuracy.data import RegressionSet, data_folder, read_set, recut, split_held
 from benchmarks.accuracy.measures import chance_band, covered, log_likelihood, root_mean_square
 from benchmarks.accuracy.nets import Encoder, Recipe
 from benchmarks.accuracy.report import put_section
@@ -57,6 +57,14 @@ def test_a_missing_set_or_folder_says_what_there_is(folder: Path, tmp_path: Path
         read_set(folder, "boston")
     with pytest.raises(FileNotFoundError, match="MCDROP_DATA"):
         data_folder(tmp_path / "nowhere")
+
+
+def test_other_splits_have_the_same_sizes_and_follow_the_seed(folder: Path) -> None:
+    data = read_set(folder, "line")
+    one, two = recut(data, 1), recut(data, 1)
+    assert [len(rows) for rows in one.test] == [10] * 3
+    assert all((a == b).all() for a, b in zip(one.train, two.train, strict=True))
+    assert any((a != b).any() for a, b in zip(one.train, recut(data, 2).train, strict=True))
 
 
 def test_held_out_rows_are_the_last_fifth() -> None:

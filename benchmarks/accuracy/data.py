@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RegressionSet", "data_folder", "names", "read_set", "split_held"]
+__all__ = ["RegressionSet", "data_folder", "names", "read_set", "recut", "split_held"]
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -78,6 +78,14 @@ def read_set(folder: Path, name: str) -> RegressionSet:
     count = next(k for k in itertools.count() if not (here / f"index_train_{k}.txt").is_file())
     halves = {half: tuple(_whole(here / f"index_{half}_{k}.txt") for k in range(count)) for half in ("train", "test")}
     return RegressionSet(name, data[:, features], data[:, target[0]], halves["train"], halves["test"])
+
+
+def recut(data: RegressionSet, seed: int) -> RegressionSet:
+    """Gives the set with as many other splits of the same sizes, cut at random."""
+    orders = [np.random.default_rng([seed, k]).permutation(len(data.x)) for k in range(len(data.train))]
+    cut = len(data.train[0])
+    train, test = tuple(order[:cut] for order in orders), tuple(order[cut:] for order in orders)
+    return RegressionSet(data.name, data.x, data.y, train, test)
 
 
 def split_held(rows: Rows) -> tuple[Rows, Rows]:

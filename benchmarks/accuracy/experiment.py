@@ -95,8 +95,7 @@ def _wrap(net: RegressionNet, x: Array) -> mcdrop.Model:
 def _passes(net: RegressionNet, x: Array, passes: int) -> Array:
     """Means, and noise variances of a head, of each pass: (T, N, 1 or 2)."""
     samples = mcdrop.sample(_wrap(net, x), x, mcdrop.PassPlan(passes, SEED, keep_samples=True)).samples
-    assert samples is not None
-    return samples
+    return np.asarray(samples, np.float64)
 
 
 def _fit_noise_scale(passes: Array, y: Array) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def chance_band(level: float, held: int, tested: int, splits: int, *, share: flo
     """Gives where the mean coverage of split conformal intervals lies by chance with probability ``share``, (2,).
 
     Given n held-out rows the coverage follows Beta(n + 1 - l, l), l = floor((n + 1)(1 - level)); of the tested rows of
-    a split a binomial number is covered. Splits are taken as independent; they share rows, so this is approximate.
+    a split a binomial number is covered. Random splits of the same rows are independent of each other, given the rows.
     """
     missed = math.floor(round((held + 1) * (1 - level), 9))
     if not missed:

@@ -65,9 +65,9 @@ def markdown(results: Result) -> str:
         _table(sets, "paper"),
         _table(sets, "ours"),
         _coverage(sets),
-        f"Trained in {_minutes(sets, 'train_seconds')} min, all in {_minutes(sets, 'seconds')} min of wall time on "
-        f"{env['machine']['threads']} thread(s) of {env['machine']['processor']}; torch {env['versions']['torch']}, "
-        f"commit {env['commit']}.",
+        f"{_minutes(sets, 'seconds')} min of wall time, {_minutes(sets, 'train_seconds')} of them training, and "
+        f"{_minutes(sets, 'processor_seconds')} min of processor time with {env['machine']['threads']} thread(s) of torch "
+        f"{env['versions']['torch']} on {env['machine']['processor']}; commit {env['commit']}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -109,7 +109,8 @@ def _coverage(sets: Result) -> str:
         for level, at in one["ours"]["coverage"].items():
             cells = [f"{at[i]['covered']:.3f} ({_width(at[i])})" for i in ("normal", "predictive", "conformal")]
             low, high = at["band"]
-            rows.append(f"| {name} | {level} | {' | '.join(cells)} | {low:.3f} to {high:.3f} |")
+            where = "" if low <= at["conformal"]["covered"] <= high else ": outside"
+            rows.append(f"| {name} | {level} | {' | '.join(cells)} | {low:.3f} to {high:.3f}{where} |")
     return "\n".join(rows)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.data import RegressionSet, data_folder, names, read_set
+from benchmarks.accuracy.data import RegressionSet, data_folder, names, read_set, recut
 from benchmarks.accuracy.experiment import run_ours, run_paper
 from benchmarks.accuracy.published import PUBLISHED, Figure
 from benchmarks.accuracy.report import environment, markdown
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="holds uci/; else MCDROP_DATA, else ../shared/data")
     parser.add_argument("--json", type=Path, metavar="OUT", help="where the results go")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies the epochs: 0.02 shows that all works")
+    parser.add_argument("--recut", type=int, metavar="SEED", help="other random splits instead of the published ones")
     parser.add_argument("--threads", type=int, help="of torch; else as many as it likes")
     given = parser.parse_args(arguments)
     if given.threads:
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = [read_set(folder, name) for name in given.sets or names(folder)]
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    results: Result = {"environment": environment(), "effort": given.effort, "sets": {}}
+    if given.recut is not None:
+        data = [recut(one, given.recut) for one in data]
+    results: Result = {"environment": environment(), "effort": given.effort, "recut": given.recut, "sets": {}}
     for one in data:
         results["sets"][one.name] = _run(one, given.effort)
         if given.json:
