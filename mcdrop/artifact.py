@@ -147,7 +147,7 @@ def _write_manifest(
     }
     if screen is not None:
         plan = {"passes": screen.plan.passes, "seed": screen.plan.seed, "sampler": screen.plan.sampler}
-        manifest["screen"] = {"score": screen.score, "fpr": float(screen.fpr), **plan}
+        manifest["screen"] = {"score": screen.score, "fpr": float(screen.fpr), "weights": screen.weights, **plan}
         if screen.bank is not None:
             # TOML knows no null: a default layer is left out
             layer = {} if screen.bank.layer is None else {"layer": screen.bank.layer}
@@ -287,7 +287,8 @@ def _read_screen(place: Path, head: Mapping[str, Any] | None, positional: int) -
             for start in ("bank.", "typical.")
         ]
         bank = Bank(head["distance"], head.get("layer"), *parts)
-    return Screen(head["score"], rows, more["scores"].astype(np.float64), plan, head["fpr"], bank)
+    scores = more["scores"].astype(np.float64)
+    return Screen(head["score"], rows, scores, plan, head["fpr"], bank, head["weights"])
 
 
 def _read_calibration(path: Path) -> Calibration | None:

@@ -106,7 +106,8 @@ def fit_screen(
         bank = _with_typical(model, rows.take(np.flatnonzero(spent)), plan, bank)
         rows = rows.take(np.flatnonzero(~spent))
     check_fpr(fpr, rows.count)
-    return Screen(score, rows, scores_under(model, rows, plan, score, bank), plan, fpr, bank)
+    scores = scores_under(model, rows, plan, score, bank)
+    return Screen(score, rows, scores, plan, fpr, bank, model.backend.digest())
 
 
 def _with_typical(model: Model, rows: Rows, plan: PassPlan, bank: Bank) -> Bank:

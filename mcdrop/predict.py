@@ -158,11 +158,20 @@ def _flags(
 
 
 def _reference(model: Model, screen: Screen, plan: PassPlan) -> Array:
-    """The scores of the screen's rows under the plan of a request: same passes, same masks."""
-    wanted = replace(plan, keep_samples=False)
-    if wanted == screen.plan or not SCORES[screen.score].needs_passes:
+    """The scores of the screen's rows under the plan of a request and today's weights: same passes, same masks.
+
+    Raises:
+        InputError: the screen compares hidden features, and the weights that made them have changed.
+    """
+    wanted, weights = replace(plan, keep_samples=False), model.backend.digest()
+    if weights != screen.weights and screen.bank is not None:
+        raise InputError(
+            "the screen compares hidden features, and the weights have changed since it was fitted; "
+            "fit it again with mcdrop.fit_screen"
+        )
+    if weights == screen.weights and (wanted == screen.plan or not SCORES[screen.score].needs_passes):
         return screen.scores
-    key = (id(screen), wanted)
+    key = (id(screen), wanted, weights)
     with model.lock:
         held = model.references.get(key)
     if held is None:

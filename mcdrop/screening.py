@@ -57,8 +57,9 @@ class Screen:
     """A fitted screen: inlier rows with their scores under one plan, and the false-positive rate of its flags.
 
     The rows travel along, so the reference can be scored again with another seed or number of passes: the scores of
-    reference and request then come from the same masks, and the p-values stay exact. ``bank`` holds other typical
-    rows for the scores that read hidden features.
+    reference and request then come from the same masks, and the p-values stay exact. ``weights`` is the digest of the
+    weights that the scores belong to: under others the rows are scored again too. ``bank`` holds other typical rows for
+    the scores that read hidden features.
     """
 
     score: str
@@ -67,6 +68,7 @@ class Screen:
     plan: PassPlan
     fpr: float
     bank: Bank | None = None
+    weights: str = ""
 
     def __post_init__(self) -> None:
         """Checks that the rate can be reached with this many reference rows."""

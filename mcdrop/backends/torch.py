@@ -85,6 +85,7 @@ class TorchBackend:
         self.pick = pick
         self.off = off
         self.force = force
+        self._digest: tuple[object, str] | None = None
         self._plans: dict[object, _Plan] = {}
         self._lock = threading.Lock()
         self._cache = _MaskCache()
@@ -146,8 +147,13 @@ class TorchBackend:
             return _numpy(hidden_features(self.plain, tensors, self.pick, layer))
 
     def digest(self) -> str:
-        """Gives a sha256 over the weights."""
-        return weights_digest(self.plain)
+        """Gives a sha256 over the weights; hashed anew once torch counts a write to them (none through ``.data``)."""
+        state = [*self.plain.parameters(), *self.plain.buffers()]
+        stamp = tuple((id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in state)
+        known = self._digest
+        if known is None or known[0] != stamp:
+            known = self._digest = (stamp, weights_digest(self.plain))
+        return known[1]
 
     def run(
         self, rows: Rows, passes: int, *, only: str | None, tier: str | None = None, at_once: bool = False
