@@ -27,6 +27,7 @@ FLOORS = [
         "mcdrop.onnx_graph",
         "mcdrop.preflight",
         "mcdrop.barefile",
+        "mcdrop.quiet",
     ],
     ["mcdrop.shadow", "mcdrop.intercept", "mcdrop.backends", "mcdrop.onnx_bodies"],
     ["mcdrop.sequences", "mcdrop.onnx_draws"],

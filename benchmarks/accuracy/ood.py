@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy.ood [--data DIR] [--json OUT]
 
 The network learns one set and is shown test images of both; the scores are to tell them apart. It has seen none of the
-other set, and nothing was tuned on it but the choice to drop half of the units.
+other set. Three choices were made by looking at these figures: to drop half of the units (with a fifth, entropy gives
+MNIST an AUROC of 0.83 to 0.87), to read the first hidden layer, and how the combined score joins its parts.
 """
 
 import time
@@ -113,7 +114,9 @@ def markdown(results: Result) -> str:
         f"{10_000 - 10_000 // REFERENCE} test images of what it learnt from 10000 of the other set, mean ± standard "
         "error over the seeds. Feature distance: cosine to the 10th nearest of "
         f"{BANK} training images in the first hidden layer. Published for Fashion-MNIST against MNIST: DUQ 0.955, an "
-        "ensemble of five 0.861, softmax 0.843 (van Amersfoort et al. 2020).",
+        "ensemble of five 0.861, softmax 0.843 (van Amersfoort et al. 2020). The drop rate, the layer and the rule of "
+        "the combined score were chosen by looking at these pairs; with a drop rate of 0.2 entropy gave 0.83 to 0.87 "
+        "and 0.91 to 0.94.",
         "",
         f"| score | {' | '.join(pairs)} |",
         f"|---|{'---|' * len(pairs)}",
