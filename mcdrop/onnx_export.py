@@ -5,10 +5,7 @@ shadow is exported under our interception, so that the graph draws where the net
 """
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from mcdrop.forward import forward, to_tensors
 from mcdrop.intercept import Given, Interception
 from mcdrop.onnx_draws import DRAWS, SITES
 from mcdrop.onnx_graph import walk
+from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 from mcdrop.trace import Trace, repeat_rows, trace
@@ -128,7 +126,7 @@ def stochastic_graph(backend: TorchBackend, rows: Rows, names: Sequence[str], ou
     count, translations = torch.export.Dim("rows", min=1), _translations()
     # the exporter computes what depends on constants alone, and takes the dropout of a weight for that
     optimize = all(layout is not None for layout in found.layouts)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 _Pass(backend, found, few), leaves, dynamo=True, opset_version=_OPSET, verbose=False, optimize=optimize,
@@ -180,16 +178,3 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's reports about itself away from users."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

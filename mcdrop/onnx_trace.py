@@ -94,10 +94,10 @@ class Observer:
             InputError: the graph cannot take the rows.
             ModelRefused: it takes one number of rows only.
         """
-        few = self._on(feeds, rows, _FEW)
         try:
-            more = self._on(feeds, rows, _MORE)
+            few, more = self._on(feeds, rows, _FEW), self._on(feeds, rows, _MORE)
         except InputError as error:
+            self._on(feeds, rows, rows.count)  # fails as well where the shape is to blame
             raise ModelRefused(
                 "the graph takes one number of rows only, so its passes cannot be told from its rows; export it with "
                 f"a dynamic first axis (dynamic_shapes=({{0: torch.export.Dim('rows')}},)): {error}"
@@ -214,7 +214,7 @@ def mask_feed(slot: Slot, trace: Trace, drawn: Mapping[str, Array], rows: int, o
     if slot.mask in trace.absent:  # it shows if its branch runs after all
         return np.asarray(np.nan, np.float32)
     steps = [_one_feed(slot, trace, drawn.get(name), rows, only) for name in names]
-    return np.stack(steps) if slot.loop else steps[0]
+    return np.stack(np.broadcast_arrays(*steps)) if slot.loop else steps[0]
 
 
 def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: int | None) -> Array:

@@ -21,12 +21,12 @@ from mcdrop.predict import Prediction, predict
 
 if TYPE_CHECKING:
     from mcdrop.backends.onnx import OnnxBackend
-    from mcdrop.posterior_graph import Builder
 
 __all__ = ["export_onnx"]
 
 _TOLERANCE = 1e-5
 _BYTES = 2**31 - 1
+_BY_PLACE = ("entropy", "expected_entropy", "label", "mutual_information", "variation_ratio")  # not one for each class
 
 
 def export_onnx(
@@ -95,18 +95,16 @@ def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Op
         builder, everything, one.shape[1:], task=model.task, passes=plan.passes, sampler=plan.sampler,
         level=options.level, interval=options.interval,
     )  # fmt: skip
-    _name_outputs(builder, found)
+    for name, value in found.items():
+        builder.node("Identity", value, output=name)
+    width = one.shape[1:] if model.task != "classification" else (*one.shape[2:], one.shape[1])
+    width = (width[0] // 2, *width[1:]) if model.task == "gaussian" else width
+    builder.finish({name: width[:-1] if name in _BY_PLACE else width for name in found})
     said = {"passes": plan.passes, "seed": plan.seed, "sampler": plan.sampler, "level": options.level}
     entry = builder.model.metadata_props.add()
     entry.key = "mcdrop.posterior"
     entry.value = json.dumps({**said, "interval": options.interval, "task": model.task, "model": model.name})
     return builder.model
-
-
-def _name_outputs(builder: "Builder", found: dict[str, str]) -> None:
-    for name, value in found.items():
-        builder.node("Identity", value, output=name)
-    builder.finish({name: name == "label" for name in found})
 
 
 def _check(data: bytes, model: Model, options: Options) -> None:

@@ -22,6 +22,7 @@ __all__ = ["Builder", "all_passes"]
 
 OPSET = 20
 PREFIX = "network."
+LABEL = "label"  # the only output of whole numbers
 _OLDEST = 18  # from here on the operators below have the form that they are written in
 _IR = 10
 
@@ -62,14 +63,15 @@ class Builder:
         """Gives a value in another shape; -1 is what is left."""
         return self.node("Reshape", value, self.whole(*shape))
 
-    def finish(self, outputs: Mapping[str, bool]) -> None:
-        """Says which values the graph gives (True: whole numbers) and takes out what none of them needs."""
+    def finish(self, outputs: Mapping[str, tuple[int, ...]]) -> None:
+        """Says which values the graph gives, in which shape for one row, and takes out what none of them needs."""
         part = pruned(self.model, [*outputs], [*self.model.graph.input])
         self.model.graph.CopyFrom(part.graph)
         del self.model.graph.output[:]
-        for name, whole in outputs.items():
-            kind = TensorProto.INT64 if whole else TensorProto.FLOAT
-            self.model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+        for name, shape in outputs.items():
+            kind = TensorProto.INT64 if name == LABEL else TensorProto.FLOAT
+            self.model.graph.output.append(helper.make_tensor_value_info(name, kind, ["rows", *shape]))
+        onnx.checker.check_model(self.model)
 
 
 def all_passes(

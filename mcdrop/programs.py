@@ -5,7 +5,6 @@ or attention in eval mode has lost is named.
 """
 
 import io
-import logging
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ArtifactError, ModelRefused, NoStochasticSite
 from mcdrop.forward import to_tensors
 from mcdrop.preflight import preflight
+from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
 from mcdrop.trace import repeat_rows
 
@@ -73,7 +73,7 @@ def exported(backend: Backend, rows: Rows) -> bytes:
     leaves = tuple(leaf for _, leaf in few.named())
     buffer, count = io.BytesIO(), torch.export.Dim("rows", min=1)
     try:
-        with torch.no_grad():
+        with quiet(), torch.no_grad():
             shapes, module = tuple({0: count} for _ in leaves), _Positional(backend, few)
             program = torch.export.export(module, leaves, dynamic_shapes=(shapes,), strict=False)
             torch.export.save(program, buffer)
@@ -107,14 +107,11 @@ def read_program(data: bytes, name: str) -> nn.Module:
         NoStochasticSite: its dropout was decomposed away.
     """
     sound = preflight(data, name)
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        module = torch.export.load(io.BytesIO(sound)).module()
+        with quiet():
+            module = torch.export.load(io.BytesIO(sound)).module()
     except Exception as error:  # damaged in a way that only shows when it is put together
         raise ArtifactError(f"{name} is not a sound .pt2 file: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        logging.disable(before)
     found = _retargeted(module)
     if not found:
         raise NoStochasticSite(

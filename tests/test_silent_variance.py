@@ -1,0 +1,143 @@
+"""The nine silent ways to a variance of zero or a wrong one: each ends in the right variance or in a named cause."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from graphs import built, exported, live
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop.errors import ModelRefused, NoStochasticSite
+from mcdrop.quiet import quiet
+from mcdrop.wrapping import wrap_graph
+
+
+def _variance(model: Any, x: Tensor, **given: Any) -> NDArray[np.float64]:
+    return mcdrop.predict(model, x, passes=50, **given).variance
+
+
+def _truth(name: str) -> tuple[nn.Module, Tensor, NDArray[np.float64]]:
+    module, x = built(name)
+    return module, x, _variance(mcdrop.wrap(module, example=x), x)
+
+
+def _saved(path: Path, program: Any) -> Path:
+    torch.export.save(program, path)
+    return path
+
+
+def test_1_the_runtime_s_optimiser_that_deletes_dropout_finds_none_to_delete() -> None:
+    _, x, expected = _truth("mlp")
+    data = exported("mlp")
+    plain = onnxruntime.InferenceSession(data)
+    twice = [plain.run(None, {plain.get_inputs()[0].name: x.numpy()})[0] for _ in range(2)]
+    assert np.array_equal(*twice)  # what a server would see: no variance at all
+    assert np.abs(_variance(wrap_graph(data, example=x), x) - expected).max() <= 1e-5
+
+
+def test_2_an_export_in_eval_has_no_dropout_and_is_refused_with_the_recipe() -> None:
+    with pytest.raises(NoStochasticSite, match=r"exports in eval mode.*torch\.onnx\.export"):
+        wrap_graph(exported("mlp", training=False), example=built("mlp")[1])
+
+
+def test_3_a_decomposed_program_is_refused_with_the_cause(tmp_path: Path) -> None:
+    module, x = built("mlp")
+    with quiet():
+        program = torch.export.export(module, (x,)).run_decompositions()
+    with pytest.raises(NoStochasticSite, match=r"run_decompositions\(\) removes"):
+        mcdrop.load(_saved(tmp_path / "net.pt2", program), example=x)
+
+
+def test_4_the_fused_transformer_layer_drops_all_the_same() -> None:
+    module, x, variance = _truth("encoder")
+    with torch.no_grad():
+        live(module)
+        module[0].layers[0].training = False  # type: ignore[index]
+        draws = torch.stack([module(x) for _ in range(200)])
+    assert variance.min() > 0.2 * float(draws.var(0).min())
+
+
+def test_5_functional_dropout_counts_as_much_as_a_module() -> None:
+    class Functional(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.inner:  # type: ignore[attr-defined]
+                drops = isinstance(layer, nn.Dropout)
+                x = nn.functional.dropout(x, layer.p, self.training) if drops else layer(x)
+            return x
+
+    module, x, expected = _truth("mlp")
+    assert np.array_equal(_variance(mcdrop.wrap(Functional(module), example=x), x), expected)
+
+
+def test_6_attention_and_recurrent_dropout_is_kept_injected_or_named(tmp_path: Path) -> None:
+    for name in ("encoder", "lstm"):
+        module, x, expected = _truth(name)
+        for form in ("onnx", "pt2"):
+            model = mcdrop.wrap(module, example=x)
+            mcdrop.save(model, tmp_path / name / form, format=form)
+            assert np.abs(_variance(mcdrop.load(tmp_path / name / form), x) - expected).max() <= 1e-5
+    module, x = built("encoder")
+    lossy = [wrap_graph(exported("encoder"), example=x)]
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    lossy.append(mcdrop.load(_saved(tmp_path / "net.pt2", program), example=x))
+    for model in lossy:
+        assert any("attention without dropout" in warning for warning in model.audit.warnings)
+
+
+def test_7_torchscript_is_refused_as_a_module_and_as_a_file(tmp_path: Path) -> None:
+    module, x = built("mlp")
+    with quiet():
+        traced = torch.jit.trace(module, x)
+        frozen = torch.jit.freeze(traced)
+        torch.jit.save(frozen, tmp_path / "net.pt")
+    for script in (traced, frozen):
+        with pytest.raises(ModelRefused, match="TorchScript"):
+            mcdrop.wrap(script, example=x)
+    with pytest.raises(mcdrop.errors.ArtifactError, match="TorchScript"):
+        mcdrop.load(tmp_path / "net.pt")
+
+
+def test_8_batch_norm_of_a_training_export_is_put_back_to_its_statistics(tmp_path: Path) -> None:
+    module, x, expected = _truth("mlp")
+    data = _training_norm(exported("mlp", legacy=True))
+    model = wrap_graph(data, example=x)
+    assert any("training mode" in warning for warning in model.audit.warnings)
+    assert np.abs(_variance(model, x) - expected).max() <= 1e-5
+    program = torch.export.export(module.train(), (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))
+    loaded = mcdrop.load(_saved(tmp_path / "net.pt2", program), example=x)
+    before = {name: value.clone() for name, value in loaded.module.state_dict().items()}
+    assert np.abs(_variance(loaded, x) - expected).max() <= 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in loaded.module.state_dict().items())
+
+
+def _training_norm(data: bytes) -> bytes:
+    """The graph as the legacy exporter writes it in training mode: batch statistics, and running ones as outputs."""
+    model = onnx.ModelProto.FromString(data)
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            kept = [attribute for attribute in node.attribute if attribute.name != "training_mode"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("training_mode", 1)])
+            node.output.extend(["moved_mean", "moved_var"])
+    return bytes(model.SerializeToString())
+
+
+def test_9_no_export_of_ours_moves_the_network_that_it_exports(tmp_path: Path) -> None:
+    module, x = built("mlp")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    model = mcdrop.wrap(module, example=x)
+    mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=8)
+    for form in ("onnx", "pt2"):
+        mcdrop.save(model, tmp_path / form, format=form)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not any(child.training for child in module.modules())
