@@ -10,7 +10,7 @@ import mcdrop
 from benchmarks.accuracy.data import RegressionSet, data_folder, read_set, recut, split_held
 from benchmarks.accuracy.measures import chance_band, covered, log_likelihood, root_mean_square
 from benchmarks.accuracy.nets import Encoder, Recipe
-from benchmarks.accuracy.report import put_section
+from benchmarks.accuracy.report import markdown, put_section
 from benchmarks.accuracy.training import train
 from benchmarks.accuracy.uci import main
 
@@ -160,3 +160,9 @@ def test_a_section_is_put_between_its_markers(tmp_path: Path) -> None:
     readme.write_text("above\n<!-- uci --><!-- /uci -->\nbelow\n")
     put_section(readme, "three\n")
     assert readme.read_text() == "above\n<!-- uci -->\nthree\n<!-- /uci -->\nbelow\n"
+
+
+def test_the_kept_results_make_the_section_of_the_readme() -> None:
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    text = markdown(json.loads((benchmarks / "results" / "uci.json").read_text(encoding="utf-8")))
+    assert text in (benchmarks / "README.md").read_text(encoding="utf-8")

@@ -66,8 +66,8 @@ def markdown(results: Result) -> str:
         _table(sets, "ours"),
         _coverage(sets),
         f"{_minutes(sets, 'seconds')} min of wall time, {_minutes(sets, 'train_seconds')} of them training, and "
-        f"{_minutes(sets, 'processor_seconds')} min of processor time with {env['machine']['threads']} thread(s) of torch "
-        f"{env['versions']['torch']} on {env['machine']['processor']}; commit {env['commit']}.",
+        f"{_minutes(sets, 'processor_seconds')} min of processor time with {env['machine']['threads']} thread(s); "
+        f"torch {env['versions']['torch']}, {env['machine']['processor']}, commit {env['commit']}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
