@@ -115,7 +115,7 @@ def markdown(results: Result) -> str:
         f"Up to {REFERENCE} reference rows that it has not seen turn scores into p-values; up to {ANOMALIES} anomalies "
         f"hide among up to {TEST} fresh inliers. Promised on average: of inliers at most {fpr:g} flagged "
         f"(`fpr={fpr:g}`), of flags at most {fdr:g} false (`fdr={fdr:g}`). Feature distances are Euclidean, to "
-        "the rows of the training. Mean ± standard error. The network and the numbers of rows were chosen by looking at "
+        "the rows of the training. Mean ± standard error. The network and numbers of rows were chosen by looking at "
         "what the first splits found, which the rates do not depend on but AUROC and power may.",
         "",
         f"| table | score | AUROC | inliers flagged at fpr={fpr:g} | anomalies found "
