@@ -44,7 +44,7 @@ _HOMES = {
     "save": "artifact",
     "screen": "detect",
     "unregister": "registry",
-    "wrap": "model",
+    "wrap": "wrapping",
 }
 
 __all__ = [
@@ -91,13 +91,14 @@ if TYPE_CHECKING:
     from mcdrop.fitting import calibrate, fit_screen
     from mcdrop.inject import choose_rate, inject
     from mcdrop.masks import Site, sample_masks
-    from mcdrop.model import Model, Options, wrap
+    from mcdrop.model import Model, Options
     from mcdrop.posterior import export_onnx
     from mcdrop.predict import Prediction, interpret, predict
     from mcdrop.registry import register, unregister
     from mcdrop.sampling import sample
     from mcdrop.screening import Screen
     from mcdrop.store import list_models
+    from mcdrop.wrapping import wrap
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow, reached_originals
 from mcdrop.trace import Trace, one_pass, trace
 
-__all__ = ["Discovery", "Overrules", "discover"]
+__all__ = ["Discovery", "Overrules", "discover", "matching"]
 
 _FEW_ROWS = 4
 _TRIES = 6
@@ -156,15 +156,17 @@ def _overruled(
         (exclude, Verdict("excluded", "excluded by the user")),
     ):
         for which in chosen:
-            paths = [path for path, child in live.named_modules() if _matches(path, child, which)]
+            paths = matching(live, which)
             if not paths:
                 raise InputError(f"no module of the network matches {which!r}; paths are as in named_modules()")
             verdicts.update(dict.fromkeys(paths, verdict))
     return verdicts
 
 
-def _matches(path: str, child: nn.Module, which: str | type) -> bool:
-    return path == which if isinstance(which, str) else isinstance(child, which)
+def matching(module: nn.Module, which: str | type) -> list[str]:
+    """Gives the paths of the modules that a path or a type means."""
+    named = module.named_modules()
+    return [path for path, child in named if (path == which if isinstance(which, str) else isinstance(child, which))]
 
 
 def _switch_on(live: nn.Module, verdicts: dict[str, Verdict]) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from mcdrop.barefile import kind_of, read_plain
 from mcdrop.errors import InputError
 from mcdrop.graphs import graph_of
-from mcdrop.model import Model, wrap, wrap_graph
+from mcdrop.model import Model
 from mcdrop.rows import Rows
+from mcdrop.wrapping import wrap, wrap_graph
 
 __all__ = ["FORMATS", "Format", "default_format", "load_file", "positional"]
 
@@ -46,7 +47,20 @@ def _write_weights(model: Model, path: Path, said: Mapping[str, Any]) -> dict[st
     if not said.get("factory"):
         raise InputError("weights alone are no network: give factory='package.module:function', or format='onnx'")
     save_model(model.module, str(path))
-    return {}
+    return {"wrap": _wrap_options(model)} if model.asked else {}
+
+
+def _wrap_options(model: Model) -> dict[str, Any]:
+    """What the network was wrapped with, as a manifest can hold it: types of modules become the paths they meant."""
+    from mcdrop.discover import matching  # here, because a graph needs no torch
+
+    options = dict(model.asked)
+    if callable(options.get("output")):
+        raise InputError("an output that a function picks cannot be saved; wrap with its name or position")
+    for name in ("include", "exclude"):
+        paths = [path for which in options.get(name, ()) for path in matching(model.module, which)]
+        options |= {name: paths} if paths else {}
+    return options
 
 
 def _read_weights(path: Path, said: Mapping[str, Any], example: Any, task: str, sha256: str) -> Model:
@@ -54,7 +68,7 @@ def _read_weights(path: Path, said: Mapping[str, Any], example: Any, task: str, 
 
     module = network(said)
     fill(module, path)
-    return wrap(module, example=example, task=task)
+    return wrap(module, example=example, task=task, **said.get("wrap", {}))
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

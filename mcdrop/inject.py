@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.layers import drop_block2d, drop_weights, stochastic_depth
-from mcdrop.model import Model, wrap
+from mcdrop.model import Model
 from mcdrop.predict import predict
 from mcdrop.shadow import live_shadow
+from mcdrop.wrapping import wrap
 
 __all__ = ["KINDS", "Kind", "choose_rate", "inject"]
 

@@ -15,10 +15,11 @@ from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan, PassResult
 from mcdrop.errors import InputError
 from mcdrop.intervals import INTERVALS, interval_of
-from mcdrop.model import Model, Options, wrap
+from mcdrop.model import Model, Options
 from mcdrop.sampling import fingerprint, sample, scores_under
 from mcdrop.screening import SCORES, Screen, check_fpr, p_values, score_of
 from mcdrop.summaries import TASKS, Summary
+from mcdrop.wrapping import wrap
 
 if TYPE_CHECKING:
     from torch import nn

@@ -118,7 +118,7 @@ def _train(name: str, store: Path, report: Report) -> None:
     """Trains one model, fits its screen and saves both; ``save`` writes beside and renames, so all of it or nothing."""
     from mcdrop.artifact import save  # here, as all that needs torch
     from mcdrop.fitting import fit_screen
-    from mcdrop.model import wrap
+    from mcdrop.wrapping import wrap
     from models import recipes
 
     reference = REFERENCES[name]

@@ -12,7 +12,8 @@ from torch import nn
 
 import mcdrop
 import mcdrop.factory
-from mcdrop.errors import ArtifactError
+from mcdrop.errors import ArtifactError, InputError
+from models.networks import noisy_line
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +175,24 @@ def test_a_network_with_another_dropout_than_its_factory_gives_is_not_saved(tmp_
     with pytest.raises(ArtifactError, match="answers differently from the model"):
         mcdrop.save(mcdrop.wrap(net.eval(), example=X), tmp_path / "net" / "1", factory="factories:plain")
     assert not list((tmp_path / "net").glob("*"))
+
+
+def test_what_a_network_was_wrapped_with_is_saved(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = noisy_line()
+    x = np.linspace(-1, 1, 8)[:, None]
+    model = mcdrop.wrap(net, example=x, exclude=["1"])
+    by_type = mcdrop.wrap(net, example=x, include=[torch.nn.Dropout], strict=False)
+    for name, one in (("path", model), ("type", by_type)):
+        loaded = mcdrop.load(mcdrop.save(one, tmp_path / name / "1", factory="models.networks:noisy_line"))
+        np.testing.assert_allclose(mcdrop.predict(loaded, x).mean, mcdrop.predict(one, x).mean, rtol=1e-6)
+        assert [site.path for site in loaded.audit.live] == [site.path for site in one.audit.live]
+    assert loaded.asked == {"include": ["1", "4"], "strict": False}
+
+
+def test_an_output_that_a_function_picks_cannot_be_saved(tmp_path: Path) -> None:
+    x = np.linspace(-1, 1, 8)[:, None]
+    model = mcdrop.wrap(noisy_line(), example=x, output=lambda result: result)
+    with pytest.raises(InputError, match="wrap with its name or position"):
+        mcdrop.save(model, tmp_path / "line" / "1", factory="models.networks:noisy_line")

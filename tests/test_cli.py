@@ -18,8 +18,8 @@ import mcdrop
 from mcdrop.artifact import load, save
 from mcdrop.cli import app, predicted
 from mcdrop.errors import InputError, MissingExtra
-from mcdrop.model import wrap
 from mcdrop.predict import predict
+from mcdrop.wrapping import wrap
 from models.networks import digits
 
 SIX = ["mean", "variance", "std", "lower", "upper", "standard_error"]

@@ -12,9 +12,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from mcdrop.masks import Site, sample_masks
-from mcdrop.model import Model, wrap
+from mcdrop.model import Model
 from mcdrop.rules import RULES
 from mcdrop.sequences import SEQUENCE_RULES
+from mcdrop.wrapping import wrap
 
 Array = NDArray[np.float64]
 Act = Callable[[Tensor, bool], Tensor]

@@ -1,0 +1,163 @@
+"""A network becomes a model: its draws are discovered, proved and audited, once."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mcdrop.errors import InputError, MissingExtra, UnknownName
+from mcdrop.model import InputSpec, Model
+from mcdrop.rows import Rows
+from mcdrop.summaries import TASKS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["wrap", "wrap_graph"]
+
+_EXAMPLE_ROWS = 8
+
+
+def wrap(
+    module: "nn.Module | Model",
+    *,
+    example: Any,
+    task: str = "regression",
+    output: str | int | Callable[[Any], Any] | None = None,
+    include: Sequence[str | type] = (),
+    exclude: Sequence[str | type] = (),
+    force_literal: bool = False,
+    strict: bool = True,
+    memory: int | str = "auto",
+) -> Model:
+    """Discovers a network's random draws once and gives a model that can be sampled.
+
+    Args:
+        module: any ``torch.nn.Module``; it is not modified, and later changes of its weights are seen. Or an ONNX
+            graph: a path, a model of onnx or a session of onnxruntime (see ``wrap_graph``).
+        example: a few real rows: an array or tensor, a tuple of positional inputs, or a dict of keyword inputs; the
+            first dimension of each is the rows.
+        task: one of ``TASKS``: "regression", "gaussian" (mean and log-variance) or "classification" (logits).
+        output: the name or position of the output to read where the network returns several, or a function that
+            picks it.
+        include: paths or types of modules whose training behaviour is switched on whatever the probe says of it.
+        exclude: paths or types of modules whose draws stay off.
+        force_literal: whether dropout calls with a literal ``training=False`` drop as well.
+        strict: whether a draw of training that cannot be controlled refuses the network; False makes it a warning in
+            the audit.
+        memory: bytes that the activations of one chunk of passes may take; "auto" is about a CPU's cache, which is
+            fastest there.
+
+    Raises:
+        InputError: an unknown task, or an example that the network cannot take.
+        NoStochasticSite: nothing in the network is random.
+        UncontrolledDraw: something in it is random and cannot be controlled.
+    """
+    if isinstance(module, Model) or not hasattr(module, "named_modules"):
+        return module if isinstance(module, Model) else wrap_graph(module, example=example, task=task, output=output)
+    from mcdrop.backends.torch import TorchBackend  # here, because a model of another backend needs no torch
+    from mcdrop.diagnose import diagnose
+    from mcdrop.discover import Overrules
+    from mcdrop.outputs import picker
+
+    if task not in TASKS:
+        raise UnknownName("task", task, TASKS)
+    rows, pick = Rows.of(example), picker(output)
+    rows = rows.take(slice(0, _EXAMPLE_ROWS))
+    overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
+    rows, found = _discovered(module, rows, pick, overrules)
+    backend = TorchBackend(found.live, found.plain, pick, found.off, found.force)
+    if memory != "auto":
+        backend.chunk_bytes = _bytes(memory)
+    audit = diagnose(backend, rows, found.audit)
+    TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
+    asked = {**vars(overrules), "output": output}
+    usual = {**vars(Overrules()), "output": None}
+    return Model(
+        module=module, backend=backend, audit=audit, task=task,
+        inputs=_specs(module, rows), positional=len(rows.args), example=rows,
+        asked={name: value for name, value in asked.items() if value != usual[name]},
+    )  # fmt: skip
+
+
+def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Any]:
+    """Gives the rows as the network takes them: whole numbers may stand for real ones, as in [[1], [2]]."""
+    from mcdrop.discover import discover
+
+    try:
+        return rows, discover(module, rows, pick, overrules)
+    except InputError:
+        if not _all_whole(rows):
+            raise
+    real = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
+    return real, discover(module, real, pick, overrules)
+
+
+def wrap_graph(
+    source: Any,
+    *,
+    example: Any = None,
+    task: str = "regression",
+    output: Any = None,
+    inject: Mapping[str, float] | None = None,
+    digest: str | None = None,
+) -> Model:
+    """Discovers the draws of an ONNX graph and gives a model that runs on onnxruntime.
+
+    Args:
+        source: a path, the bytes of a file, a model of onnx or a session of onnxruntime.
+        example: as for ``wrap``; None makes rows up.
+        task: as for ``wrap``, and so is the output's name or position.
+        output: the output to read; None is the only one of real numbers.
+        inject: drop rates by the names of nodes after which a dropout is put.
+        digest: what names the weights; None is the sha256 of the graph.
+
+    Raises:
+        ArtifactError: it is no sound ONNX model in one piece.
+        ModelRefused: dropout was lost in export, or something is drawn that no mask can stand for.
+    """
+    try:
+        from mcdrop.onnx_discover import discover_graph
+    except ImportError as error:
+        raise MissingExtra(error.name or "onnx", "onnx") from None
+    if task not in TASKS:
+        raise UnknownName("task", task, TASKS)
+    rows = None if example is None else Rows.of(example).take(slice(0, _EXAMPLE_ROWS))
+    found = discover_graph(source, rows, output=output, inject=inject, digest=digest)
+    TASKS[task].statistics.of(found.backend.deterministic(found.rows).astype(np.float64)[None])
+    leaves = [leaf for _, leaf in found.rows.named()]
+    pairs = zip(found.inputs, leaves, strict=True)
+    inputs = (InputSpec(one.name, one.dtype, (-1, *leaf.shape[1:])) for one, leaf in pairs)
+    return Model(
+        module=found.graph, backend=found.backend, audit=found.audit, task=task,
+        inputs=tuple(inputs), positional=len(leaves), example=found.rows,
+    )  # fmt: skip
+
+
+def _bytes(memory: int | str) -> int:
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise InputError(f"memory must be 'auto' or a whole number of bytes above 0, got {memory!r}")
+    return memory
+
+
+def _all_whole(rows: Rows) -> bool:
+    return all(np.dtype(str(leaf.dtype).removeprefix("torch.")).kind in "iub" for _, leaf in rows.named())
+
+
+def _specs(module: Any, rows: Rows) -> tuple[InputSpec, ...]:
+    """Names positional inputs as the module's forward does."""
+    try:
+        signature = inspect.signature(module.forward).parameters.values()
+        parameters = [parameter.name for parameter in signature if parameter.kind < parameter.VAR_POSITIONAL]
+    except (TypeError, ValueError):
+        parameters = []
+    double = any(str(parameter.dtype) == "torch.float64" for parameter in module.parameters())
+    specs = []
+    for index, (name, leaf) in enumerate(rows.named()):
+        label = parameters[index] if index < len(rows.args) and index < len(parameters) else name
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        if "float" in dtype:
+            dtype = "float64" if double else "float32"
+        specs.append(InputSpec(label, dtype, (-1, *leaf.shape[1:])))
+    return tuple(specs)
