@@ -227,7 +227,7 @@ def _build(place: Path, manifest: Mapping[str, Any]) -> Model:
     given = example.args[0] if positional == 1 and not example.kwargs else (example.args or example.kwargs)
     if example.args and example.kwargs:
         raise ArtifactError(f"{place / EXAMPLE} mixes inputs by position and by name")
-    model = form.read(place / form.file, weights, given, manifest["task"], manifest["sha256"][form.file])
+    model = form.read(place / form.file, weights, given, manifest["task"], manifest["sha256"].get(form.file, ""))
     names = [str(spec["name"]) for spec in manifest["inputs"]]
     if not form.by_name and len(names) == len(model.inputs):  # a graph's own names are the exporter's
         specs = zip(model.inputs, names, strict=True)
