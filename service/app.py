@@ -116,7 +116,8 @@ async def list_models(request: Request) -> Response:
 async def show_model(request: Request, name: str, version: str | None = None) -> Response:
     """Shows a model and its audit: which random draws it has, and which of them are live."""
     served = request.app.state.registry.find(name, version)
-    return _json(dump(model_page(served.model, served.manifest)))
+    drift = None if served.watch is None else served.watch.state
+    return _json(dump(model_page(served.model, served.manifest, drift)))
 
 
 @router.get("/health/live")

@@ -10,6 +10,7 @@ from mcdrop.artifact import load
 from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelNotFound
 from mcdrop.model import Model
 from mcdrop.store import MANIFEST, Entry, list_models
+from service.watch import Watch
 
 __all__ = ["NotReady", "Registry", "Served"]
 
@@ -22,10 +23,11 @@ class NotReady(MCDropError):
 
 @dataclass(frozen=True)
 class Served:
-    """A model that is ready, and the manifest of its folder."""
+    """A model that is ready, the manifest of its folder, and the drift alarm of its screen if it has one."""
 
     model: Model
     manifest: dict[str, Any]
+    watch: Watch | None = None
 
 
 @dataclass
@@ -120,7 +122,8 @@ class Registry:
                 raise ArtifactError(
                     f"{entry.folder} says that it is {entry.name} {entry.version}, and so does another folder"
                 )
-            versions[entry.version] = Served(model, entry.manifest)
+            watch = None if model.screen is None else Watch(f"{entry.name} {entry.version}", model.screen)
+            versions[entry.version] = Served(model, entry.manifest, watch)
         return models
 
 

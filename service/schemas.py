@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mcdrop.drift import Drift
 from mcdrop.errors import InputError
 from mcdrop.intervals import INTERVALS
 from mcdrop.model import Model
@@ -117,6 +118,9 @@ class ModelPage(ModelEntry):
 
     manifest: dict[str, Any] = Field(description="the manifest of the model's folder")
     audit: dict[str, Any] = Field(description="every random draw of the network, and whether it reaches the output")
+    drift: dict[str, Any] | None = Field(
+        description="whether rows asked at the default passes and seed are still like those of the screen"
+    )
 
 
 class ModelList(BaseModel):
@@ -172,9 +176,10 @@ def model_entry(model: Model) -> dict[str, Any]:
     }
 
 
-def model_page(model: Model, manifest: dict[str, Any]) -> dict[str, Any]:
+def model_page(model: Model, manifest: dict[str, Any], drift: Drift | None) -> dict[str, Any]:
     """Gives the answer to ``GET /models/{name}`` as plain data."""
-    return {**model_entry(model), "manifest": manifest, "audit": model.audit.to_dict()}
+    watched = None if drift is None else vars(drift)
+    return {**model_entry(model), "manifest": manifest, "audit": model.audit.to_dict(), "drift": watched}
 
 
 def dump(body: dict[str, Any]) -> bytes:

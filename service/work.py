@@ -21,7 +21,8 @@ def answer(body: bytes, registry: Registry, settings: Settings) -> bytes:
         MCDropError: whatever is wrong with the request.
     """
     request = read_request(parse_object(body))
-    model = registry.find(request.model, request.version).model
+    served = registry.find(request.model, request.version)
+    model = served.model
     _check_asked(request, model, settings)
     prediction = predict(
         model,
@@ -33,6 +34,8 @@ def answer(body: bytes, registry: Registry, settings: Settings) -> bytes:
         keep_samples=request.samples,
     )
     _check_given(prediction, settings)
+    if served.watch is not None:
+        served.watch.see(prediction)
     return dump(prediction_body(model, prediction))
 
 
