@@ -1,0 +1,108 @@
+"""Model folders in every format: the same answers, the same audit, and what was fitted is still bound."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from graphs import built, exported
+from zoo import conv, mlp, sequence
+from zoo.specimen import Specimen
+
+import mcdrop
+from mcdrop.errors import InputError, MCDropError, UnknownName
+from mcdrop.formats import FORMATS
+from models import networks
+
+NETS: dict[str, Any] = {
+    "digits": lambda: (networks.digits(2, 16).eval(), torch.randn(4, 16)),
+    "noisy_line": lambda: (networks.noisy_line().eval(), torch.randn(4, 1)),
+}
+ZOO: list[Specimen] = [
+    mlp.dropout_everywhere, mlp.dropconnect, mlp.functional_dropout, mlp.variational_linear,
+    conv.dropout2d_before_batchnorm, conv.dropout_in_head, conv.unet,
+    sequence.encoder_padded, sequence.hand_attention, sequence.gru,
+    sequence.lstm_bidirectional, sequence.lstm_cell_loop,
+]  # fmt: skip
+
+
+def _net(name: str) -> tuple[Any, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return NETS[name]() if name in NETS else next(one for one in ZOO if one.name == name).build()
+
+
+def _live(model: mcdrop.Model) -> list[Any]:
+    return [(site.name, site.kind, site.p, site.shape) for site in model.audit.live]
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+@pytest.mark.parametrize("name", [*NETS, *(one.name for one in ZOO)])
+def test_round_trips(name: str, form: str, tmp_path: Path) -> None:
+    module, example = _net(name)
+    model = mcdrop.wrap(module, example=example)
+    folder = mcdrop.save(model, tmp_path / "net" / "1", format=form)
+    loaded = mcdrop.load(folder)
+    assert _live(loaded) == _live(model)
+    ask: dict[str, Any] = {"passes": 30, "seed": 7}
+    ours, theirs = mcdrop.predict(model, model.example, **ask), mcdrop.predict(loaded, loaded.example, **ask)
+    for field in ("mean", "variance", "lower", "upper"):
+        assert np.abs(getattr(ours, field) - getattr(theirs, field)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2", "safetensors"])
+def test_calibrations_and_screens_stay_bound(form: str, tmp_path: Path) -> None:
+    module, _ = _net("digits")
+    x = np.random.default_rng(0).standard_normal((80, 16)).astype(np.float32)
+    model = mcdrop.wrap(module, example=x, task="classification")
+    model = model.with_calibration(mcdrop.calibrate(model, x[:40], np.arange(40) % 10))
+    model = model.with_screen(mcdrop.fit_screen(model, x[:40], fpr=0.05))
+    factory = {"factory": "models.networks:digits", "arguments": {"hidden_layers": 2, "inputs": 16}}
+    given: dict[str, Any] = factory if form == "safetensors" else {"format": form}
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", **given))
+    ours, theirs = (mcdrop.predict(one, x[40:]) for one in (model, loaded))
+    assert loaded.calibration is not None
+    assert theirs.p_value is not None
+    assert theirs.prediction_set is not None
+    assert np.abs(np.asarray(ours.score) - np.asarray(theirs.score)).max() <= 1e-5
+    assert np.array_equal(np.asarray(ours.prediction_set), theirs.prediction_set)
+
+
+def test_a_graph_with_injected_sites_can_be_saved(tmp_path: Path) -> None:
+    x = built("mlp")[1]
+    (tmp_path / "net.onnx").write_bytes(exported("mlp", training=False))
+    model = mcdrop.load(tmp_path / "net.onnx", example=x, inject={"node_relu": 0.25})
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1"))
+    assert _live(loaded) == _live(model)
+    assert np.array_equal(mcdrop.predict(model, x).variance, mcdrop.predict(loaded, x).variance)
+
+
+def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    packed, example = sequence.lstm_packed.build()
+    model = mcdrop.wrap(packed, example=example)
+    with pytest.raises(MCDropError, match="cannot export"):
+        mcdrop.save(model, tmp_path / "net" / "1", format="onnx")
+    with pytest.raises(UnknownName, match="onnx, pt2, safetensors"):
+        mcdrop.save(model, tmp_path / "net" / "1", format="pickle")
+    with pytest.raises(InputError, match="factory"):
+        mcdrop.save(model, tmp_path / "net" / "1", format="safetensors")
+    assert (
+        not [path for path in (tmp_path / "net").iterdir() if path.name != "1"] if (tmp_path / "net").exists() else True
+    )
+    assert not (tmp_path / "net" / "1").exists()
+
+
+def test_every_format_has_a_file_of_its_own() -> None:
+    assert len({form.file for form in FORMATS.values()}) == len(FORMATS)
+
+
+def test_a_bare_program_needs_an_example(tmp_path: Path) -> None:
+    module, x = built("mlp")
+    folder = mcdrop.save(mcdrop.wrap(module, example=x), tmp_path / "net" / "1", format="pt2")
+    with pytest.raises(InputError, match="needs example rows"):
+        mcdrop.load(folder / "model.pt2")
+    bare = mcdrop.load(folder / "model.pt2", example=x, task="classification")
+    assert bare.task == "classification"
+    with pytest.raises(InputError, match="are for bare files"):
+        mcdrop.load(folder, task="regression")

@@ -1,0 +1,298 @@
+"""Files made to run code, to lead elsewhere or to break a parser: each ends in one clear sentence and nothing else.
+
+Every file is loaded in a process of its own, in an empty folder; code in it would leave a marker file there.
+"""
+
+import functools
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from graphs import built, exported
+from onnx import TensorProto, external_data_helper
+
+import mcdrop
+from mcdrop.quiet import quiet
+from mcdrop.store import sha256
+
+ROOT = Path(__file__).parents[1]
+
+_CHILD = """
+import sys
+import numpy as np
+import mcdrop
+try:
+    model = mcdrop.load(sys.argv[1], **eval(sys.argv[2]))
+    print("loaded", mcdrop.predict(model, np.ones((2, 8), np.float32), passes=4).variance.shape)
+except mcdrop.errors.MCDropError as error:
+    print(type(error).__name__, error)
+"""
+
+
+class _Evil:
+    """Pickled, it is an order to write the marker."""
+
+    def __reduce__(self) -> Any:
+        return eval, ("open('marker', 'w').close()",)
+
+
+def _load(path: Path, folder: Path, **given: Any) -> str:
+    """Loads in a child process and gives what it said; it may take a minute and must leave no marker."""
+    work = folder / "empty"
+    work.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _CHILD, str(path), repr(given)], cwd=work, timeout=90, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert not list(work.iterdir()), "code of the file ran"
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+    return done.stdout
+
+
+# -- .pt2 --------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _program() -> bytes:
+    module, x = built("mlp")
+    buffer = io.BytesIO()
+    with quiet():
+        torch.export.save(torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},)), buffer)
+    return buffer.getvalue()
+
+
+def _rewritten(change: Callable[[dict[str, bytes]], None], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """The program with some members changed; names are those inside its folder."""
+    with zipfile.ZipFile(io.BytesIO(_program())) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    change(members)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{root}/{name}", content)
+    return out.getvalue()
+
+
+def _evil_samples(members: dict[str, bytes]) -> None:
+    members["data/sample_inputs/model.pt"] = _torch_saved(_Evil())
+
+
+def _torch_saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _pickled_weight(members: dict[str, bytes]) -> None:
+    name = "data/weights/model_weights_config.json"
+    config = json.loads(members[name])
+    first = next(iter(config["config"].values()))
+    first["use_pickle"] = True
+    members[f"data/weights/{first['path_name']}"] = _torch_saved(_Evil())
+    members[name] = json.dumps(config).encode()
+
+
+def _model(change: Callable[[Any], None]) -> Callable[[dict[str, bytes]], None]:
+    def changed(members: dict[str, bytes]) -> None:
+        model = json.loads(members["models/model.json"])
+        change(model)
+        members["models/model.json"] = json.dumps(model).encode()
+
+    return changed
+
+
+def _expression(model: Any) -> None:
+    evil = "__import__('builtins').open('marker', 'w').close()"
+    sizes = model["graph_module"]["graph"]["tensor_values"]["linear"]["sizes"]
+    next(size for size in sizes if "as_expr" in size)["as_expr"]["expr_str"] = evil
+
+
+def _guard(model: Any) -> None:
+    model["guards_code"] = ["open('marker', 'w').close() is None"]
+
+
+def _operator(model: Any) -> None:
+    model["graph_module"]["graph"]["nodes"][0]["target"] = "os.system"
+
+
+def _container(model: Any) -> None:
+    signature = model["graph_module"]["module_call_graph"][0]["signature"]
+    signature["in_spec"] = signature["in_spec"].replace("builtins.tuple", "collections.defaultdict", 1)
+
+
+def _library(members: dict[str, bytes]) -> None:
+    members["data/aotinductor/model/evil.so"] = b"\x7fELF"
+
+
+def _outside(members: dict[str, bytes]) -> None:
+    members["../../marker"] = b""
+
+
+def _flipped(data: bytes, at: float) -> bytes:
+    place = int(len(data) * at)
+    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+
+
+def _bomb() -> bytes:
+    return _rewritten(lambda members: members.update({"data/weights/weight_0": bytes(2**26)}), zipfile.ZIP_DEFLATED)
+
+
+PROGRAMS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "sample inputs that are a pickle are not read": (lambda: _rewritten(_evil_samples), r"^loaded \(2, 3\)"),
+    "guards are not read": (lambda: _rewritten(_model(_guard)), r"^loaded \(2, 3\)"),
+    "a pickled weight": (lambda: _rewritten(_pickled_weight), "as a pickle, which can run code"),
+    "an expression": (lambda: _rewritten(_model(_expression)), "more than arithmetic on sizes"),
+    "an operator of another library": (lambda: _rewritten(_model(_operator)), "'os.system'; only torch's own"),
+    "a container that imports": (lambda: _rewritten(_model(_container)), "only tuples, lists and dicts"),
+    "a shared library": (lambda: _rewritten(_library), "plain program has no need of"),
+    "a member outside of the folder": (lambda: _rewritten(_outside), "plain program has no need of"),
+    "a zip bomb": (_bomb, "is compressed"),
+    "nothing but a zip's head": (lambda: b"PK\x03\x04" + bytes(100), "damaged archive"),
+    "cut off": (lambda: _program()[: len(_program()) // 2], "damaged archive"),
+    "brackets without end": (
+        lambda: _rewritten(lambda members: members.update({"models/model.json": b"[" * 10**6})),
+        "not a sound .pt2",
+    ),
+    "a bit of a weight flipped": (lambda: _flipped(_program(), 0.02), "^(ArtifactError|loaded)"),
+    "a bit of the description flipped": (lambda: _flipped(_program(), 0.5), "^(ArtifactError|loaded)"),
+    "a bit of the directory flipped": (lambda: _flipped(_program(), 0.97), "^(ArtifactError|loaded)"),
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_hostile_programs(case: str, tmp_path: Path) -> None:
+    make, said = PROGRAMS[case]
+    path = tmp_path / "net.pt2"
+    path.write_bytes(make())
+    assert re.search(said, _load(path, tmp_path, example=[[1.0] * 8] * 4))
+
+
+@pytest.mark.parametrize("change", [_evil_samples, _pickled_weight, _model(_expression)])
+def test_torch_alone_runs_the_code_of_such_files(change: Callable[[dict[str, bytes]], None], tmp_path: Path) -> None:
+    """What the preflight is for."""
+    (tmp_path / "net.pt2").write_bytes(_rewritten(change))
+    script = "import torch; torch.export.load('net.pt2').module()"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert (tmp_path / "marker").exists()
+
+
+# -- pickles and their relatives ---------------------------------------------------------------------------------------
+
+
+def _archive(*names: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name in names:
+            archive.writestr(name, pickle.dumps(_Evil()))
+    return out.getvalue()
+
+
+FILES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "net.pth": (lambda: _torch_saved(_Evil()), "is a pickle.*mcdrop convert"),
+    "net.pkl": (lambda: pickle.dumps(_Evil()), "is a pickle.*mcdrop convert"),
+    "script.pt": (
+        lambda: _archive("net/code/net.py", "net/constants.pkl", "net/data.pkl"),
+        "is TorchScript.*mcdrop.save",
+    ),
+    "net.mar": (lambda: _archive("MAR-INF/MANIFEST.json", "handler.py"), "TorchServe archive.*mcdrop convert"),
+    "net.safetensors": (lambda: (9).to_bytes(8, "little") + b'{"a": {}}', "weights alone"),
+    "empty.onnx": (lambda: b"", "not a sound ONNX model"),
+    "text.onnx": (lambda: b"import os; os.system('touch marker')", "not an ONNX model"),
+    "cut.onnx": (lambda: exported("mlp")[:-700], "not a(n| sound) ONNX model"),
+    "flipped.onnx": (lambda: _flipped(exported("mlp"), 0.001), "ArtifactError|ModelRefused|InputError|loaded"),
+    "middle.onnx": (lambda: _flipped(exported("mlp"), 0.93), "ArtifactError|ModelRefused|InputError|loaded"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_files(name: str, tmp_path: Path) -> None:
+    make, said = FILES[name]
+    (tmp_path / name).write_bytes(make())
+    assert re.search(said, _load(tmp_path / name, tmp_path))
+
+
+def test_pickles_are_converted_without_running_them(tmp_path: Path) -> None:
+    from mcdrop.convert import convert
+
+    for name, value in (("evil.pth", _Evil()), ("net.pth", built("mlp")[0])):
+        (tmp_path / name).write_bytes(_torch_saved(value))
+        with pytest.raises(mcdrop.errors.ArtifactError, match="would import"):
+            convert(tmp_path / name, tmp_path / "out.safetensors")
+    assert not Path("marker").exists()
+    (tmp_path / "good.pth").write_bytes(_torch_saved({"state_dict": built("mlp")[0].state_dict()}))
+    assert convert(tmp_path / "good.pth", tmp_path / "out.safetensors") == len(built("mlp")[0].state_dict())
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("location", ["../outside.bin", "/etc/passwd", "linked.bin", "hard.bin", "plain.bin"])
+def test_tensors_in_other_files_are_not_read(location: str, tmp_path: Path) -> None:
+    (tmp_path / "outside.bin").write_bytes(bytes(4096))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "plain.bin").write_bytes(bytes(4096))
+    (folder / "linked.bin").symlink_to(tmp_path / "outside.bin")
+    (folder / "hard.bin").hardlink_to(tmp_path / "outside.bin")
+    model = onnx.ModelProto.FromString(exported("mlp"))
+    tensor = model.graph.initializer[0]
+    external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    assert "keeps tensors in other files" in _load(folder / "net.onnx", tmp_path)
+
+
+def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
+    real = tmp_path / "real.onnx"
+    real.write_bytes(exported("mlp"))
+    (tmp_path / "link.onnx").symlink_to(real)
+    assert "plain file" in _load(tmp_path / "link.onnx", tmp_path)
+    (tmp_path / "hard.onnx").hardlink_to(real)
+    assert "plain file" in _load(tmp_path / "hard.onnx", tmp_path)
+    os.mkfifo(tmp_path / "pipe.onnx")
+    assert "ModelNotFound" in _load(tmp_path / "pipe.onnx", tmp_path)
+
+
+def test_pins(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(exported("mlp"))
+    assert mcdrop.load(path, sha256=sha256(path)).name == "net"
+    with pytest.raises(mcdrop.errors.ArtifactError, match="its sha256 is"):
+        mcdrop.load(path, sha256="0" * 64)
+    folder = mcdrop.save(mcdrop.load(path), tmp_path / "net" / "1")
+    assert mcdrop.load(folder, sha256=sha256(folder / "model.toml")).name == "net"
+    with pytest.raises(mcdrop.errors.ArtifactError, match="sha256 differs"):
+        mcdrop.load(folder, sha256="0" * 64)
+    (folder / "model.onnx").write_bytes(_flipped(exported("mlp"), 0.5))
+    with pytest.raises(mcdrop.errors.ArtifactError, match="sha256 differs"):
+        mcdrop.load(folder)
+
+
+def test_a_manifest_names_no_code_and_no_other_place(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(exported("mlp"))
+    folder = mcdrop.save(mcdrop.load(path), tmp_path / "net" / "1")
+    manifest = (folder / "model.toml").read_text()
+    changes = {
+        "'os:system'": manifest.replace('format = "onnx"', 'format = "safetensors"\nfactory = "os:system"'),
+        "unknown format": manifest.replace('format = "onnx"', 'format = "../../net"'),
+    }
+    for said, text in changes.items():
+        (folder / "model.toml").write_text(text)
+        assert said in _load(folder, tmp_path)

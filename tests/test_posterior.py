@@ -1,0 +1,139 @@
+"""The exported posterior: one plain graph that equals ``predict`` and needs nothing but a runtime."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from graphs import built, exported
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+from zoo import mlp
+
+import mcdrop
+from mcdrop.cli import app
+from mcdrop.errors import InputError
+from mcdrop.posterior_statistics import BOUNDS, READERS
+from mcdrop.summaries import TASKS
+
+_BARE = """
+import sys, json
+for name in ("torch", "onnx", "mcdrop", "scipy"):
+    sys.modules[name] = None
+import numpy as np, onnxruntime
+onnxruntime.set_default_logger_severity(4)
+session = onnxruntime.InferenceSession(sys.argv[1])
+outputs = session.run(None, {session.get_inputs()[0].name: np.load(sys.argv[2])})
+print(json.dumps({o.name: v.tolist() for o, v in zip(session.get_outputs(), outputs)}))
+"""
+
+
+def _run(path: Path, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    session = onnxruntime.InferenceSession(path)
+    names = [info.name for info in session.get_outputs()]
+    return dict(zip(names, session.run(names, {session.get_inputs()[0].name: x}), strict=True))
+
+
+def _compare(found: dict[str, Any], expected: mcdrop.Prediction) -> None:
+    for name, value in found.items():
+        assert np.abs(np.asarray(value) - getattr(expected, name)).max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("name", ["cnn", "encoder", "lstm", "mlp"])
+def test_it_equals_predict_for_any_number_of_rows(name: str, task: str, tmp_path: Path) -> None:
+    module, x = built(name)
+    model = mcdrop.wrap(module, example=x, task=task)
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=70)
+    rows = np.random.default_rng(0).standard_normal((9, *x.shape[1:])).astype(np.float32)
+    for few in (rows[:1], rows):
+        _compare(_run(path, few), mcdrop.predict(model, few, passes=70, interval="student_t"))
+
+
+@pytest.mark.parametrize("sampler", ["balanced", "iid"])
+@pytest.mark.parametrize("interval", sorted(set(BOUNDS) - {"predictive"}))
+def test_every_interval_that_a_graph_can_hold(interval: str, sampler: str, tmp_path: Path) -> None:
+    module, x = built("mlp")
+    model = mcdrop.wrap(module, example=x)
+    given: dict[str, Any] = {"passes": 90, "interval": interval, "sampler": sampler, "level": 0.9, "seed": 3}
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx", **given)
+    _compare(_run(path, x.numpy()), mcdrop.predict(model, x, **given))
+
+
+def test_a_gaussian_head_gives_both_kinds_of_variance(tmp_path: Path) -> None:
+    module, example = mlp.gaussian_head.build()
+    model = mcdrop.wrap(module, example=example, task="gaussian")
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx", interval="predictive")
+    found = _run(path, model.example.args[0].numpy())
+    assert {"aleatoric", "epistemic"} <= set(found)
+    _compare(found, mcdrop.predict(model, example, passes=50, interval="predictive"))
+
+
+def test_masks_that_all_rows_share_are_written_out(tmp_path: Path) -> None:
+    module, example = mlp.dropconnect.build()
+    model = mcdrop.wrap(module, example=example)
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=12)
+    _compare(_run(path, model.example.args[0].numpy()), mcdrop.predict(model, example, passes=12))
+
+
+def test_a_graph_s_posterior_is_that_of_the_network_it_came_from(tmp_path: Path) -> None:
+    module, x = built("mlp")
+    graph = mcdrop.wrap(onnx.ModelProto.FromString(exported("mlp")), example=x)
+    path = mcdrop.export_onnx(graph, tmp_path / "posterior.onnx")
+    _compare(_run(path, x.numpy()), mcdrop.predict(mcdrop.wrap(module, example=x), x, passes=50))
+
+
+def test_it_runs_where_there_is_only_a_runtime_and_numpy(tmp_path: Path) -> None:
+    module, x = built("mlp")
+    model = mcdrop.wrap(module, example=x, task="classification")
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx")
+    np.save(tmp_path / "x.npy", x.numpy())
+    command = [sys.executable, "-c", _BARE, str(path), str(tmp_path / "x.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _compare(json.loads(done.stdout), mcdrop.predict(model, x, passes=50))
+
+
+def test_it_is_a_sound_deterministic_graph_that_says_what_it_is(tmp_path: Path) -> None:
+    module, x = built("cnn")
+    path = mcdrop.export_onnx(mcdrop.wrap(module, example=x), tmp_path / "posterior.onnx", passes=8, seed=4)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert not [node for node in model.graph.node if node.op_type.startswith("Random") or node.op_type == "Dropout"]
+    said = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "mcdrop.posterior"))
+    assert (said["passes"], said["seed"], said["interval"]) == (8, 4, "student_t")
+    first, second = _run(path, x.numpy()), _run(path, x.numpy())
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_every_task_can_be_read_in_a_graph() -> None:
+    assert set(READERS) == set(TASKS)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"interval": "conformal"}, "interval of an exported graph 'conformal'"),
+    ({"interval": "quantile", "passes": 10}, "at least 39 passes"),
+    ({"interval": "predictive"}, "log-variance head"),
+    ({"passes": 1}, "passes must be"),
+])  # fmt: skip
+def test_what_a_graph_cannot_hold_is_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    module, x = built("mlp")
+    with pytest.raises(InputError, match=said):
+        mcdrop.export_onnx(mcdrop.wrap(module, example=x), tmp_path / "posterior.onnx", **given)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(exported("mlp"))
+    target = tmp_path / "posterior.onnx"
+    done = CliRunner().invoke(
+        app, ["export", str(tmp_path / "net.onnx"), str(target), "--passes", "20", "--level", "0.9"]
+    )
+    assert done.exit_code == 0, done.output
+    x = built("mlp")[1].numpy()
+    model = mcdrop.load(tmp_path / "net.onnx")
+    _compare(_run(target, x), mcdrop.predict(model, x, passes=20, level=0.9))
