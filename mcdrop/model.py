@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InputSpec", "Model", "Options"]
 
+
 @dataclass(frozen=True)
 class Options:
     """What may be asked of a prediction.

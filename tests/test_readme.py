@@ -18,7 +18,7 @@ SPREADS = re.compile(r"(\w+): (\d+) live draws, std (\S+), by flipping (\S+)")
 SHELL = [code for language, code in BLOCKS if language == "sh"]
 
 
-def test_no_block_is_left_out():
+def test_no_block_is_left_out() -> None:
     assert len(PYTHON) + len(SHELL) == len(BLOCKS)
     assert len(PYTHON) == 2
     assert len(SHELL) == 3
@@ -39,14 +39,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(command: list[str], place: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    modules = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=["start", "networks"])
-def test_a_python_block_runs(code: str, tmp_path: Path):
+def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
     if "transformers" in code:
         pytest.importorskip("transformers")
     script = tmp_path / "block.py"
@@ -64,18 +65,18 @@ def test_a_python_block_runs(code: str, tmp_path: Path):
         assert found["functional"][2] == found["LSTM"][2] == 0
 
 
-def test_the_two_commands_are_targets_of_the_makefile():
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert {line.split()[1] for line in SHELL[0].splitlines()} <= set(targets)
 
 
-def test_the_curl_block_flags_the_row_that_was_never_seen(place: Path):
+def test_the_curl_block_flags_the_row_that_was_never_seen(place: Path) -> None:
     with running(place / "models" / "store", place / "log.txt") as server:
         printed = _run(["bash", "-c", SHELL[1].replace("http://127.0.0.1:8000", server.url)], place)
     assert '"is_anomaly":[false,true]' in printed.replace(" ", "")
 
 
-def test_the_command_line_block_writes_intervals(place: Path):
+def test_the_command_line_block_writes_intervals(place: Path) -> None:
     _run(["bash", "-ec", SHELL[2].replace("mcdrop ", f"{sys.executable} -m mcdrop ")], place)
     header, *rows = (place / "intervals.csv").read_text().splitlines()
     assert {"x", "mean", "lower", "upper", "is_anomaly"} <= set(header.split(","))

@@ -303,16 +303,18 @@ def test_a_stream_may_come_in_any_pieces() -> None:
 def test_a_screen_follows_the_weights() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 1))
+        last = nn.Linear(32, 1)
+        net = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Dropout(0.3), last)
         reference, fresh = torch.randn(300, 3), torch.randn(500, 3)
     model = mcdrop.wrap(net, example=reference[:4])
     model = model.with_screen(mcdrop.fit_screen(model, reference, fpr=0.05))
     before = mcdrop.predict(model, fresh)
     with torch.no_grad():
-        net[3].weight.mul_(5)
+        last.weight.mul_(5)
     after = mcdrop.predict(model, fresh)
     # scores grow by 25, those of the reference rows as well: ranks stay, and so does the rate
     assert before.p_value is not None
+    assert before.score is not None
     assert after.score is not None
     np.testing.assert_allclose(after.score, 25 * before.score, rtol=1e-4)
     np.testing.assert_array_equal(after.p_value, before.p_value)
