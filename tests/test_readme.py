@@ -20,7 +20,7 @@ SHELL = [code for language, code in BLOCKS if language == "sh"]
 
 def test_no_block_is_left_out() -> None:
     assert len(PYTHON) + len(SHELL) == len(BLOCKS)
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
     assert len(SHELL) == 3
 
 
@@ -46,7 +46,7 @@ def _run(command: list[str], place: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["start", "networks"])
+@pytest.mark.parametrize("code", PYTHON, ids=["start", "networks", "promises"])
 def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
     if "transformers" in code:
         pytest.importorskip("transformers")
@@ -55,7 +55,9 @@ def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
     # a torchvision built for CUDA, which transformers loads, fails beside a torch for the CPU
     shim = "from zoo import torchvision_shim; torchvision_shim.load(); " if "transformers" in code else ""
     printed = _run([sys.executable, "-c", f"{shim}import runpy; runpy.run_path({str(script)!r})"], tmp_path)
-    if "is_anomaly" in code:
+    if "calibrate" in code:
+        assert "20 of 20 strange" in printed
+    elif "is_anomaly" in code:
         assert "[False  True]" in printed
     else:
         found = {name: (int(live), float(std), float(flipped)) for name, live, std, flipped in SPREADS.findall(printed)}
