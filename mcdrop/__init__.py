@@ -31,6 +31,7 @@ _HOMES = {
     "calibrate": "fitting",
     "choose_rate": "inject",
     "export_onnx": "posterior",
+    "export_torch": "posterior",
     "fit_screen": "fitting",
     "inject": "inject",
     "interpret": "predict",
@@ -64,6 +65,7 @@ __all__ = [
     "choose_rate",
     "errors",
     "export_onnx",
+    "export_torch",
     "fit_screen",
     "inject",
     "interpret",
@@ -92,7 +94,7 @@ if TYPE_CHECKING:
     from mcdrop.inject import choose_rate, inject
     from mcdrop.masks import Site, sample_masks
     from mcdrop.model import Model, Options
-    from mcdrop.posterior import export_onnx
+    from mcdrop.posterior import export_onnx, export_torch
     from mcdrop.predict import Prediction, interpret, predict
     from mcdrop.registry import register, unregister
     from mcdrop.sampling import sample

@@ -5,6 +5,7 @@ The masks of all passes are constants in it. It runs wherever the format runs, o
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,18 @@ from mcdrop.errors import ArtifactError, ModelRefused
 from mcdrop.graphs import graph_backend
 from mcdrop.masks import sample_masks
 from mcdrop.model import Model, Options
+from mcdrop.posterior_statistics import BY_PLACE, statistics
 from mcdrop.predict import Prediction, predict
 
 if TYPE_CHECKING:
     from mcdrop.backends.onnx import OnnxBackend
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "export_torch"]
+
+Array = NDArray[Any]
 
 _TOLERANCE = 1e-5
 _BYTES = 2**31 - 1
-_BY_PLACE = ("entropy", "expected_entropy", "label", "mutual_information", "variation_ratio")  # not one for each class
 
 
 def export_onnx(
@@ -59,15 +62,53 @@ def export_onnx(
         ArtifactError: what was written does not answer as ``predict`` does.
         MissingExtra: onnx, onnxruntime or onnxscript is not installed.
     """
-    plan = PassPlan(
-        passes, model.defaults.seed if seed is None else seed, model.defaults.sampler if sampler is None else sampler
-    )
-    options = Options(passes, level, interval, plan.seed, sampler=plan.sampler)
+    plan, options = _asked(model, passes, level, interval, seed, sampler)
     graph = _posterior(graph_backend(model), model, plan, options)
     data = graph.SerializeToString()
     if len(data) > _BYTES:
         raise ArtifactError(f"the graph has {len(data)} bytes, more than one ONNX file can hold; ask for fewer passes")
-    _check(data, model, options)
+    from mcdrop.backends.onnx import run_plain
+
+    _check(lambda leaves: run_plain(data, leaves), model, options)
+    return _written(data, path)
+
+
+def export_torch(
+    model: Model,
+    path: str | Path,
+    *,
+    passes: int = 50,
+    level: float = 0.95,
+    interval: str = "student_t",
+    seed: int | None = None,
+    sampler: str | None = None,
+) -> Path:
+    """Writes a ``.pt2`` file whose program gives the posterior as a dict, as ``export_onnx`` does, for torch alone.
+
+    ``torch.export.load(path).module()`` runs it on any number of rows, inputs by position.
+
+    Raises:
+        ModelRefused: torch cannot export the network, or it is an ONNX graph.
+        InputError: an interval that a program cannot hold, or too few passes for it.
+        ArtifactError: what was written does not answer as ``predict`` does.
+    """
+    from mcdrop.posterior_torch import posterior_program, run_program
+
+    plan, options = _asked(model, passes, level, interval, seed, sampler)
+    data = posterior_program(model.backend, model.example, plan, task=model.task, level=level, interval=interval)
+    _check(lambda leaves: run_program(data, leaves), model, options)
+    return _written(data, path)
+
+
+def _asked(
+    model: Model, passes: int, level: float, interval: str, seed: int | None, sampler: str | None
+) -> tuple[PassPlan, Options]:
+    seed, sampler = (model.defaults.seed if seed is None else seed), sampler or model.defaults.sampler
+    return PassPlan(passes, seed, sampler), Options(passes, level, interval, seed, sampler=sampler)
+
+
+def _written(data: bytes, path: str | Path) -> Path:
+    """Writes a file beside and renames it, so it is whole or not there."""
     target = Path(path)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".writing-", delete=False) as file:
         file.write(data)
@@ -80,7 +121,6 @@ def export_onnx(
 def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Options) -> Any:
     """The graph of all passes with their statistics on top."""
     from mcdrop.posterior_graph import all_passes
-    from mcdrop.posterior_statistics import statistics
 
     rows = model.example
     trace = backend.plan(rows).trace
@@ -99,7 +139,7 @@ def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Op
         builder.node("Identity", value, output=name)
     width = one.shape[1:] if model.task != "classification" else (*one.shape[2:], one.shape[1])
     width = (width[0] // 2, *width[1:]) if model.task == "gaussian" else width
-    builder.finish({name: width[:-1] if name in _BY_PLACE else width for name in found})
+    builder.finish({name: width[:-1] if name in BY_PLACE else width for name in found})
     said = {"passes": plan.passes, "seed": plan.seed, "sampler": plan.sampler, "level": options.level}
     entry = builder.model.metadata_props.add()
     entry.key = "mcdrop.posterior"
@@ -107,13 +147,11 @@ def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Op
     return builder.model
 
 
-def _check(data: bytes, model: Model, options: Options) -> None:
+def _check(run: Callable[[list[Array]], dict[str, Array]], model: Model, options: Options) -> None:
     """Runs what is to be written, on the example's rows and on one of them, against ``predict``."""
-    from mcdrop.backends.onnx import run_plain
-
     bare = replace(model, screen=None, calibration=None)
     for rows in (model.example, model.example.take(slice(0, 1))):
-        found = run_plain(data, [_array(leaf) for _, leaf in rows.named()])
+        found = run([_array(leaf) for _, leaf in rows.named()])
         expected = predict(
             bare, rows, passes=options.passes, level=options.level, interval=options.interval,
             seed=options.seed, sampler=options.sampler,

@@ -63,6 +63,13 @@ class Builder:
         """Gives a value in another shape; -1 is what is left."""
         return self.node("Reshape", value, self.whole(*shape))
 
+    def ranked(self, value: str, rank: int, *, largest: bool) -> str:
+        """Gives the value that is the rank-th smallest or largest over the first axis."""
+        name, rest = self.fresh(), self.fresh()
+        node = helper.make_node("TopK", [value, self.whole(rank)], [name, rest], axis=0, largest=int(largest), sorted=1)
+        self.model.graph.node.append(node)
+        return self.node("Gather", name, self.constant(rank - 1, np.int64), axis=0)
+
     def finish(self, outputs: Mapping[str, tuple[int, ...]]) -> None:
         """Says which values the graph gives, in which shape for one row, and takes out what none of them needs."""
         part = pruned(self.model, [*outputs], [*self.model.graph.input])

@@ -1,4 +1,6 @@
-"""Mean, variance and bounds of all passes as nodes of a graph: the formulas of moments, summaries and intervals.
+"""Mean, variance and bounds of all passes in ONNX operators: the formulas of moments, summaries and intervals.
+
+What an operator does is up to the ``Operators``: they write nodes of a graph, or compute with tensors.
 
 To let a graph hold another interval, add one function and one line to ``BOUNDS``; for another task, one to ``READERS``.
 """
@@ -6,6 +8,7 @@ To let a graph hold another interval, add one function and one line to ``BOUNDS`
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import special
@@ -13,34 +16,54 @@ from scipy import special
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.masks import BLOCKS
 from mcdrop.moments import FEWEST_BLOCKS
-from mcdrop.posterior_graph import Builder
 
-__all__ = ["BOUNDS", "READERS", "statistics"]
+__all__ = ["BOUNDS", "BY_PLACE", "READERS", "Operators", "statistics"]
+
+BY_PLACE = ("entropy", "expected_entropy", "label", "mutual_information", "variation_ratio")  # not one for each class
 
 _TINY = float(np.finfo(np.float32).tiny)
 
 
+class Operators(Protocol):
+    """ONNX operators by name, on values that are names or tensors."""
+
+    def constant(self, value: Any, dtype: Any = ...) -> Any:
+        """Gives a constant."""
+
+    def whole(self, *numbers: int) -> Any:
+        """Gives a list of whole numbers, as shapes and axes are."""
+
+    def node(self, operator: str, *inputs: Any, output: str | None = None, **attributes: Any) -> Any:
+        """Gives what an operator makes."""
+
+    def reshaped(self, value: Any, *shape: int) -> Any:
+        """Gives a value in another shape; -1 is what is left."""
+
+    def ranked(self, value: Any, rank: int, *, largest: bool) -> Any:
+        """Gives the rank-th smallest or largest over the first axis."""
+
+
 @dataclass(frozen=True)
 class _Gathered:
-    """Values of the graph that hold the moments of a value (T, N, ...) over the passes."""
+    """Values that hold the moments of a value (T, N, ...) over the passes."""
 
-    values: str
-    mean: str
-    variance: str
-    standard_error: str
+    values: Any
+    mean: Any
+    variance: Any
+    standard_error: Any
     degrees: int
     passes: int
 
 
 def statistics(
-    builder: Builder, passes_value: str, shape: tuple[int, ...], *, task: str, passes: int, sampler: str, level: float,
+    builder: Operators, values: Any, shape: tuple[int, ...], *, task: str, passes: int, sampler: str, level: float,
     interval: str,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Gives the values of the graph that hold the posterior, by what they are called.
 
     Args:
         builder: of the graph.
-        passes_value: all passes, (T, N, ...).
+        values: all passes, (T, N, ...).
         shape: of one row's output.
         task: one of ``READERS``.
         passes: T.
@@ -53,7 +76,7 @@ def statistics(
     """
     if interval not in BOUNDS:
         raise UnknownName("interval of an exported graph", interval, BOUNDS)
-    read = READERS[task](builder, passes_value, shape, passes, BLOCKS[sampler])
+    read = READERS[task](builder, values, shape, passes, BLOCKS[sampler])
     gathered, noise = read.gathered, read.more.get("aleatoric")
     lower, upper = BOUNDS[interval](builder, gathered, noise, level)
     if read.support is not None:
@@ -64,7 +87,7 @@ def statistics(
     return {**head, "standard_error": gathered.standard_error, **read.more}
 
 
-def _gather(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Gathered:
+def _gather(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Gathered:
     """Moments over the passes as ``moments.Gathered`` has them."""
     mean = _mean_of(builder, values, 0)
     squares = builder.node("ReduceSumSquare", builder.node("Sub", values, mean), builder.whole(0), keepdims=0)
@@ -85,11 +108,11 @@ def _gather(builder: Builder, values: str, shape: tuple[int, ...], passes: int, 
     return _Gathered(values, mean, variance, builder.node("Sqrt", error), degrees, passes)
 
 
-def _mean_of(builder: Builder, value: str, axis: int) -> str:
+def _mean_of(builder: Operators, value: Any, axis: int) -> Any:
     return builder.node("ReduceMean", value, builder.whole(axis), keepdims=0)
 
 
-def _times(builder: Builder, value: str, factor: float) -> str:
+def _times(builder: Operators, value: Any, factor: float) -> Any:
     return builder.node("Mul", value, builder.constant(factor))
 
 
@@ -101,15 +124,15 @@ class _Read:
     """The mean function's moments, what else a task tells, and where the mean function can lie."""
 
     gathered: _Gathered
-    more: dict[str, str]
+    more: dict[str, Any]
     support: tuple[float, float] | None = None
 
 
-def _regression(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+def _regression(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Read:
     return _Read(_gather(builder, values, shape, passes, block), {})
 
 
-def _gaussian(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+def _gaussian(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Read:
     """Means and log-variances are the halves of axis 2 of (T, N, 2 D, ...)."""
     half = shape[0] // 2
     ends = [builder.whole(0), builder.whole(half), builder.whole(2 * half)]
@@ -120,7 +143,7 @@ def _gaussian(builder: Builder, values: str, shape: tuple[int, ...], passes: int
     return _Read(gathered, {"epistemic": gathered.variance, "aleatoric": noise})
 
 
-def _classification(builder: Builder, values: str, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+def _classification(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Read:
     """Logits (T, N, C, ...) to probabilities, their entropies and votes."""
     if len(shape) > 1:
         order = [0, 1, *range(3, len(shape) + 2), 2]
@@ -145,13 +168,13 @@ def _classification(builder: Builder, values: str, shape: tuple[int, ...], passe
     return _Read(gathered, more, (0.0, 1.0))
 
 
-def _entropy(builder: Builder, chances: str) -> str:
+def _entropy(builder: Operators, chances: Any) -> Any:
     logarithm = builder.node("Log", builder.node("Max", chances, builder.constant(_TINY)))
     total = builder.node("ReduceSum", builder.node("Mul", chances, logarithm), builder.whole(-1), keepdims=0)
     return builder.node("Neg", total)
 
 
-READERS: dict[str, Callable[[Builder, str, tuple[int, ...], int, int], _Read]] = {
+READERS: dict[str, Callable[[Operators, Any, tuple[int, ...], int, int], _Read]] = {
     "classification": _classification,
     "gaussian": _gaussian,
     "regression": _regression,
@@ -160,50 +183,45 @@ READERS: dict[str, Callable[[Builder, str, tuple[int, ...], int, int], _Read]] =
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
-Bounds = tuple[str, str]
+Bounds = tuple[Any, Any]
 
 
-def _around(builder: Builder, centre: str, deviation: str, factor: float) -> Bounds:
+def _around(builder: Operators, centre: Any, deviation: Any, factor: float) -> Bounds:
     half = _times(builder, deviation, factor)
     return builder.node("Sub", centre, half), builder.node("Add", centre, half)
 
 
-def _mean(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+def _mean(builder: Operators, found: _Gathered, noise: Any, level: float) -> Bounds:
     factor = float(special.stdtrit(found.degrees, 0.5 + level / 2))
     return _around(builder, found.mean, found.standard_error, factor)
 
 
-def _normal(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+def _normal(builder: Operators, found: _Gathered, noise: Any, level: float) -> Bounds:
     return _around(builder, found.mean, builder.node("Sqrt", found.variance), float(special.ndtri(0.5 + level / 2)))
 
 
-def _student_t(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+def _student_t(builder: Operators, found: _Gathered, noise: Any, level: float) -> Bounds:
     factor = float(special.stdtrit(found.passes - 1, 0.5 + level / 2)) * math.sqrt(1 + 1 / found.passes)
     return _around(builder, found.mean, builder.node("Sqrt", found.variance), factor)
 
 
-def _predictive(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+def _predictive(builder: Operators, found: _Gathered, noise: Any, level: float) -> Bounds:
     if noise is None:
         raise InputError("interval 'predictive' of an exported graph needs a network with a log-variance head")
     total = builder.node("Sqrt", builder.node("Add", found.variance, noise))
     return _around(builder, found.mean, total, float(special.ndtri(0.5 + level / 2)))
 
 
-def _quantile(builder: Builder, found: _Gathered, noise: str | None, level: float) -> Bounds:
+def _quantile(builder: Operators, found: _Gathered, noise: Any, level: float) -> Bounds:
     rank = math.floor(round((found.passes + 1) * (1 - level) / 2, 9))
     if rank < 1:
         needed = math.ceil(round(2 / (1 - level) - 1, 6))
         raise InputError(f"interval 'quantile' at level {level:g} needs at least {needed} passes, got {found.passes}")
-    bounds = []
-    for largest in (0, 1):
-        name = builder.fresh()
-        node = builder.node("TopK", found.values, builder.whole(rank), output=name, axis=0, largest=largest, sorted=1)
-        builder.model.graph.node[-1].output.append(f"{node}.index")
-        bounds.append(builder.node("Gather", name, builder.constant(rank - 1, np.int64), axis=0))
-    return bounds[0], bounds[1]
+    lower, upper = (builder.ranked(found.values, rank, largest=largest) for largest in (False, True))
+    return lower, upper
 
 
-BOUNDS: dict[str, Callable[[Builder, _Gathered, str | None, float], Bounds]] = {
+BOUNDS: dict[str, Callable[[Operators, _Gathered, Any, float], Bounds]] = {
     "mean": _mean,
     "normal": _normal,
     "predictive": _predictive,

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from graphs import built, exported
 from numpy.typing import NDArray
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ import mcdrop
 from mcdrop.cli import app
 from mcdrop.errors import InputError
 from mcdrop.posterior_statistics import BOUNDS, READERS
+from mcdrop.quiet import quiet
 from mcdrop.summaries import TASKS
 
 _BARE = """
@@ -137,3 +139,14 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     x = built("mlp")[1].numpy()
     model = mcdrop.load(tmp_path / "net.onnx")
     _compare(_run(target, x), mcdrop.predict(model, x, passes=20, level=0.9))
+
+
+@pytest.mark.parametrize("name", ["cnn", "encoder", "lstm", "mlp"])
+def test_the_same_as_a_program_of_torch(name: str, tmp_path: Path) -> None:
+    module, x = built(name)
+    model = mcdrop.wrap(module, example=x, task="classification")
+    path = mcdrop.export_torch(model, tmp_path / "posterior.pt2", passes=70, interval="quantile")
+    with quiet(), torch.no_grad():
+        program = torch.export.load(path).module()
+        for rows in (x[:1], torch.cat([x, x / 2])):
+            _compare(program(rows), mcdrop.predict(model, rows, passes=70, interval="quantile"))
