@@ -194,17 +194,18 @@ def screen(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="Model folder, or an ONNX file.")],
-    output: Annotated[Path, typer.Argument(help="ONNX file to write: mean, variance and bounds as outputs.")],
+    output: Annotated[Path, typer.Argument(help="File to write, .onnx or .pt2: gives mean, variance and bounds.")],
     passes: Annotated[int, typer.Option(callback=_option("passes"), help="Stochastic passes baked in.")] = 50,
     level: Annotated[float, typer.Option(callback=_option("level"), help="Such as 0.95.")] = 0.95,
     interval: Annotated[str, typer.Option(callback=_option("interval"), help="Kind of interval.")] = "student_t",
     seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
 ) -> None:
-    """Write the posterior as one plain ONNX graph that needs no mcdrop to run."""
+    """Write the posterior as one plain graph that needs no mcdrop to run."""
     from mcdrop.artifact import load
-    from mcdrop.posterior import export_onnx
+    from mcdrop.posterior import export_onnx, export_torch
 
-    export_onnx(load(model), output, passes=passes, level=level, interval=interval, seed=seed)
+    write = export_torch if output.suffix == ".pt2" else export_onnx
+    write(load(model), output, passes=passes, level=level, interval=interval, seed=seed)
     typer.echo(f"{passes} passes written to {output}", err=True)
 
 

@@ -64,8 +64,12 @@ class Trace:
 class Observer:
     """A graph with its draws off that gives every value."""
 
-    def __init__(self, model: Any, slots: Sequence[Slot], session: Callable[[Any], Any]) -> None:
-        """Takes a graph that ``masks_as_inputs`` changed, its slots, and what makes a session of a graph."""
+    def __init__(
+        self, model: Any, slots: Sequence[Slot], session: Callable[[Any], Any],
+        run: Callable[[Any, list[str], Feeds], list[Any]],
+    ) -> None:  # fmt: skip
+        """Takes a graph that ``masks_as_inputs`` changed, its slots, what makes a session, and what runs it."""
+        self._run = run
         graph = model.graph
         self._slots = slots
         self._initial = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
@@ -84,7 +88,7 @@ class Observer:
         """Gives every value by its name, the inputs among them."""
         given = {name: value for name, value in {**feeds, **self._off}.items() if name in self._given}
         names = [info.name for info in self._session.get_outputs()]
-        found = dict(zip(names, self._session.run(names, given), strict=True))
+        found = dict(zip(names, self._run(self._session, names, given), strict=True))
         return {**feeds, **{name: value for name, value in found.items() if isinstance(value, np.ndarray)}}
 
     def trace(self, feeds: Callable[[Rows], Feeds], rows: Rows, border: Sequence[str], output: str) -> Trace:

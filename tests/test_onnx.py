@@ -290,6 +290,25 @@ def test_a_node_that_is_not_there_cannot_be_injected_after() -> None:
         wrap_graph(data, example=X, inject={"there": 0.25})
 
 
+def test_a_graph_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcdrop.backends.onnx._LOOK_SECONDS", 1.0)
+    inputs = [
+        helper.make_tensor_value_info("i", TensorProto.INT64, []),
+        helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("h", TensorProto.FLOAT, ["n", 6]),
+    ]
+    nodes = [helper.make_node("Relu", ["h"], ["kept"]), helper.make_node("Identity", ["going"], ["go"])]
+    outputs = [
+        helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("kept", TensorProto.FLOAT, ["n", 6]),
+    ]
+    body = helper.make_graph(nodes, "body", inputs, outputs)
+    ever = [helper.make_node("Dropout", ["x"], ["z"]), helper.make_node("Loop", ["steps", "", "z"], ["y"], body=body)]
+    data = _graph(ever, initial=(_number("steps", 2**62, TensorProto.INT64),))
+    with pytest.raises(InputError, match="cannot take inputs"):
+        mcdrop.wrap(_model(data), example=X)
+
+
 def test_an_older_graph_brought_up_to_date_gives_the_same() -> None:
     data = _graph([helper.make_node("Dropout", ["x"], ["y"], ratio=0.25)], opset=11)
     newer = version_converter.convert_version(_model(data), 17)

@@ -1,12 +1,12 @@
 """Passes of an ONNX graph on onnxruntime: the draws are inputs, so the runtime computes and never draws.
 
 The part before the first mask runs once for a batch of rows. What follows is run for all passes at a time, the rows
-repeated (``fold``), or pass after pass (``loop``); at the first rows of a shape both are run on the same masks, and the
-faster is used if they agree. Nothing depends on optimiser levels, providers or the runtime's seeds.
+repeated (``fold``). Both ways are tried on the same masks with the first rows of a shape; where that does not give what
+passes one after the other give (``loop``), the loop is what runs. Nothing depends on optimiser levels, providers or the
+runtime's seeds.
 """
 
 import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ __all__ = ["OnnxBackend", "providers", "run_plain"]
 
 CHUNK_BYTES = 16 * 2**20
 _CHECK_PASSES = 3
+_MASK_BYTES = 64 * 2**20
+_LOOK_SECONDS = 120.0  # a look at a few rows that takes longer is ended: a graph can loop for ever
 _TOLERANCE = {"float16": 1e-2, "float32": 3e-5, "float64": 1e-12}
 
 Array = NDArray[Any]
@@ -42,7 +44,6 @@ class _Plan:
     trace: Trace
     tier: str
     reason: str
-    agrees: bool = False  # fold with the loop, which is faster
 
 
 def providers() -> list[str]:
@@ -64,6 +65,19 @@ def session(model: "onnx.ModelProto") -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers())
     except Exception as error:  # the runtime's own errors share no base
         raise ModelRefused(f"onnxruntime does not take this graph: {_first_line(error)}") from error
+
+
+def ended(one: Any, names: list[str], feeds: Feeds) -> list[Any]:
+    """Runs a session, and ends the run when it takes too long."""
+    options = onnxruntime.RunOptions()
+    timer = threading.Timer(_LOOK_SECONDS, lambda: setattr(options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        values: list[Any] = one.run(names, feeds, options)
+    finally:
+        timer.cancel()
+    return values
 
 
 def run_plain(data: bytes, inputs: Sequence[Array]) -> Feeds:
@@ -104,6 +118,7 @@ class OnnxBackend:
         self._takes = {info.name for info in self._after.get_inputs()}
         self._observer: Observer | None = None
         self._plans: dict[object, _Plan] = {}
+        self._masks: dict[object, Drawn] = {}
         self._lock = threading.Lock()
         self._last = threading.local()
 
@@ -112,8 +127,7 @@ class OnnxBackend:
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
         plan = self.plan(rows)
-        drawn = sample_masks(plan.trace.sites, passes, seed=seed, start=start, sampler=sampler)
-        return self.run(rows, drawn, passes, plan.trace, plan.tier)
+        return self.run(rows, self._drawn(plan.trace, passes, seed, start, sampler), passes, plan.trace, plan.tier)
 
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
@@ -155,8 +169,7 @@ class OnnxBackend:
 
     def folds(self, rows: Rows) -> bool:
         """Whether the rows can be repeated for the passes; found out when rows of such shapes are first seen."""
-        plan = self.plan(rows)
-        return plan.tier == "fold" or plan.agrees
+        return self.plan(rows).tier == "fold"
 
     def tier(self, rows: Rows) -> tuple[str, str]:
         """Gives the tier that runs the passes of such rows, and why."""
@@ -178,6 +191,19 @@ class OnnxBackend:
         return self._checked(np.stack(each), rows)
 
     # -- inside --
+
+    def _drawn(self, trace: Trace, passes: int, seed: int, start: int, sampler: str) -> Drawn:
+        """The draws of some passes; the latest that were used are kept."""
+        key = (trace.sites, passes, seed, start, sampler)
+        with self._lock:
+            found = self._masks.pop(key, None)
+        if found is None:
+            found = sample_masks(trace.sites, passes, seed=seed, start=start, sampler=sampler)
+        with self._lock:
+            self._masks[key] = found
+            while sum(one.nbytes for held in self._masks.values() for one in held.values()) > _MASK_BYTES:
+                del self._masks[next(iter(self._masks))]
+        return found
 
     def _random(self, feeds: Feeds) -> Array:
         output: Array = self._after.run([self.output], {k: v for k, v in feeds.items() if k in self._takes})[0]
@@ -217,7 +243,7 @@ class OnnxBackend:
 
     def _observe(self, feeds: Feeds) -> Feeds:
         if self._observer is None:
-            self._observer = Observer(self.model, self.slots, session)
+            self._observer = Observer(self.model, self.slots, session, ended)
         return self._observer(feeds)
 
     def _last_hidden(self) -> str:
@@ -230,28 +256,21 @@ class OnnxBackend:
 
     def _make_plan(self, rows: Rows) -> _Plan:
         if self._observer is None:
-            self._observer = Observer(self.model, self.slots, session)
+            self._observer = Observer(self.model, self.slots, session, ended)
         trace = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self.output)
         few = rows.take(slice(0, min(rows.count, 4)))
         drawn = sample_masks(trace.sites, _CHECK_PASSES, seed=0)
-        began = time.perf_counter()
         expected = self.run(few, drawn, _CHECK_PASSES, trace, "loop")
-        looped = time.perf_counter() - began
         if trace.unfoldable:
             return _Plan(trace, "loop", trace.unfoldable)
         try:
-            self.run(few, drawn, _CHECK_PASSES, trace, "fold")
-            began = time.perf_counter()
             got = self.run(few, drawn, _CHECK_PASSES, trace, "fold")
-            folded = time.perf_counter() - began
         except Exception as error:  # whatever a graph does with more rows, the loop is right
             return _Plan(trace, "loop", f"fold does not take this graph: {_first_line(error)}")
         scale = max(float(np.abs(expected).max()), 1e-30)
         worst = float(np.abs(got - expected).max()) / scale if got.shape == expected.shape else float("inf")
         if not worst <= _TOLERANCE.get(trace.dtype, 3e-5):
             return _Plan(trace, "loop", f"fold differs from the loop by {worst:.1e}")
-        if looped < folded:
-            return _Plan(trace, "loop", "faster than fold, which agrees", agrees=True)
         return _Plan(trace, "fold", "equals the loop; what comes before the first draw is run once")
 
 
