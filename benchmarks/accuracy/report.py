@@ -111,7 +111,23 @@ def _coverage(sets: Result) -> str:
             low, high = at["band"]
             where = "" if low <= at["conformal"]["covered"] <= high else ": outside"
             rows.append(f"| {name} | {level} | {' | '.join(cells)} | {low:.3f} to {high:.3f}{where} |")
-    return "\n".join(rows)
+    return "\n".join(rows + _pooled(sets))
+
+
+def _pooled(sets: Result) -> list[str]:
+    """The mean over the sets, which are independent: so the squares of their bands' half widths add up."""
+    rows = []
+    for level in next(iter(sets.values()))["ours"]["coverage"]:
+        cells = [one["ours"]["coverage"][level] for one in sets.values()]
+        kinds = ("normal", "predictive", "conformal")
+        means = [numpy.mean([cell[kind]["covered"] for cell in cells]) for kind in kinds]
+        bands = numpy.array([cell["band"] for cell in cells])
+        half = numpy.sqrt(numpy.square(numpy.diff(bands, axis=1) / 2).sum()) / len(cells)
+        low, high = bands.mean() - half, bands.mean() + half
+        where = "" if low <= means[2] <= high else ": outside"
+        told = " | ".join(f"{mean:.3f}" for mean in means)
+        rows.append(f"| mean of the sets | {level} | {told} | {low:.3f} to {high:.3f}{where} |")
+    return rows
 
 
 def _width(cell: Result) -> str:
