@@ -20,7 +20,7 @@ SHELL = [code for language, code in BLOCKS if language == "sh"]
 
 def test_no_block_is_left_out() -> None:
     assert len(PYTHON) + len(SHELL) == len(BLOCKS)
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert len(SHELL) == 3
 
 
@@ -46,7 +46,7 @@ def _run(command: list[str], place: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["start", "networks", "promises"])
+@pytest.mark.parametrize("code", PYTHON, ids=["start", "networks", "deployed", "promises"])
 def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
     if "transformers" in code:
         pytest.importorskip("transformers")
@@ -59,6 +59,9 @@ def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
         assert "20 of 20 strange" in printed
     elif "is_anomaly" in code:
         assert "[False  True]" in printed
+    elif "export_onnx" in code:
+        assert float(printed.split()[2]) <= 1e-5
+        assert "'lower'" in printed
     else:
         found = {name: (int(live), float(std), float(flipped)) for name, live, std, flipped in SPREADS.findall(printed)}
         assert found["functional"][0] == found["LSTM"][0] == 1
