@@ -111,9 +111,8 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     change = _Change(model, constant(model), types, [])
     for place in [*walk(model.graph)]:
-        rule = DRAWS.get(place.operator)
-        if rule is not None:
-            rule(change, place)
+        if place.operator in DRAWS:
+            DRAWS[place.operator](change, place)
         if place.path in inject:
             _inject(change, place, inject.pop(place.path))
     if inject:
@@ -123,11 +122,15 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
     return _with_sites(model, tuple(change.slots))
 
 
+def _told(model: Any) -> str:
+    """What a graph says of its own draws, empty where it says nothing; its uniform numbers are then just that."""
+    return next((str(entry.value) for entry in model.metadata_props if entry.key == SITES), "")
+
+
 def _with_sites(model: Any, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
     """Numbers and names the draws as the network did that the graph was made from, where it says so."""
-    said = next((entry.value for entry in model.metadata_props if entry.key == SITES), "")
     try:
-        sites = [(int(number), str(path)) for number, path in json.loads(said)] if said else []
+        sites = [(int(number), str(path)) for number, path in json.loads(_told(model) or "[]")]
     except (ValueError, TypeError):
         return slots
     if len(sites) != len(slots) or len({number for number, _ in sites}) != len(sites):
@@ -208,7 +211,7 @@ def _numbers(kind: str) -> Callable[[_Change, Place], None]:
             shape = helper.make_tensor(f"{like}.shape", TensorProto.INT64, [len(given["shape"])], given["shape"])
             new.append(helper.make_node("Constant", [], [f"{like}.shape"], value=shape))
             new.append(helper.make_node("ConstantOfShape", [f"{like}.shape"], [like]))
-        if kind == "uniform" and _coin(change, place, like, new):
+        if kind == "uniform" and not _told(change.model) and _coin(change, place, like, new):
             return
         low, high = float(given.get("low", 0.0)), float(given.get("high", 1.0))
         scale, shift = (high - low, low) if kind == "uniform" else (given.get("scale", 1.0), given.get("mean", 0.0))

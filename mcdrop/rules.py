@@ -111,7 +111,8 @@ def _size_rule(kind: str) -> Callable[..., Tensor]:
     def rule(mode: Interception, *size: Any, **kwargs: Any) -> Tensor:
         given = kwargs.get("size", size)
         shape = given[0] if len(given) == 1 and not isinstance(given[0], int) else given
-        return mode.numbers(kind, tuple(int(n) for n in shape), _blank(kwargs))
+        sizes: Any = (n if isinstance(n, torch.SymInt) else int(n) for n in shape)  # of an export it is a symbol
+        return mode.numbers(kind, tuple(sizes), _blank(kwargs))
 
     return rule
 

@@ -21,7 +21,7 @@ NETS: dict[str, Any] = {
 }
 ZOO: list[Specimen] = [
     mlp.dropout_everywhere, mlp.dropconnect, mlp.functional_dropout, mlp.variational_linear,
-    conv.dropout2d_before_batchnorm, conv.dropout_in_head, conv.unet,
+    conv.dropout2d_before_batchnorm, conv.dropout_in_head, conv.shake_shake, conv.unet,
     sequence.encoder_padded, sequence.hand_attention, sequence.gru,
     sequence.lstm_bidirectional, sequence.lstm_cell_loop,
 ]  # fmt: skip
@@ -91,6 +91,15 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Path
         not [path for path in (tmp_path / "net").iterdir() if path.name != "1"] if (tmp_path / "net").exists() else True
     )
     assert not (tmp_path / "net" / "1").exists()
+
+
+def test_a_network_whose_draws_off_are_not_its_eval_is_not_for_a_graph(tmp_path: Path) -> None:
+    module, example = mlp.alpha_dropout.build()
+    model = mcdrop.wrap(module, example=example)
+    with pytest.raises(MCDropError, match="not for this format"):
+        mcdrop.save(model, tmp_path / "onnx" / "1", format="onnx")
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "pt2" / "1", format="pt2"))
+    assert np.array_equal(mcdrop.predict(model, example).variance, mcdrop.predict(loaded, example).variance)
 
 
 def test_every_format_has_a_file_of_its_own() -> None:
