@@ -2,6 +2,7 @@
 ## make serve PORT=9000  the same on another port
 ## make test             the whole suite; PYTEST_ARGS="-k masks" passes arguments to pytest
 ## make lint             ruff and mypy
+## make bench            how fast passes are on this CPU, beside a plain loop; some minutes
 ## make clean            remove .venv, builds and caches; trained models stay
 ##
 ## Linux without a GPU, a download of 200 MB instead of gigabytes: export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -16,7 +17,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 
-.PHONY: help serve test lint clean
+.PHONY: help serve test lint bench clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -32,6 +33,9 @@ lint: $(VENV)/ready-to-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench: $(VENV)/ready-to-test
+	$(RUN) -m benchmarks.throughput --json benchmarks/results/throughput.json
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -132,10 +132,10 @@ class PassResult:
 
 def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Statistics) -> PassResult:
     """Runs a plan over all rows. Memory follows the chunk, not the number of passes, unless samples are kept."""
-    row_bytes = max(1, backend.row_bytes(rows))
-    size = max(1, backend.chunk_bytes // row_bytes)
+    size = max(1, backend.chunk_bytes // max(1, backend.row_bytes(rows)))
+    pass_bytes = max(1, backend.pass_bytes(rows))
     run = _fixed if plan.tolerance is None else _adaptive
-    return PassResult.join([run(backend, block, plan, statistics, row_bytes) for block in rows.split(size)])
+    return PassResult.join([run(backend, block, plan, statistics, pass_bytes) for block in rows.split(size)])
 
 
 def _deterministic(backend: Backend, rows: Rows, statistics: Statistics) -> Array:
@@ -143,20 +143,20 @@ def _deterministic(backend: Backend, rows: Rows, statistics: Statistics) -> Arra
     return np.asarray(statistics.of(outputs[None])[0])
 
 
-def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int) -> PassResult:
+def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, pass_bytes: int) -> PassResult:
     kept: list[NDArray[np.float32]] | None = [] if plan.keep_samples else None
     gathered = Gathered(BLOCKS[plan.sampler])
-    gathered = _gather(gathered, backend, rows, plan, statistics, row_bytes, (0, plan.passes), kept)
+    gathered = _gather(gathered, backend, rows, plan, statistics, pass_bytes, (0, plan.passes), kept)
     samples = np.concatenate(kept) if kept else None
     return PassResult.of(gathered, _deterministic(backend, rows, statistics), samples, plan)
 
 
 def _gather(
-    gathered: Gathered, backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int,
+    gathered: Gathered, backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, pass_bytes: int,
     span: tuple[int, int], kept: list[NDArray[np.float32]] | None = None,
 ) -> Gathered:  # fmt: skip
     """Runs the passes of a span in chunks, and adds them to what was gathered."""
-    chunk = max(1, backend.chunk_bytes // (row_bytes * rows.count))
+    chunk = max(1, backend.chunk_bytes // (pass_bytes * rows.count))
     for start in range(*span, chunk):
         count = min(chunk, span[1] - start)
         outputs = backend.forward(rows, count, seed=plan.seed, start=start, sampler=plan.sampler)
@@ -167,7 +167,7 @@ def _gather(
     return gathered
 
 
-def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, row_bytes: int) -> PassResult:
+def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, pass_bytes: int) -> PassResult:
     """Looks at the error after each round and lets the rows go that are done."""
     assert plan.tolerance is not None
     deterministic = _deterministic(backend, rows, statistics)
@@ -176,7 +176,7 @@ def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statisti
     gathered, done, order = Gathered(BLOCKS[plan.sampler]), [], []
     for start in range(0, plan.passes, _ROUND):
         stop = min(start + _ROUND, plan.passes)
-        gathered = _gather(gathered, backend, left, plan, statistics, row_bytes, (start, stop))
+        gathered = _gather(gathered, backend, left, plan, statistics, pass_bytes, (start, stop))
         # with few blocks the error is itself uncertain: widened as its t quantile is over the normal one
         wide = special.stdtrit(gathered.degrees, _CHECKED_AT) / special.ndtri(_CHECKED_AT)
         error = wide * np.sqrt(gathered.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)

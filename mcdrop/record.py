@@ -96,6 +96,8 @@ class Spy(TorchDispatchMode):
     written: set[str] = field(default_factory=set)
     swapped: set[str] = field(default_factory=set)
     largest: int = 0
+    largest_drawn: int = 0  # of what comes after the first draw
+    drawn: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
         """Sets up the mode itself."""
@@ -118,6 +120,8 @@ class Spy(TorchDispatchMode):
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.watched:
                 self.largest = max(self.largest, value.numel() * value.element_size())
+                if self.drawn():
+                    self.largest_drawn = max(self.largest_drawn, value.numel() * value.element_size())
         return result
 
     def _is_write(self, func: Any, given: dict[str, Any], name: str, value: Any) -> bool:
@@ -238,7 +242,8 @@ def record(
     """Runs one pass and gives what it drew, and what the spy saw."""
     paths = module_paths(module)
     leaf = next(leaf for _, leaf in rows.named())
-    source, spy = Recorder(paths, leaf.device, seed=seed, force=force), Spy(paths, watched(module))
+    source = Recorder(paths, leaf.device, seed=seed, force=force)
+    spy = Spy(paths, watched(module), drawn=lambda: bool(source.draws))
     with own_generator():
         foreign = _Foreign()
         with _own_tensor_dicts(module, spy), spy, Interception(source, RULES):

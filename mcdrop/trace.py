@@ -31,7 +31,7 @@ class Trace:
     that is switched off (None where its rate is 0 besides), ``forced`` the numbers of those that drop all the same.
     ``escaped`` lists (module, operation) of draws that no rule controls, ``written`` the parameters and buffers that
     the pass writes to, ``swapped`` the modules that have others put in their place for a while. ``row_bytes`` is the
-    largest result of one operation, in bytes a row.
+    largest result of one operation, in bytes a row, ``pass_bytes`` the largest after the first draw.
     """
 
     sites: tuple[Site, ...]
@@ -44,6 +44,7 @@ class Trace:
     written: tuple[str, ...]
     swapped: frozenset[str]
     row_bytes: int
+    pass_bytes: int
 
 
 def one_pass(
@@ -73,7 +74,8 @@ def widened(found: Trace, other: Trace) -> Trace:
     if len(found.sites) != len(other.sites) or found.layouts != other.layouts or not alike:
         raise UncontrolledDraw("the network takes another way through these rows than through its example")
     sites = (replace(a, shape=tuple(map(max, a.shape, b.shape))) for a, b in pairs)
-    return replace(found, sites=tuple(sites), row_bytes=max(found.row_bytes, other.row_bytes))
+    sizes = {name: max(getattr(found, name), getattr(other, name)) for name in ("row_bytes", "pass_bytes")}
+    return replace(found, sites=tuple(sites), **sizes)
 
 
 def repeat_rows(rows: Rows, count: int) -> Rows:
@@ -117,6 +119,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
         row_bytes=-(-spy.largest // (rows.count if unclear else _FEW)),
+        pass_bytes=-(-spy.largest_drawn // (rows.count if unclear else _FEW)),
     )
 
 

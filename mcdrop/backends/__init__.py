@@ -32,3 +32,6 @@ class Backend(Protocol):
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs, in bytes, roughly from above."""
+
+    def pass_bytes(self, rows: Rows) -> int:
+        """Gives the memory that a further pass of one row in the same chunk needs."""

@@ -153,6 +153,10 @@ class OnnxBackend:
         """Gives the memory that one pass of one row needs: some four of its largest values are alive at a time."""
         return 4 * self.plan(rows).trace.row_bytes
 
+    def pass_bytes(self, rows: Rows) -> int:
+        """Gives what a further pass of one row needs."""
+        return self.row_bytes(rows)
+
     # -- one layer down --
 
     def plan(self, rows: Rows) -> _Plan:

@@ -21,7 +21,7 @@ from mcdrop.outputs import Pick
 from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
-from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, first_line
+from mcdrop.tiers import CHECK_PASSES, TIERS, TIMED_PASSES, Stacks, choose_tier, first_line
 from mcdrop.trace import Trace, trace, widened
 
 __all__ = ["TorchBackend"]
@@ -119,8 +119,11 @@ class TorchBackend:
         return self._through(plan, tensors, self._stacks(plan, passes, seed, start, sampler))
 
     def _through(self, plan: _Plan, tensors: Rows, stacks: Stacks) -> NDArray[np.float32]:
+        # a single pass has nothing to batch, and vmap's rules only cost
+        single = all(stack is None or len(stack) == 1 for stack in stacks)
+        run = TIERS["loop" if single else plan.tier]
         with torch.no_grad(), self._turn, _said_of(tensors):
-            return _numpy(TIERS[plan.tier](self.live, tensors, self.pick, plan.trace, stacks))
+            return _numpy(run(self.live, tensors, self.pick, plan.trace, stacks))
 
     def _widened(self, plan: _Plan, tensors: Rows) -> _Plan:
         """Gives a plan whose draws are as large as these rows ask for, and keeps it for later ones."""
@@ -163,7 +166,7 @@ class TorchBackend:
         They are run in chunks, or ``at_once``.
         """
         plan, tensors = self._prepare(rows)
-        chunk = passes if at_once else max(1, self.chunk_bytes // max(1, self.row_bytes(rows) * rows.count))
+        chunk = passes if at_once else max(1, self.chunk_bytes // max(1, self.pass_bytes(rows) * rows.count))
         parts = []
         for start in range(0, passes, chunk):
             stacks = self._stacks(plan, min(chunk, passes - start), seed=0, start=start, sampler="iid")
@@ -201,6 +204,11 @@ class TorchBackend:
         """Gives the memory that one pass of one row needs: some four of its largest results are alive at a time."""
         return 4 * self._prepare(rows)[0].trace.row_bytes
 
+    def pass_bytes(self, rows: Rows) -> int:
+        """Gives what a further pass of one row needs: what comes before the first draw is not run again under vmap."""
+        plan = self._prepare(rows)[0]
+        return 4 * (plan.trace.pass_bytes if plan.tier == "vmap" else plan.trace.row_bytes)
+
     def tier(self, rows: Rows) -> tuple[str, str]:
         """Gives the tier that runs the passes of such rows, and why."""
         plan = self._prepare(rows)[0]
@@ -224,7 +232,9 @@ class TorchBackend:
             found = trace(self.live, tensors, self.pick, self.force)
         few = tensors if found.unclear else tensors.take(slice(0, min(tensors.count, 4)))
         plan = _Plan(found, self.off, "loop", "")
-        stacks = self._stacks(plan, CHECK_PASSES, seed=0, start=0, sampler="iid")
+        fitting = self.chunk_bytes // max(1, 4 * found.row_bytes * few.count)
+        passes = min(TIMED_PASSES, max(CHECK_PASSES, fitting))
+        stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
         with _said_of(few):
             tier, reason = choose_tier(self.live, few, self.pick, found, stacks)
         return _Plan(found, self.off, tier, reason)

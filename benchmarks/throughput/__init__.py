@@ -1,0 +1,1 @@
+"""How fast passes are, beside the ways that people run them today."""
