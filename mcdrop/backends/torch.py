@@ -21,7 +21,7 @@ from mcdrop.outputs import Pick
 from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
-from mcdrop.tiers import CHECK_PASSES, TIERS, TIMED_PASSES, Stacks, choose_tier, first_line
+from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, first_line
 from mcdrop.trace import Trace, trace, widened
 
 __all__ = ["TorchBackend"]
@@ -232,9 +232,7 @@ class TorchBackend:
             found = trace(self.live, tensors, self.pick, self.force)
         few = tensors if found.unclear else tensors.take(slice(0, min(tensors.count, 4)))
         plan = _Plan(found, self.off, "loop", "")
-        fitting = self.chunk_bytes // max(1, 4 * found.row_bytes * few.count)
-        passes = min(TIMED_PASSES, max(CHECK_PASSES, fitting))
-        stacks = self._stacks(plan, passes, seed=0, start=0, sampler="iid")
+        stacks = self._stacks(plan, CHECK_PASSES, seed=0, start=0, sampler="iid")
         with _said_of(few):
             tier, reason = choose_tier(self.live, few, self.pick, found, stacks)
         return _Plan(found, self.off, tier, reason)
