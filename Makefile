@@ -2,8 +2,9 @@
 ## make serve PORT=9000  the same on another port
 ## make test             the whole suite; PYTEST_ARGS="-k masks" passes arguments to pytest
 ## make lint             ruff and mypy
-## make bench            how fast passes are on this CPU, beside a plain loop; some minutes
-## make clean            remove .venv, builds and caches; trained models stay
+## make bench            how fast passes are on this CPU, beside other libraries; ten to fifteen minutes
+## make bench-gpu        the same table on a CUDA device
+## make clean            remove the environments, builds and caches; trained models stay
 ##
 ## Linux without a GPU, a download of 200 MB instead of gigabytes: export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
@@ -12,12 +13,17 @@ PORT ?= 8000
 STORE ?= models/store
 DEFAULT_MODEL ?= noisy-line
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
+BENCH_VENV := .venv-bench
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
+BENCH_RUN := $(BENCH_VENV)/bin/python
+BENCH_INSTALL := $(BENCH_RUN) -m pip --disable-pip-version-check install --quiet --quiet
+TORCH := torch==2.13.0
 
-.PHONY: help serve test lint bench clean
+.PHONY: help serve test lint bench bench-gpu clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -34,11 +40,18 @@ lint: $(VENV)/ready-to-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(VENV)/ready-to-test
-	$(RUN) -m benchmarks.throughput --json benchmarks/results/throughput.json
+bench: $(BENCH_VENV)/ready-to-bench
+	$(BENCH_RUN) -m benchmarks.throughput --json benchmarks/results/throughput.json $(BENCH_ARGS)
+	$(BENCH_RUN) -m benchmarks.throughput.error --json benchmarks/results/throughput-error.json
+	$(BENCH_RUN) -m benchmarks.throughput.scaling --json benchmarks/results/throughput-scaling.json
+	$(BENCH_RUN) -m benchmarks.throughput.report
+
+bench-gpu: $(BENCH_VENV)/ready-to-bench
+	$(BENCH_RUN) -m benchmarks.throughput --device cuda --json benchmarks/results/throughput-gpu.json $(BENCH_ARGS)
+	$(BENCH_RUN) -m benchmarks.throughput.report
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are touched last: an install that was interrupted is done again.
@@ -47,11 +60,23 @@ $(VENV)/ready-to-serve: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("mcdrop needs Python 3.11 or newer; choose one with PYTHON=" if sys.version_info < (3, 11) else 0)'
 	@echo "installing what the service needs into $(VENV), once: torch first, which is large"
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@$(INSTALL) torch==2.13.0
+	@$(INSTALL) $(TORCH)
 	@$(INSTALL) --editable '.[serve,models]'
 	@touch $@
 
 $(VENV)/ready-to-test: $(VENV)/ready-to-serve
 	@echo "installing what the tests and checks need into $(VENV), once"
 	@$(INSTALL) --editable '.[dev,zoo]'
+	@touch $@
+
+# The libraries that the benchmark compares with stay out of $(VENV). They are installed without what they ask for, which
+# is a CUDA build of torch; what they import beside it follows, with torch named again so that it stays as it is.
+$(BENCH_VENV)/ready-to-bench: pyproject.toml constraints.txt benchmarks/throughput/peers.txt benchmarks/throughput/imports.txt
+	@echo "installing the benchmark's environment into $(BENCH_VENV), once"
+	@$(BENCH_RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_INSTALL) --constraint constraints.txt $(TORCH)
+	@$(BENCH_INSTALL) --constraint constraints.txt --editable '.[onnx,plot]'
+	@$(BENCH_INSTALL) --no-deps --requirement benchmarks/throughput/peers.txt
+	@$(BENCH_INSTALL) --constraint constraints.txt $(TORCH) --requirement benchmarks/throughput/imports.txt
+	@$(BENCH_RUN) -m pip freeze | grep -qx '$(TORCH)\(+.*\)\?' || { echo "another torch than $(TORCH) came in" >&2; exit 1; }
 	@touch $@

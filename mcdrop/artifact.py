@@ -31,7 +31,7 @@ __all__ = ["CALIBRATION", "load", "save"]
 EXAMPLE, SCREEN = "example.safetensors", "screen.safetensors"
 CALIBRATION = "calibration.json"
 
-_DEFAULTS = ("passes", "level", "interval", "seed", "sampler", "tolerance")
+_DEFAULTS = ("passes", "level", "interval", "seed", "sampler", "tolerance", "exact_last")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

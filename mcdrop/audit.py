@@ -51,7 +51,8 @@ class Audit:
     are run, ``tier_reason`` why. ``mean_preserving`` says whether the network with every draw at its expectation equals
     its eval output. ``mean_gap`` is the largest distance between the mean of the passes and the deterministic output,
     in standard deviations of the passes. ``prefix_share`` is the part of one pass's floating-point operations that
-    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes. ``injected`` says what was
+    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes. ``precision_error`` is the
+    root mean square of what a lower precision changes in the passes, in standard deviations of the passes. ``injected`` says what was
     put into a network that was trained without it: uncalibrated until ``calibrated``.
     """
 
@@ -67,6 +68,8 @@ class Audit:
     norms: tuple[NormReport, ...] = ()
     prefix_share: float | None = None
     speed_up: float | None = None
+    precision: str = "fp32"
+    precision_error: float | None = None
     injected: str | None = None
     calibrated: bool = False
     warnings: tuple[str, ...] = ()
@@ -100,6 +103,8 @@ class Audit:
         if self.prefix_share is not None and self.speed_up is not None:
             saved = f"{self.speed_up:.1f} times fewer operations at 100 passes"
             lines.append(f"before the first draw: {self.prefix_share:.0%} of a pass, run once ({saved})")
+        if self.precision_error is not None:
+            lines.append(f"precision: {self.precision}, off from fp32 by {self.precision_error:.2%} of the passes' std")
         for norm in sorted(self.norms, key=lambda norm: -abs(norm.mask_effect - 1))[:_NORMS_SHOWN]:
             ratios = (
                 f"x{norm.variance_ratio:.2f} of its running variance, x{norm.mask_effect:.2f} of that without masks"

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mcdrop.audit import Audit, NormReport
 from mcdrop.backends.torch import TorchBackend
+from mcdrop.errors import ModelRefused
 from mcdrop.record import caller, module_paths
 from mcdrop.rows import Rows
 
@@ -26,20 +27,27 @@ _ROWS, _PASSES = 4, 32
 _SECONDS = 5.0  # longer than this the shares are not worth waiting for
 _SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
 _PREDICTED_AT = 100
+_LARGEST_ERROR = 0.1  # of a lower precision, in standard deviations of the passes
 
 
 def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
-    """Gives the audit with shares of variance, batch norm's variance shift, and the deterministic prefix."""
+    """Gives the audit with shares of variance, batch norm's variance shift, and the deterministic prefix.
+
+    Raises:
+        ModelRefused: a lower precision changes the passes by more than a tenth of their standard deviation.
+    """
     rows = rows.take(slice(0, _ROWS))
     tier, reason = backend.tier(rows)
     began = time.monotonic()
     everything = backend.run(rows, _PASSES, only=None)
     seconds = time.monotonic() - began
+    error = _precision_error(backend, rows, everything)
     norms = _norms(backend, rows)
     prefix, speed_up = _prefix(backend, rows)
     audit = replace(
         audit, tier=tier, tier_reason=reason, norms=norms, prefix_share=prefix, speed_up=speed_up,
-        mean_gap=_gap(backend, rows, everything), warnings=(*audit.warnings, *_norm_warnings(norms)),
+        mean_gap=_gap(backend, rows, everything), precision=backend.precision, precision_error=error,
+        warnings=(*audit.warnings, *_norm_warnings(norms)),
     )  # fmt: skip
     if seconds * len(audit.live) > _SECONDS:
         return audit
@@ -65,6 +73,21 @@ def _gap(backend: TorchBackend, rows: Rows, everything: Tensor) -> float:
     std = values.std(dim=0)
     floor = max(float(std.max()), 1e-300) * 1e-3
     return float(((values.mean(dim=0) - deterministic).abs() / std.clamp_min(floor)).max())
+
+
+def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> float | None:
+    """What a lower precision changes in passes of the same masks, in standard deviations: a root mean square."""
+    if backend.precision == "fp32":
+        return None
+    exact = backend.run(rows, _PASSES, only=None, tier="vmap").double()
+    spread = exact.var(dim=0).mean().clamp_min(1e-300)
+    error = float(((everything.double() - exact).square().mean() / spread).sqrt())
+    if not error <= _LARGEST_ERROR:
+        raise ModelRefused(
+            f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation, more "
+            f"than {_LARGEST_ERROR:.0%}: the spread of this network is too small for so few digits; use 'fp32'"
+        )
+    return error
 
 
 # -- batch norm --------------------------------------------------------------------------------------------------------

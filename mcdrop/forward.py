@@ -1,6 +1,6 @@
 """Calling a network: rows become tensors of its device and type, and the picked output comes back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,16 +13,24 @@ from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 
-__all__ = ["VOLATILE", "draws_off", "forward", "to_tensors"]
+__all__ = ["VOLATILE", "draws_off", "forward", "place_of", "placed", "to_tensors"]
 
 VOLATILE = "_mcdrop_volatile"  # on a shadow's root: (owner, name, start) of its own buffers that passes write to
 
 
 def to_tensors(rows: Rows, module: nn.Module) -> Rows:
     """Gives fresh tensors on the module's device, floating leaves in the module's floating type."""
-    state = [*module.parameters(), *module.buffers()]
+    return placed(rows, *place_of([*module.parameters(), *module.buffers()]))
+
+
+def place_of(state: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Gives the device and the floating type of a network with such weights and buffers."""
     device = state[0].device if state else torch.device("cpu")
-    dtype = next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
+    return device, next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
+
+
+def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
+    """Gives fresh tensors on a device, floating leaves in a type."""
 
     def convert(leaf: Any) -> Tensor:
         tensor = leaf if isinstance(leaf, Tensor) else torch.from_numpy(_plain(leaf))

@@ -37,6 +37,7 @@ class Options:
     keep_samples: bool = False
     sampler: str = "balanced"
     tolerance: float | None = None
+    exact_last: bool = False
 
     def __post_init__(self) -> None:
         """Checks at the door."""
@@ -49,7 +50,7 @@ class Options:
     def plan(self) -> PassPlan:
         """The passes that these options need."""
         keep = self.keep_samples or INTERVALS[self.interval].needs_samples
-        return PassPlan(self.passes, self.seed, self.sampler, keep, self.tolerance)
+        return PassPlan(self.passes, self.seed, self.sampler, keep, self.tolerance, self.exact_last)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Moments:
     def of(cls, values: ArrayLike) -> "Moments":
         """Gives the moments of values (T, ...) over their first axis."""
         draws = np.asarray(values, np.float64)
-        mean = draws.mean(axis=0)
+        mean = np.add.reduce(draws, axis=0) / len(draws)
         deviation = draws - mean
         return cls(len(draws), mean, np.einsum("t...,t...->...", deviation, deviation))
 
@@ -52,6 +52,11 @@ class Moments:
         return self.squares / (self.count - 1)
 
 
+def _merged(moments: Moments | None, values: Array) -> Moments:
+    further = Moments.of(values)
+    return further if moments is None else moments.merge(further)
+
+
 @dataclass(frozen=True)
 class Gathered:
     """Moments of all passes, and for passes that come in balanced blocks the moments of the block means.
@@ -73,16 +78,19 @@ class Gathered:
         if self.block == 1:
             return Gathered(1, whole)
         means, total, count = self.means, self.open_sum, self.open_count
-        start = 0
-        while start < len(values):
-            part = values[start : start + self.block - count]
-            start += len(part)
-            total = part.sum(axis=0) if total is None else total + part.sum(axis=0)
-            count += len(part)
+        closing = min(self.block - count, len(values)) if count else 0
+        if closing:
+            assert total is not None
+            total, count = total + np.add.reduce(values[:closing], axis=0), count + closing
             if count == self.block:
-                done = Moments.of((total / count)[None])
-                means = done if means is None else means.merge(done)
-                total, count = None, 0
+                means, total, count = _merged(means, (total / count)[None]), None, 0
+        blocks = (len(values) - closing) // self.block
+        stop = closing + blocks * self.block
+        if blocks:
+            by_block = values[closing:stop].reshape(blocks, self.block, *values.shape[1:])
+            means = _merged(means, np.add.reduce(by_block, axis=1) / self.block)
+        if stop < len(values):
+            total, count = np.add.reduce(values[stop:], axis=0), len(values) - stop
         return Gathered(self.block, whole, means, total, count)
 
     def take(self, which: NDArray[np.bool_]) -> "Gathered":

@@ -139,6 +139,7 @@ def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration 
 
 def _words(plan: PassPlan) -> str:
     said = f"passes={plan.passes} seed={plan.seed} sampler={plan.sampler}"
+    said += " exact_last=True" if plan.exact_last else ""
     return said if plan.tolerance is None else f"{said} tolerance={plan.tolerance:g}"
 
 
@@ -198,6 +199,7 @@ def predict(
     tolerance: float | None = None,
     max_passes: int | None = None,
     sampler: str | None = None,
+    exact_last: bool | None = None,
     task: str | None = None,
     screen: Screen | None = None,
     fpr: float | None = None,
@@ -217,6 +219,8 @@ def predict(
             is looked at every 64 passes, and the answer after T passes is the one that T passes always give.
         max_passes: where a row with a tolerance ends at the latest (2000).
         sampler: "balanced" (default) or "iid" passes.
+        exact_last: whether the last dropout is averaged over in closed form, where its output goes through a linear
+            layer to a regression's output: the same mean and variance with less Monte Carlo error (see ``exact``).
         task: what the module's outputs are (see ``wrap``); a ``Model`` knows its own.
         screen: a fitted screen; None is the model's own.
         fpr: false-positive rate of the flags; None is the screen's.
@@ -233,11 +237,11 @@ def predict(
     if calibration is not None:
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
         plan = calibration.plan
-        defaults = replace(defaults, passes=plan.passes, seed=plan.seed, sampler=plan.sampler, tolerance=plan.tolerance)
+        defaults = replace(defaults, passes=plan.passes, seed=plan.seed, sampler=plan.sampler, tolerance=plan.tolerance, exact_last=plan.exact_last)
     passes = _most_passes(passes, tolerance, max_passes)
     asked: dict[str, Any] = {
         "passes": passes, "level": level, "interval": interval, "seed": seed, "tolerance": tolerance,
-        "sampler": sampler, "keep_samples": keep_samples,
+        "sampler": sampler, "keep_samples": keep_samples, "exact_last": exact_last,
     }  # fmt: skip
     options = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
     if not isinstance(model, Model):

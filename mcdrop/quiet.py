@@ -9,10 +9,10 @@ __all__ = ["quiet"]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silences warnings and what is logged as a warning or less."""
+def quiet(most: int = logging.WARNING) -> Iterator[None]:
+    """Silences warnings, and what is logged at a level or below."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(most)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -28,10 +28,14 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     The screen is the model's own where none is given.
 
     Raises:
-        InputError: unusable inputs, or kept passes that would not fit in memory.
+        InputError: unusable inputs, kept passes that would not fit in memory, or a closed form of what has none.
     """
     rows = model.rows(x)
     task = TASKS[model.task]
+    if plan.exact_last and model.task != "regression":
+        raise InputError(
+            f"exact_last is for regression: what {model.task} reads from a pass is not linear in the last layer"
+        )
     if plan.keep_samples:
         first = model.backend.deterministic(rows.take(slice(0, 2)))[:1].astype(np.float64)
         width = task.statistics.kept(task.statistics.of(first[None]).shape[-1]) * first[0, ..., 0].size

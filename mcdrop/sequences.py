@@ -2,7 +2,7 @@
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcdrop.intercept import Interception, Rules
 
-__all__ = ["SEQUENCE_RULES", "body_rule"]
+__all__ = ["SEQUENCE_RULES", "body_rule", "over_passes", "recurrent_rule"]
 
 Function = Callable[..., Any]
 
@@ -101,22 +101,33 @@ class _Layer(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Any:  # fmt: skip
         """Folds the passes into the rows, or loops over them where the weights differ from pass to pass."""
-        dims, count = in_dims[5:], info.batch_size
         head = (function, bias, both_ways, rows_first, states)
+        dims, count = in_dims[5:], info.batch_size
+
+        def run(*each: Tensor) -> tuple[Tensor, ...]:
+            outputs: tuple[Tensor, ...] = _Layer.apply(*head, *each)  # type: ignore[no-untyped-call]
+            return outputs
+
         if any(dim is not None for dim in dims[1 + states :]):
-            outputs = [_Layer.apply(*head, *_select(tensors, dims, i)) for i in range(count)]  # type: ignore[no-untyped-call]
-            return _stacked(outputs)
-        row_axis = 0 if rows_first else 1
-        x = _sampled(tensors[0], dims[0], count).movedim(0, row_axis).flatten(row_axis, row_axis + 1)
-        initial = [
-            _sampled(state, dim, count).movedim(0, 1).flatten(1, 2)
-            for state, dim in zip(tensors[1 : 1 + states], dims[1:], strict=False)
-        ]
-        output, *final = _Layer.apply(*head, x, *initial, *tensors[1 + states :])  # type: ignore[no-untyped-call]
-        rows = output.shape[row_axis] // count
-        opened = output.unflatten(row_axis, (count, rows)).movedim(row_axis, 0)
-        ends = [state.unflatten(1, (count, rows)).movedim(1, 0) for state in final]
-        return (opened, *ends), (0,) * (1 + len(ends))
+            return _stacked([run(*_select(tensors, dims, i)) for i in range(count)])
+        outputs = over_passes(run, tensors, dims, count, states=states, rows_first=rows_first)
+        return outputs, (0,) * len(outputs)
+
+
+def over_passes(
+    run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Sequence[int | None], count: int, *,
+    states: int, rows_first: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Runs a recurrent layer over all passes at once, folded into the rows; its weights are the same in all."""
+    row_axis = 0 if rows_first else 1
+    x = _sampled(tensors[0], dims[0], count).movedim(0, row_axis).flatten(row_axis, row_axis + 1)
+    initial = [
+        _sampled(state, dim, count).movedim(0, 1).flatten(1, 2)
+        for state, dim in zip(tensors[1 : 1 + states], dims[1:], strict=False)
+    ]
+    output, *final = run(x, *initial, *tensors[1 + states :])
+    opened = output.unflatten(row_axis, (count, -1)).movedim(row_axis, 0)
+    return (opened, *(state.unflatten(1, (count, -1)).movedim(1, 0) for state in final))
 
 
 class _PackedLayer(torch.autograd.Function):
@@ -171,8 +182,12 @@ def _stacked(outputs: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tup
     return tuple(torch.stack(each) for each in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
 
-def _recurrent(function: Function, states: int) -> Function:
-    """A rule for ``torch.lstm`` and its like: layer by layer, with our mask between the layers."""
+def recurrent_rule(function: Function, states: int, layer: Function | None = None) -> Function:
+    """A rule for ``torch.lstm`` and its like: layer by layer, with our mask between the layers.
+
+    ``layer`` is what runs one layer, with the arguments of ``_Layer.forward``; packed sequences have their own.
+    """
+    apply: Any = _Layer.apply if layer is None else layer
 
     def rule(mode: Interception, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         packed = not isinstance(rest[2], bool)
@@ -183,17 +198,18 @@ def _recurrent(function: Function, states: int) -> Function:
         ways = 2 if both_ways else 1
         per_layer = len(weights) // layers
         ends: list[list[Tensor]] = []
-        for layer in range(layers):
-            own = weights[layer * per_layer : (layer + 1) * per_layer]
-            start = [state[layer * ways : (layer + 1) * ways] for state in (initial if states == 2 else (initial,))]
+        for level in range(layers):
+            own = weights[level * per_layer : (level + 1) * per_layer]
+            start = [state[level * ways : (level + 1) * ways] for state in (initial if states == 2 else (initial,))]
             if packed:
                 x, *end = _PackedLayer.apply(function, bias, both_ways, states, sizes, x, *start, *own)  # type: ignore[no-untyped-call]
             else:
-                x, *end = _Layer.apply(function, bias, both_ways, rows_first, states, x, *start, *own)  # type: ignore[no-untyped-call]
+                x, *end = apply(function, bias, both_ways, rows_first, states, x, *start, *own)
             ends.append(end)
-            if layer < layers - 1 and p > 0 and (train or mode.source.forces(p)):
+            if level < layers - 1 and p > 0 and (train or mode.source.forces(p)):
                 x = _drop_packed(mode, x, sizes, p) if packed else mode.drop(x, p)
-        return (x, *(torch.cat(each) for each in zip(*ends, strict=True)))
+        with mode:  # a capture has its own way to join them
+            return (x, *(torch.cat(each) for each in zip(*ends, strict=True)))
 
     return rule
 
@@ -240,12 +256,12 @@ def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Function:
 SEQUENCE_RULES: Rules = {
     F.multi_head_attention_forward: body_rule(F.multi_head_attention_forward),
     F.scaled_dot_product_attention: _attention,
-    torch.gru: _recurrent(torch.gru, 1),
+    torch.gru: recurrent_rule(torch.gru, 1),
     torch.gru_cell: _gru_cell,
-    torch.lstm: _recurrent(torch.lstm, 2),
+    torch.lstm: recurrent_rule(torch.lstm, 2),
     torch.lstm_cell: _lstm_cell,
-    torch.rnn_relu: _recurrent(torch.rnn_relu, 1),
+    torch.rnn_relu: recurrent_rule(torch.rnn_relu, 1),
     torch.rnn_relu_cell: _rnn_cell(torch.relu),
-    torch.rnn_tanh: _recurrent(torch.rnn_tanh, 1),
+    torch.rnn_tanh: recurrent_rule(torch.rnn_tanh, 1),
     torch.rnn_tanh_cell: _rnn_cell(torch.tanh),
 }

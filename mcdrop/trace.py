@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
-from mcdrop.intercept import Given, Interception, Layout
+from mcdrop.intercept import Given, Interception, Layout, Rules
 from mcdrop.masks import Site
 from mcdrop.outputs import Pick
 from mcdrop.record import Draw, Recorder, nowhere, record
@@ -54,10 +54,11 @@ def one_pass(
     found: Trace,
     masks: Sequence[Tensor | None],
     source: type[Given] = Given,
+    rules: Rules = RULES,
 ) -> Tensor:
     """Runs one pass with given masks, one for each draw, and gives the picked output, (N, ...)."""
     given = source(masks, found.layouts, found.forced, found.rates, found.sites)
-    with Interception(given, RULES):
+    with Interception(given, rules):
         output = forward(module, rows, pick)
     given.finish()
     return output

@@ -1,116 +1,106 @@
-"""Times passes: ``python -m benchmarks.throughput [--json OUT] [--repeats N]``. Statistics are part of the time.
+"""Times passes: ``python -m benchmarks.throughput [--quick] [--only M1,M3] [--device cuda] [--json OUT]``.
 
-Three ways run the same network on the same rows in turn: mcdrop, the plain loop over passes with torch's own dropout,
-and the flip of ``nn.Dropout`` on rows repeated in memory, as most libraries do it. Medians, and ratios within a round.
-What a way gives is checked: a spread of zero is named, not timed as if it were an answer.
+All ways run the same network on the same rows in turn, mean and variance included in the time of each. What a way gives
+is checked before it is timed: a spread of zero, or a wrong one, is named and not counted as an answer. Libraries that
+are not installed are named too.
 """
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-import mcdrop
 from benchmarks.accuracy.report import environment
+from benchmarks.throughput.apart import measured_apart
+from benchmarks.throughput.cases import CASES, MEMORY_CASES, MEMORY_WAYS, Case
+from benchmarks.throughput.check import ANSWER
+from benchmarks.throughput.measure import Effort, measure
 from benchmarks.throughput.networks import NETWORKS
-from mcdrop.engine import PassPlan
+from benchmarks.throughput.peak import peaks
+from benchmarks.throughput.peers import versions
 
-CASES = [(1, 100), (32, 100), (256, 20)]  # rows, passes
-Spread = tuple[Tensor, Tensor]
+__all__ = ["main", "summary"]
 
-
-def draws_on(net: nn.Module) -> None:
-    """Everything in training but batch norm: what a careful user's own loop does."""
-    net.train()
-    for module in net.modules():
-        module.training = module.training and not isinstance(module, nn.modules.batchnorm._NormBase)
+Result = dict[str, Any]
 
 
-def flip(net: nn.Module) -> None:
-    """Every nn.Dropout on, the rest in eval."""
-    net.eval()
-    for module in net.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.training = True
+def summary(cases: Sequence[Result]) -> Result:
+    """Gives the geometric mean of the ratios to the best peer, and the smallest to it and to the plain loop."""
+    peer = [case["peer_ratio"] for case in cases if case["peer_ratio"]]
+    loop = [case["loop_ratio"] for case in cases if case["loop_ratio"]]
+    return {
+        "cases": len(cases),
+        "cases_with_a_peer": len(peer),
+        "geometric_mean_of_peer_ratio": math.exp(sum(map(math.log, peer)) / len(peer)) if peer else None,
+        "smallest_peer_ratio": min(peer, default=None),
+        "smallest_loop_ratio": min(loop, default=None),
+    }
 
 
-def loop(net: nn.Module, x: Tensor, passes: int) -> Spread:
-    """Pass after pass with torch's own dropout."""
-    draws_on(net)
-    outputs = torch.stack([net(x) for _ in range(passes)])
-    return outputs.mean(0), outputs.var(0)
+def told(case: Result) -> str:
+    """Gives the lines of one case: ours, then every other way as times ours or by its status."""
+    head = f"{case['network']}  {case['rows']} rows  {case['passes']} passes  limit {case['limit_ms']:.3g} ms"
+    lines = [head]
+    for name, way in case["ways"].items():
+        said = way["status"]
+        if said == ANSWER:
+            times = "" if way["times_mcdrop"] is None else f"x{way['times_mcdrop']:<8.3g}"
+            said = (
+                f"{way['milliseconds']:10.3f} ms  {times} {way['share_of_limit']:6.1%} of its limit  "
+                f"first call {way['first_call_ms']:.0f} ms  {way['rounds']} rounds  {way['mode']}"
+            )
+        lines.append(f"    {name:26} {said}")
+    return "\n".join(lines)
 
 
-def repeated(net: nn.Module, x: Tensor, passes: int) -> Spread:
-    """All passes at once, on rows repeated in memory."""
-    flip(net)
-    outputs = net(x.repeat(passes, *(1,) * (x.dim() - 1))).unflatten(0, (passes, len(x)))
-    return outputs.mean(0), outputs.var(0)
+def with_memory(cases: Sequence[Result], device: str, threads: int) -> None:
+    """Adds the peak memory of the main ways to the cases that it is measured in."""
+    for case in cases:
+        if Case(case["network"], case["rows"], case["passes"]) in MEMORY_CASES:
+            for name in MEMORY_WAYS:
+                way = case["ways"][name]
+                if way["status"] == ANSWER:
+                    asked = {"way": name, "mode": way["mode"], "device": device, "threads": threads}
+                    found = measured_apart(case["network"], case["rows"], case["passes"], **asked)
+                    way["peak_mb"] = found["peak_mb"]
 
 
-def ways(net: nn.Module, x: Tensor, passes: int) -> dict[str, Callable[[], Spread]]:
-    """The three ways; mcdrop is wrapped and has its masks before the clock starts, as in a service."""
-    model, plan = mcdrop.wrap(net.eval(), example=x), PassPlan(passes)
-
-    def ours() -> Spread:
-        result = mcdrop.sample(model, x, plan)
-        return torch.from_numpy(result.mean), torch.from_numpy(result.variance)
-
-    return {"mcdrop": ours, "loop": lambda: loop(net, x, passes), "repeat": lambda: repeated(net, x, passes)}
-
-
-def timed(run: Callable[[], Spread]) -> tuple[float, Spread]:
-    """Gives seconds, and what was timed."""
-    began = time.perf_counter()
-    found = run()
-    return time.perf_counter() - began, found
-
-
-def measure(name: str, rows: int, passes: int, repeats: int) -> dict[str, Any]:
-    """Gives milliseconds and ratios of one case; one round is not counted."""
-    net, make = NETWORKS[name]()
-    found = ways(net, make(rows), passes)
-    with torch.no_grad():
-        rounds = [{way: timed(run) for way, run in found.items()} for _ in range(repeats + 1)][1:]
-    ours = [one["mcdrop"][0] for one in rounds]
-    case: dict[str, Any] = {"network": name, "rows": rows, "passes": passes, "ways": {}}
-    for way in found:
-        seconds = [one[way][0] for one in rounds]
-        spread = float(rounds[-1][way][1][1].double().mean().sqrt())
-        ratios = [theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]
-        case["ways"][way] = {
-            "milliseconds": statistics.median(seconds) * 1e3,
-            "times_mcdrop": statistics.median(ratios),
-            "std": spread,
-        }
-    return case
-
-
-def main() -> None:
-    """Runs all cases and prints a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description="Times passes on the CPU.")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the cases, prints them as they come, and keeps them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description="Times passes.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the smallest case of each network, in two short rounds")
+    parser.add_argument("--only", default=",".join(NETWORKS), help="networks, such as M1,M3")
     parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--repeats", type=int, default=7)
-    given = parser.parse_args()
-    torch.manual_seed(0)
-    cases = []
-    print(f"{'network':12} {'rows':>5} {'passes':>6} {'mcdrop ms':>10} {'loop':>8} {'repeat':>8}   (times mcdrop)")
-    for name in NETWORKS:
-        for rows, passes in CASES:
-            case = measure(name, rows, passes, given.repeats)
-            cases.append(case)
-            found = case["ways"]
-            told = {way: f"{one['times_mcdrop']:.1f}" if one["std"] > 0 else "0 spread" for way, one in found.items()}
-            ours = found["mcdrop"]["milliseconds"]
-            print(f"{name:12} {rows:5} {passes:6} {ours:10.2f} {told['loop']:>8} {told['repeat']:>8}", flush=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args(arguments)
+    names = given.only.split(",")
+    if unknown := [name for name in names if name not in NETWORKS]:
+        parser.error(f"unknown network {unknown[0]}; there are: {', '.join(NETWORKS)}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here")
+    torch.set_num_threads(given.threads)
+    effort = Effort(2, 0.02, 0.5) if given.quick else Effort(given.rounds)
+    found: list[Result] = []
+    fastest = peaks(given.device)
+    print("  ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in fastest.items()), flush=True)
+    for case in [case for case in CASES if case.network in names]:
+        if given.quick and any(one["network"] == case.network for one in found):
+            continue
+        found.append(measure(case, device=given.device, effort=effort, peaks=fastest))
+        print(told(found[-1]), flush=True)
+    if not given.quick:
+        with_memory(found, given.device, given.threads)
+    print(json.dumps(summary(found), indent=1))
     if given.json:
-        given.json.write_text(json.dumps({"environment": environment(), "cases": cases}, indent=1) + "\n")
+        device = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
+        about = {"environment": environment(), "peers": versions(), "device": device, "peaks": fastest}
+        given.json.write_text(json.dumps({**about, "summary": summary(found), "cases": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

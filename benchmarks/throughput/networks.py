@@ -1,83 +1,101 @@
-"""The networks of the throughput benchmark: small to wide, with and without much before the first dropout."""
+"""The networks of the throughput benchmark, and their floating-point operations.
+
+To add one, write a function in ``architectures`` and add one entry to ``NETWORKS``; a test compares its figures with
+those that torch counts. A multiplication with its addition is two operations; only matrix products and convolutions
+count.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NETWORKS"]
+from benchmarks.throughput.architectures import encoder, head, lecture, recurrent, residual, wide
 
-Built = tuple[nn.Module, Callable[[int], Tensor]]
-
-
-def lecture() -> Built:
-    """M1: the lecture's two hidden layers of 100."""
-    layers = [nn.Linear(1, 100), nn.Dropout(0.5), nn.ReLU(), nn.Linear(100, 100), nn.Dropout(0.2), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(100, 1)), lambda rows: torch.randn(rows, 1)
+__all__ = ["NETWORKS", "Network", "draws_on", "wide_network"]
 
 
-def wide() -> Built:
-    """M2: two hidden layers of 1024."""
-    layers = [nn.Linear(64, 1024), nn.ReLU(), nn.Dropout(0.5), nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.5)]
-    return nn.Sequential(*layers, nn.Linear(1024, 10)), lambda rows: torch.randn(rows, 64)
+@dataclass(frozen=True)
+class Network:
+    """A network, its input and its cost.
+
+    Attributes:
+        title: what it is, in a few words.
+        build: makes it, with the weights that torch's generator gives.
+        shape: of one row of the input.
+        prefix: operations a row before the first draw, which need doing once.
+        suffix: operations a row and pass from the first draw on.
+        chunk: rows times passes that a careful user would run at once on a CPU.
+        row_bytes: about what one row of one pass holds in memory while it is computed.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    prefix: int
+    suffix: int
+    chunk: int
+    row_bytes: int
+
+    def made(self) -> nn.Module:
+        """Gives the network in eval mode; the same weights every time."""
+        torch.manual_seed(0)
+        return self.build().eval()
+
+    def rows(self, count: int) -> Tensor:
+        """Gives made-up rows (N, ...); the same every time."""
+        return torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(1))
 
 
-def trunk() -> Built:
-    """M3: convolutions, and dropout in the head alone."""
-    convolutions: list[nn.Module] = []
-    for before, after in ((3, 32), (32, 64), (64, 128)):
-        convolutions += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-    head = [nn.Flatten(), nn.Dropout(0.5), nn.Linear(128 * 16, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 10)]
-    return nn.Sequential(*convolutions, *head), lambda rows: torch.randn(rows, 3, 32, 32)
+def draws_on(net: nn.Module) -> nn.Module:
+    """Everything in training but the norm layers: what a careful user's own loop does."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+    return net
 
 
-class Block(nn.Module):
-    """A residual block with spatial dropout."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        first, second = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
-        middle = [nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout2d(0.1)]
-        self.branch = nn.Sequential(first, *middle, second, nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds the branch."""
-        out: Tensor = (x + self.branch(x)).relu()
-        return out
+_CONV = 2 * 9 * 32 * 32  # a 3x3 convolution of one channel to one, on 32x32
+_CONVOLUTIONS = _CONV * (3 * 32 + 32 * 32) + _CONV // 4 * (32 * 64 + 64 * 64) + _CONV // 16 * (64 * 128 + 128 * 128)
+_STAGE = 2 * 16 * 16 * (9 * 16 * 32 + 27 * 32 * 32 + 16 * 32)  # the second of M4; the two after it cost the same
+_STEPS = 2 * 64 * 256  # a weight of one output for every step of a sequence of M5
+_LAYER = _STEPS * (3 * 256 + 256 + 2 * 1024) + 2 * _STEPS * 64  # products with weights, and of steps with steps
 
 
-def residual() -> Built:
-    """M4: residual blocks with Dropout2d from the first on."""
-    layers = [nn.Conv2d(3, 16, 3, padding=1), *(Block(16) for _ in range(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(16, 10)), lambda rows: torch.randn(rows, 3, 32, 32)
+def wide_network(width: int) -> Network:
+    """Gives M2 at any width."""
+    return Network(
+        title=f"MLP 784-{width}-{width}-{width}-10, dropout 0.5",
+        build=lambda: wide(width),
+        shape=(784,),
+        prefix=2 * 784 * width,
+        suffix=2 * (2 * width * width + width * 10),
+        chunk=3200,
+        row_bytes=4 * 4 * width,
+    )
 
 
-class First(nn.Module):
-    """Reads the first step of a sequence, or of what a recurrent layer gives."""
-
-    def forward(self, x: Tensor | tuple[Tensor, object]) -> Tensor:
-        """Gives (N, features)."""
-        return (x if isinstance(x, Tensor) else x[0])[:, -1]
-
-
-def encoder() -> Built:
-    """M5: two layers of a transformer encoder."""
-    layer = nn.TransformerEncoderLayer(64, 4, 256, 0.1, batch_first=True)
-    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    return nn.Sequential(body, First(), nn.Linear(64, 10)), lambda rows: torch.randn(rows, 32, 64)
-
-
-def recurrent() -> Built:
-    """M6: an LSTM of two layers."""
-    body = nn.LSTM(32, 64, num_layers=2, dropout=0.3, batch_first=True)
-    return nn.Sequential(body, First(), nn.Linear(64, 1)), lambda rows: torch.randn(rows, 32, 32)
-
-
-NETWORKS: dict[str, Callable[[], Built]] = {
-    "M1 lecture": lecture,
-    "M2 wide": wide,
-    "M3 trunk": trunk,
-    "M4 residual": residual,
-    "M5 encoder": encoder,
-    "M6 LSTM": recurrent,
-}
+NETWORKS = {
+    "M1": Network(
+        "MLP 784-100-100-10, dropout 0.2", lecture, (784,), 2 * 784 * 100, 2 * (100 * 100 + 100 * 10), 3200, 4 * 1100
+    ),
+    "M2": wide_network(1024),
+    "M3": Network(
+        "six convolutions, dropout 0.5 in the head", head, (3, 32, 32),
+        _CONVOLUTIONS, 2 * (2048 * 512 + 512 * 10), 800, 4 * 2 * 32 * 32 * 32,
+    ),
+    "M4": Network(
+        "ResNet-18 of width 16, Dropout2d 0.1 in every block", residual, (3, 32, 32),
+        _CONV * (3 * 16 + 16 * 16), _CONV * 3 * 16 * 16 + 3 * _STAGE + 2 * 128 * 10, 25, 4 * 3 * 16 * 32 * 32,
+    ),
+    "M5": Network(
+        "transformer encoder, 4 layers of 256, 64 steps, dropout 0.1", encoder, (64, 256),
+        _STEPS * (3 * 256 + 64), 4 * _LAYER - _STEPS * (3 * 256 + 64) + 2 * 256 * 10, 10, 4 * 3 * 64 * 1024,
+    ),
+    "M6": Network(
+        "LSTM, 2 layers of 128, 32 steps, dropout 0.3", recurrent, (32, 64),
+        32 * 2 * (64 + 128) * 512, 32 * 2 * (128 + 128) * 512 + 2 * 128, 1600, 4 * 32 * 128 * 6,
+    ),
+}  # fmt: skip

@@ -1,5 +1,6 @@
 """What runs a network's passes: one Protocol, one module for each runtime, each loaded only when it is used."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -7,7 +8,17 @@ from numpy.typing import NDArray
 
 from mcdrop.rows import Rows
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Block", "Plain"]
+
+
+class Block(Protocol):
+    """Rows that are ready for passes: what comes before the first draw is computed once for all of them."""
+
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+        """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
+
+    def deterministic(self) -> NDArray[np.float32]:
+        """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
 
 
 class Backend(Protocol):
@@ -17,6 +28,15 @@ class Backend(Protocol):
     """
 
     chunk_bytes: int
+
+    def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
+        """Gives rows ready for passes with the weights of today.
+
+        With ``exact_last`` outputs are mean and variance over the last mask in closed form, (T, N, ..., 2 D).
+
+        Raises:
+            InputError: there is no closed form.
+        """
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
@@ -35,3 +55,19 @@ class Backend(Protocol):
 
     def pass_bytes(self, rows: Rows) -> int:
         """Gives the memory that a further pass of one row in the same chunk needs."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A block of a backend that looks after the part before the first draw by itself."""
+
+    backend: Backend
+    rows: Rows
+
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+        """Gives the outputs of some passes."""
+        return self.backend.forward(self.rows, passes, seed=seed, start=start, sampler=sampler)
+
+    def deterministic(self) -> NDArray[np.float32]:
+        """Gives the outputs with every draw off."""
+        return self.backend.deterministic(self.rows)

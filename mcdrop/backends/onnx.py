@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from mcdrop.backends import Plain
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_draws import Slot
@@ -148,6 +149,16 @@ class OnnxBackend:
     def digest(self) -> str:
         """Gives the sha256 of the graph as it was read."""
         return self._digest
+
+    def block(self, rows: Rows, *, exact_last: bool = False) -> Plain:
+        """Gives rows ready for passes.
+
+        Raises:
+            InputError: the last layer is asked for in closed form.
+        """
+        if exact_last:
+            raise InputError("exact_last needs a torch network; an ONNX graph is sampled as it is")
+        return Plain(self, rows)
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs: some four of its largest values are alive at a time."""

@@ -1,0 +1,107 @@
+"""One case: every way prepared and checked, then timed in turn."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.throughput.cases import Case
+from benchmarks.throughput.check import ANSWER, ZERO, reference
+from benchmarks.throughput.clock import CLEAN, clean, median_ms, ratio, sampled
+from benchmarks.throughput.networks import NETWORKS
+from benchmarks.throughput.peak import limit_ms
+from benchmarks.throughput.peers import PEERS
+from benchmarks.throughput.prepare import Ready, prepared
+from benchmarks.throughput.setting import Setting
+from benchmarks.throughput.ways import WAYS, precision_of
+
+__all__ = ["Effort", "best_peer", "measure", "take_turns"]
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case may take.
+
+    Attributes:
+        rounds: of a fast way.
+        sample_seconds: what one sample lasts at least; a short run is repeated within it.
+        way_seconds: what all samples of a way last at most, unless that would be fewer rounds than the fewest.
+        fewest: rounds of a slow way.
+    """
+
+    rounds: int = 7
+    sample_seconds: float = 0.1
+    way_seconds: float = 2.5
+    fewest: int = 2
+
+
+def measure(case: Case, *, device: str, effort: Effort, peaks: dict[str, float]) -> Result:
+    """Gives the figures of one case; a way that gives no answer is named with the reason."""
+    network = NETWORKS[case.network]
+    net, x = network.made().to(device), network.rows(case.rows).to(device)
+    setting = Setting(network, net, x, case.passes, case.compiled)
+    ways, ready = _ready(setting)
+    take_turns(ready, effort)
+    ours = next((way for way in ready if way.name == "mcdrop"), None)
+    for way in ready:
+        least = limit_ms(network, case.rows, case.passes, peaks[precision_of(way.name)])
+        ways[way.name] |= _figures(way, ours, case.rows * case.passes, least)
+    peer = best_peer(ways)
+    return {
+        "network": case.network,
+        "rows": case.rows,
+        "passes": case.passes,
+        "limit_ms": limit_ms(network, case.rows, case.passes, peaks["fp32"]),
+        "best_peer": peer,
+        "peer_ratio": ways[peer]["times_mcdrop"] if peer else None,
+        "loop_ratio": ways["loop"].get("times_mcdrop"),
+        "ways": ways,
+    }
+
+
+def _ready(setting: Setting) -> tuple[Result, list[Ready]]:
+    """Gives the status of each way, and those that are answers. A forced one stands in for a spread of zero alone."""
+    truth, ways, ready = reference(setting), Result(), []
+    for name in WAYS:
+        if name.endswith(" forced") and ways[name.removesuffix(" forced")]["status"] != ZERO:
+            continue
+        found = prepared(name, setting, truth)
+        ways[name] = {"status": found if isinstance(found, str) else ANSWER}
+        if isinstance(found, Ready):
+            ready.append(found)
+    return ways, ready
+
+
+def take_turns(ready: list[Ready], effort: Effort) -> None:
+    """Takes the samples, each round from another way on, so that none always runs after the same neighbour."""
+    for k in range(effort.rounds):
+        start = k % max(1, len(ready))
+        for way in ready[start:] + ready[:start]:
+            affordable = int(effort.way_seconds / max(way.seconds, effort.sample_seconds))
+            if k < max(effort.fewest, affordable):
+                repeats = max(1, round(effort.sample_seconds / way.seconds))
+                way.samples.append(sampled(lambda run=way.run: run(0), repeats))  # type: ignore[misc]
+
+
+def _figures(way: Ready, ours: Ready | None, row_passes: int, least_ms: float) -> Result:
+    milliseconds = median_ms(way.samples)
+    used = [sample.seconds * 1e3 for sample in clean(way.samples)]
+    return {
+        "mode": way.mode,
+        "milliseconds": milliseconds,
+        "range_ms": [min(used), max(used)],
+        "times_mcdrop": ratio(way.samples, ours.samples) if ours else None,
+        "row_passes_per_second": row_passes / milliseconds * 1e3,
+        "share_of_limit": least_ms / milliseconds,
+        "rounds": len(way.samples),
+        "clean_rounds": sum(sample.busy < CLEAN for sample in way.samples),
+        "busy": [round(sample.busy, 3) for sample in way.samples],
+        "prepare_ms": way.prepare_ms,
+        "first_call_ms": way.first_ms,
+    }
+
+
+def best_peer(ways: Result) -> str | None:
+    """Gives the faster of the peers' ways that are answers."""
+    answers = [name for name in ways if name.removesuffix(" forced") in PEERS and ways[name]["status"] == ANSWER]
+    return min(answers, key=lambda name: float(ways[name]["milliseconds"]), default=None)

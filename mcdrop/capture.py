@@ -1,0 +1,209 @@
+"""Capture: the passes of one input signature as a graph of torch operations, without the network's Python.
+
+The network runs once on stand-ins for tensors, batched over the passes, while every operation is written down. The
+numbers of passes and of rows stay symbols, so one graph serves all; what the network's code decided from them is kept
+as guards. Weights and buffers are inputs of the graph: later changes of them are seen.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from mcdrop.forward import VOLATILE
+from mcdrop.kernel_rules import KERNEL_RULES
+from mcdrop.outputs import Pick
+from mcdrop.quiet import quiet
+from mcdrop.rows import Rows
+from mcdrop.trace import Trace, one_pass
+
+__all__ = ["Captured", "NotCaptured", "State", "capture", "state_of"]
+
+_PASSES, _ROWS = 5, 3  # of the stand-ins: unequal primes, so that no axis is taken for another
+
+# Decisions about the layout in memory, which change no number; and what torch decides of its own stand-ins.
+_HARMLESS = ("_subclasses/", "_prims_common/", "_prims/")
+
+
+class NotCaptured(Exception):
+    """A network whose passes cannot be written down as a graph; the message says why."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a weight or buffer stands: the module's own dict, so that the tensor of today is read."""
+
+    tensors: dict[str, Tensor | None]
+    name: str
+    kind: str
+
+    def now(self) -> Tensor:
+        """Gives the tensor that stands there now."""
+        tensor = self.tensors[self.name]
+        assert tensor is not None
+        return tensor
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph from (weights, inputs, masks) to the outputs (T, N, ...).
+
+    ``weights``, ``leaves`` and ``masks`` are its placeholders, ``symbols`` maps each symbol to "T" or "N".
+    """
+
+    graph: fx.Graph
+    weights: tuple[fx.Node, ...]
+    leaves: tuple[fx.Node, ...]
+    masks: tuple[fx.Node, ...]
+    state: tuple[State, ...]
+    symbols: dict[Any, str]
+    guards: tuple[Any, ...]
+
+    def holds(self, passes: int, rows: int) -> bool:
+        """Whether the network's own code would go the same way with so many passes and rows."""
+        sizes = {symbol: passes if axis == "T" else rows for symbol, axis in self.symbols.items()}
+        return all(bool(guard.subs(sizes)) for guard in self.guards)
+
+
+def state_of(module: nn.Module) -> tuple[State, ...]:
+    """Lists the weights and buffers of a module."""
+    return tuple(
+        State(tensors, name, kind)
+        for child in module.modules()
+        for kind in ("_parameters", "_buffers")
+        for tensors in (child.__dict__[kind],)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+
+
+def capture(
+    module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None], *,
+    dtype: torch.dtype | None = None,
+) -> Captured:  # fmt: skip
+    """Writes down the passes of a module on rows like the given ones.
+
+    Args:
+        module: the live shadow.
+        rows: tensors; their number is free.
+        pick: reads the output.
+        found: the module's draws.
+        masks: one stack a draw (T, ...), or None for its expectation; their number of passes is free.
+        dtype: the type that real weights and inputs are given in; None is their own.
+
+    Raises:
+        NotCaptured: the network decides by values, writes to itself, or does what no graph holds.
+    """
+    if found.unclear or VOLATILE in vars(module):
+        raise NotCaptured("its draws or buffers depend on the batch")
+    state, names = state_of(module), [*rows.kwargs]
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+
+    def stand_in(tensor: Tensor, sizes: int | None, wanted: torch.dtype | None = dtype) -> Tensor:
+        tensor = tensor.detach()
+        if wanted is not None and tensor.is_floating_point():
+            tensor = tensor.to(wanted)
+        if sizes is not None:
+            tensor = tensor.new_empty((sizes, *tensor.shape[1:]))
+        free = [DimDynamic.DYNAMIC if sizes and i == 0 else DimDynamic.STATIC for i in range(tensor.dim())]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=free))
+
+    def passes(weights: list[Tensor], leaves: list[Tensor], stacks: list[Tensor]) -> Tensor:
+        placed = Rows(tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), _ROWS)
+
+        def one(*each: Tensor) -> Tensor:
+            left = iter(each)
+            drawn = [None if mask is None else next(left) for mask in masks]
+            return one_pass(module, placed, pick, found, drawn, rules=KERNEL_RULES)
+
+        with _holding(module, state, weights):
+            output: Tensor = torch.vmap(one)(*stacks)
+            return output
+
+    arguments = (
+        [stand_in(one.now(), None) for one in state],
+        [stand_in(leaf, _ROWS) for _, leaf in rows.named()],
+        [stand_in(stack, _PASSES, None) for stack in masks if stack is not None],
+    )
+    with quiet(logging.ERROR), torch.no_grad(), mode:
+        # where torch only loops inside vmap, nothing is gained
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        graph = _written_down(passes, arguments)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    ends = (len(state), len(state) + len(arguments[1]))
+    axes = [("N", leaf) for leaf in arguments[1]] + [("T", stack) for stack in arguments[2]]
+    symbols = {env.replace(tensor.shape[0].node.expr): axis for axis, tensor in axes}
+    if any(not symbol.is_symbol for symbol in symbols):
+        raise NotCaptured("its operations are tied to the number of rows or passes")
+    return Captured(
+        graph, tuple(placeholders[: ends[0]]), tuple(placeholders[ends[0] : ends[1]]), tuple(placeholders[ends[1] :]),
+        state, symbols, _guards(env, symbols),
+    )  # fmt: skip
+
+
+def _written_down(function: Callable[..., Tensor], arguments: tuple[list[Tensor], ...]) -> fx.Graph:
+    try:
+        graph: fx.Graph = make_fx(torch.func.functionalize(function), tracing_mode="real")(*arguments).graph
+    except Exception as error:  # whatever a network does that no graph can hold
+        raise NotCaptured(" ".join(str(error).split())[:160] or type(error).__name__) from error
+    graph.set_codegen(fx.graph.CodeGen())  # plain arguments instead of nested ones
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise NotCaptured(f"it writes to tensors by {node.target}")
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise NotCaptured(f"it draws by {node.target}")
+    return graph
+
+
+def _guards(env: ShapeEnv, symbols: dict[Any, str]) -> tuple[Any, ...]:
+    """The conditions on the symbols under which the network goes this way."""
+    kept = []
+    for guard in env.guards:
+        where = str(getattr(guard.sloc.framework_loc, "filename", ""))
+        expression = env.replace(guard.expr)
+        if any(part in where for part in _HARMLESS) or not expression.free_symbols:
+            continue
+        if not expression.free_symbols <= set(symbols):
+            raise NotCaptured(f"its shapes depend on values ({expression})")
+        kept.append(expression)
+    return tuple(kept)
+
+
+@contextmanager
+def _holding(module: nn.Module, state: Sequence[State], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Puts other tensors in the place of a shadow's weights, in dicts of its own: the user's are not touched.
+
+    Lists of weights that a layer keeps beside, as recurrent ones do, are replaced too.
+    """
+    new = {id(one.now()): tensor for one, tensor in zip(state, tensors, strict=True)}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: new.get(id(tensor), tensor) for name, tensor in value.items()}
+        return [new[id(tensor)] for tensor in value]
+
+    before = [
+        (child, name, value)
+        for child in module.modules()
+        for name, value in [*vars(child).items()]
+        if name in ("_parameters", "_buffers")
+        or (isinstance(value, list) and value and all(id(item) in new for item in value))
+    ]
+    for child, name, value in before:
+        child.__dict__[name] = replaced(value)
+    try:
+        yield
+    finally:
+        for child, name, value in before:
+            child.__dict__[name] = value

@@ -1,0 +1,110 @@
+"""Which calls a capture keeps whole: each becomes one node of the graph, one of ``kernels``.
+
+What a rule does not cover (a padding that is named, a pool that rounds up) runs as it is and is taken apart by vmap.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcdrop.intercept import Interception, Rules
+from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, POOL, RECURRENT
+from mcdrop.rules import RULES
+from mcdrop.sequences import recurrent_rule
+
+__all__ = ["KERNEL_RULES"]
+
+
+
+def _linear_rule(mode: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return LINEAR(input, weight, bias)
+
+
+def _each(value: Any, inner: int) -> list[int]:
+    return [value] * inner if isinstance(value, int) else [*value] * (inner if len(value) == 1 else 1)
+
+
+def _conv_rule(function: Callable[..., Tensor], inner: int) -> Callable[..., Tensor]:
+    def rule(
+        mode: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        if isinstance(padding, str) or input.dim() != inner + 2:
+            return function(input, weight, bias, stride, padding, dilation, groups)
+        return CONV(input, weight, bias, _each(stride, inner), _each(padding, inner), _each(dilation, inner), groups)
+
+    return rule
+
+
+def _batch_norm_rule(
+    mode: Interception, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return BATCH_NORM(input, running_mean, running_var, weight, bias, eps, 0)
+
+
+def _layer_norm_rule(
+    mode: Interception, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    return LAYER_NORM(input, [*normalized_shape], weight, bias, eps)
+
+
+def _max_pool_rule(
+    mode: Interception, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> Any:  # fmt: skip
+    if ceil_mode or return_indices or dilation not in (1, (1, 1), [1, 1]) or input.dim() != 4:
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return POOL(input, "max", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2))
+
+
+def _average_pool_rule(
+    mode: Interception, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Tensor:  # fmt: skip
+    if ceil_mode or not count_include_pad or divisor_override is not None or input.dim() != 4:
+        return F.avg_pool2d(
+            input, kernel_size, stride or kernel_size, padding, ceil_mode, count_include_pad, divisor_override
+        )
+    return POOL(input, "average", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2))
+
+
+def _cat_rule(mode: Interception, tensors: Sequence[Tensor], dim: int = 0, **others: Any) -> Tensor:
+    first = tensors[0]
+    if others or any(tensor.dtype != first.dtype or tensor.dim() != first.dim() for tensor in tensors):
+        return torch.cat([*tensors], dim, **others)
+    return CAT([*tensors], dim - first.dim() if dim >= 0 else dim)
+
+
+def _layer(
+    function: Callable[..., Any], bias: bool, both_ways: bool, rows_first: bool, states: int, *tensors: Tensor
+) -> list[Tensor]:
+    """One recurrent layer as one node."""
+    initial, weights = [*tensors[1 : 1 + states]], [*tensors[1 + states :]]
+    outputs: list[Tensor] = RECURRENT(function.__name__, tensors[0], initial, weights, bias, both_ways, rows_first)
+    return outputs
+
+
+KERNEL_RULES: Rules = {
+    **RULES,
+    torch.cat: _cat_rule,
+    F.linear: _linear_rule,
+    torch.conv1d: _conv_rule(torch.conv1d, 1),
+    torch.conv2d: _conv_rule(torch.conv2d, 2),
+    torch.conv3d: _conv_rule(torch.conv3d, 3),
+    F.batch_norm: _batch_norm_rule,
+    F.layer_norm: _layer_norm_rule,
+    F.max_pool2d: _max_pool_rule,
+    F.avg_pool2d: _average_pool_rule,
+    torch.gru: recurrent_rule(torch.gru, 1, _layer),
+    torch.lstm: recurrent_rule(torch.lstm, 2, _layer),
+    torch.rnn_relu: recurrent_rule(torch.rnn_relu, 1, _layer),
+    torch.rnn_tanh: recurrent_rule(torch.rnn_tanh, 1, _layer),
+}

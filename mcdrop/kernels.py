@@ -1,0 +1,256 @@
+"""Operations that stay whole in a captured program: what vmap would take apart, and what knows its own sample axis.
+
+While a network is captured, a call of one of these functions becomes one node. Batched over the passes it is still one
+node, on an input with one more leading axis; ``RUN`` says how such a node is computed. To keep another function whole,
+add an operator and one line to ``RUN`` here, and its rule to ``kernel_rules``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcdrop.sequences import over_passes
+
+__all__ = ["BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "POOL", "RECURRENT", "RUN"]
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+
+
+@torch.library.custom_op("mcdrop::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_batched(info: Any, dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    """One more axis in front is all that a linear layer needs, unless its weights differ from pass to pass."""
+    if dims[1] is None and dims[2] is None:
+        return _linear(x.movedim(dims[0], 0), weight, bias), 0
+    x = x.unsqueeze(0) if dims[0] is None else x.movedim(dims[0], 0)
+    weight = weight.unsqueeze(0) if dims[1] is None else weight.movedim(dims[1], 0)
+    flat = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+    output = torch.matmul(flat, weight.transpose(1, 2))
+    if bias is not None:
+        output = output + (bias if dims[2] is None else bias.movedim(dims[2], 0).unsqueeze(1))
+    return (output.unflatten(1, x.shape[1:-1]) if x.dim() > 2 else output.squeeze(1)), 0
+
+
+@torch.library.custom_op("mcdrop::conv", mutates_args=())
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return _run_conv(x, weight, bias, stride, padding, dilation, groups)
+
+
+@_conv.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    inner = weight.dim() - 2
+    sizes = [
+        (x.shape[i - inner] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in range(inner)
+    ]
+    return x.new_empty((*x.shape[: -inner - 1], weight.shape[0], *sizes))
+
+
+@torch.library.custom_op("mcdrop::batch_norm", mutates_args=())
+def _batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, leading: int
+) -> Tensor:
+    return _run_batch_norm(x, mean, variance, weight, bias, eps, leading)
+
+
+@_batch_norm.register_fake
+def _(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, leading: int
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mcdrop::layer_norm", mutates_args=())
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+@_layer_norm.register_fake
+def _(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mcdrop::pool", mutates_args=())
+def _pool(
+    x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    return _run_pool(x, kind, inner, kernel, stride, padding)
+
+
+@_pool.register_fake
+def _(
+    x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    sizes = [(x.shape[i - inner] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(inner)]
+    return x.new_empty((*x.shape[:-inner], *sizes))
+
+
+@torch.library.custom_op("mcdrop::recurrent", mutates_args=())
+def _recurrent(
+    name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, both_ways: bool,
+    rows_first: bool,
+) -> list[Tensor]:  # fmt: skip
+    return [tensor.clone() for tensor in _run_recurrent(name, x, initial, weights, bias, both_ways, rows_first)]
+
+
+@_recurrent.register_fake
+def _(
+    name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, both_ways: bool,
+    rows_first: bool,
+) -> list[Tensor]:  # fmt: skip
+    width = initial[0].shape[-1] * (2 if both_ways else 1)
+    return [x.new_empty((*x.shape[:-1], width)), *(state.new_empty(state.shape) for state in initial)]
+
+
+@torch.library.custom_op("mcdrop::cat", mutates_args=())
+def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return torch.cat([*tensors], axis)
+
+
+@_cat.register_fake
+def _(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    sizes = [*tensors[0].shape]
+    sizes[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    return tensors[0].new_empty(sizes)
+
+
+def _cat_batched(info: Any, dims: Any, tensors: Sequence[Tensor], axis: int) -> tuple[Tensor, int]:
+    """All get the sample axis; the axis is counted from the end, so that it stays the same."""
+    batched = [
+        tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, dims[0], strict=True)
+    ]
+    return _cat(batched, axis), 0
+
+
+def _recurrent_batched(
+    info: Any, dims: Any, name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool,
+    both_ways: bool, rows_first: bool,
+) -> tuple[list[Tensor], list[int]]:  # fmt: skip
+    """The passes are folded into the rows."""
+    if any(dim is not None for dim in dims[3]):
+        raise NotImplementedError("the weights of a recurrent layer differ from pass to pass")
+    states = len(initial)
+
+    def run(*each: Tensor) -> list[Tensor]:
+        return _recurrent(name, each[0], [*each[1:]], [*weights], bias, both_ways, rows_first)
+
+    outputs = over_passes(
+        run, (x, *initial), (dims[1], *dims[2]), info.batch_size, states=states, rows_first=rows_first
+    )
+    return [*outputs], [0] * len(outputs)
+
+
+def _first_alone(operator: Any, name: str) -> Callable[..., tuple[Tensor, int]]:
+    """A vmap rule for an operator whose first tensor alone differs from pass to pass: one more axis in front."""
+
+    def rule(info: Any, dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        if any(dim is not None for dim in torch.utils._pytree.tree_leaves(dims[1:])):
+            raise NotImplementedError(f"the weights of a {name} differ from pass to pass")
+        if name == "batch_norm":
+            rest = (*rest[:-1], rest[-1] + 1)
+        return operator(x.movedim(dims[0], 0), *rest), 0
+
+    return rule
+
+
+_linear.register_vmap(_linear_batched)
+_conv.register_vmap(_first_alone(_conv, "convolution"))
+_batch_norm.register_vmap(_first_alone(_batch_norm, "batch_norm"))
+_layer_norm.register_vmap(_first_alone(_layer_norm, "layer norm"))
+_cat.register_vmap(_cat_batched)
+_recurrent.register_vmap(_recurrent_batched)
+_pool.register_vmap(_first_alone(_pool, "pooling"))
+
+LINEAR = torch.ops.mcdrop.linear.default
+CONV = torch.ops.mcdrop.conv.default
+BATCH_NORM = torch.ops.mcdrop.batch_norm.default
+LAYER_NORM = torch.ops.mcdrop.layer_norm.default
+POOL = torch.ops.mcdrop.pool.default
+
+
+CAT = torch.ops.mcdrop.cat.default
+RECURRENT = torch.ops.mcdrop.recurrent.default
+
+
+# -- how a node is computed ----------------------------------------------------------------------------------------------
+
+
+def _folded(x: Tensor, inner: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Runs a function of (rows, channels, ...) on an input with further leading axes, folded into the rows."""
+    lead = x.shape[: x.dim() - inner - 1]
+    if len(lead) == 1:
+        return run(x)
+    output = run(x.reshape(math.prod(lead), *x.shape[len(lead) :]))
+    return output.reshape(*lead, *output.shape[1:])
+
+
+def _run_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32 on a CPU a product and then the bias is faster than both at once, by a third where it is small."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    output = torch.mm(x.reshape(-1, x.shape[-1]), weight.t())
+    if bias is not None:
+        output.add_(bias)
+    return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[1])
+
+
+def _run_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    run = _CONVOLUTIONS[weight.dim()]
+    return _folded(x, weight.dim() - 2, lambda flat: run(flat, weight, bias, stride, padding, dilation, groups))
+
+
+def _run_batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, leading: int
+) -> Tensor:
+    return _folded(
+        x, x.dim() - 2 - leading, lambda flat: F.batch_norm(flat, mean, variance, weight, bias, False, 0.0, eps)
+    )
+
+
+def _run_pool(
+    x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    run: Callable[..., Tensor] = torch.max_pool2d if kind == "max" else F.avg_pool2d
+    return _folded(x, inner, lambda flat: run(flat, kernel, stride, padding))
+
+
+def _run_recurrent(
+    name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, both_ways: bool,
+    rows_first: bool,
+) -> Sequence[Tensor]:  # fmt: skip
+    start = tuple(initial) if len(initial) == 2 else initial[0]
+    found: Sequence[Tensor] = getattr(torch, name)(x, start, weights, bias, 1, 0.0, False, both_ways, rows_first)
+    return found
+
+
+RUN: dict[Any, Callable[..., Any]] = {
+    CAT: torch.cat,
+    LINEAR: _run_linear,
+    CONV: _run_conv,
+    BATCH_NORM: _run_batch_norm,
+    LAYER_NORM: F.layer_norm,
+    POOL: _run_pool,
+    RECURRENT: _run_recurrent,
+}

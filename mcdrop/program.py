@@ -1,0 +1,216 @@
+"""A captured graph made ready to run: cut into stages, each run no oftener than what it reads changes.
+
+``weights`` reads the weights alone and runs once a call, ``masks`` the masks alone, so that what it gives can be kept
+with them, ``rows`` runs once for each block of rows, and ``passes`` runs once for each chunk of passes of a block.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mcdrop.capture import Captured, NotCaptured
+from mcdrop.exact import make_exact, sources
+from mcdrop.masks import Site
+from mcdrop.rewrites import REWRITES, lower, sizes, write_in_place
+
+__all__ = ["Program", "Values"]
+
+Values = tuple[Any, ...]
+
+_WEIGHTS, _MASKS, _ROWS = 1, 2, 4  # what a value depends on; with masks and anything else it differs from pass to pass
+_ORDER = {"weights": (0, _WEIGHTS), "masks": (_MASKS,), "rows": (_ROWS, _ROWS | _WEIGHTS)}
+
+
+class Program:
+    """The passes of one input signature, from tensors to outputs (T, N, ...); safe to use from several threads.
+
+    Raises:
+        NotCaptured: the graph asks for a size that is not made of the numbers of rows and passes.
+    """
+
+    def __init__(
+        self, captured: Captured, *, dtype: torch.dtype | None = None, exact: Sequence[Site] | None = None
+    ) -> None:
+        """Takes a captured graph, and the type that weights and inputs are to be given in (None: their own).
+
+        With ``exact``, the sites of its masks, outputs are mean and variance over the last mask, (T, N, ..., 2 D).
+        """
+        self._captured = captured
+        self.dtype = dtype
+        self._facts = [_fact(one.now()) for one in captured.state]
+        self._held: dict[tuple[int, int], bool] = {}
+        self._stages = _stages(captured, exact)
+
+    def holds(self, passes: int, rows: int) -> bool:
+        """Whether it stands for so many passes of so many rows of the network with weights like today's."""
+        if not self._captured.guards:
+            return True
+        key = (passes, rows)
+        if key not in self._held:
+            self._held[key] = self._captured.holds(passes, rows)
+        return self._held[key]
+
+    def fits(self) -> bool:
+        """Whether today's weights have the shapes and types of those that it was captured with."""
+        return all(_fact(one.now()) == fact for one, fact in zip(self._captured.state, self._facts, strict=True))
+
+    def weights(self) -> Values:
+        """Gives what follows from the weights of today."""
+        tensors = [one.now() for one in self._captured.state]
+        if self.dtype is not None:
+            tensors = [t.to(self.dtype) if t.is_floating_point() else t for t in tensors]
+        return self._run("weights", *tensors)
+
+    def masks(self, stacks: Sequence[Tensor]) -> Values:
+        """Gives what follows from the masks, one stack (T, ...) a draw."""
+        return self._run("masks", *stacks, len(stacks[0]))
+
+    def rows(self, weights: Values, leaves: Sequence[Tensor], count: int) -> Values:
+        """Gives what comes before the first draw, for a block of rows."""
+        if self.dtype is not None:
+            leaves = [leaf.to(self.dtype) if leaf.is_floating_point() else leaf for leaf in leaves]
+        return self._run("rows", *weights, *leaves, count)
+
+    def passes(self, weights: Values, masks: Values, rows: Values, passes: int, count: int) -> Tensor:
+        """Gives the outputs (T, N, ...)."""
+        output: Tensor = self._run("passes", *weights, *masks, *rows, passes, count)[0]
+        return output
+
+    def compiled(self) -> "Program":
+        """Gives the same with the costly stages compiled by torch, on a GPU as CUDA graphs.
+
+        Raises:
+            NotCaptured: torch cannot compile here.
+        """
+        other = copy.copy(self)
+        mode = "reduce-overhead" if any(fact[2].type == "cuda" for fact in self._facts) else None
+        compiled = {
+            name: torch.compile(self._stages[name], fullgraph=True, dynamic=True, mode=mode)
+            for name in ("rows", "passes")
+        }
+        other._stages = {**self._stages, **compiled}
+        return other
+
+    def _run(self, stage: str, *values: Any) -> Values:
+        found: Values = self._stages[stage](*values)
+        return found
+
+
+def _fact(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _stages(captured: Captured, exact: Sequence[Site] | None) -> dict[str, Callable[..., Values]]:
+    """Rewrites the graph and cuts it."""
+    graph = fx.Graph(captured.graph.owning_module)
+    copies: dict[fx.Node, fx.Node] = {}
+    (end,) = graph.graph_copy(captured.graph, copies)  # type: ignore[misc]
+    output = graph.output((end,))
+    passes, rows = _with_sizes(graph, captured.symbols)
+    for rewrite in REWRITES:
+        rewrite(graph)
+    given = {"T": [passes], "N": [rows]}
+    for name in ("weights", "leaves", "masks"):
+        given[name] = [copies[node] for node in getattr(captured, name)]
+    if exact is not None and not make_exact(graph, given["masks"], exact, passes):
+        raise NotCaptured("its output is not a linear layer of dropout that is read by nothing else")
+    graph.eliminate_dead_code()
+    return _cut(graph, given, output)
+
+
+def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node) -> dict[str, Callable[..., Values]]:
+    depends = _dependences(graph, given)
+    placed: dict[str, list[fx.Node]] = {name: [] for name in (*_ORDER, "passes")}
+    home: dict[fx.Node, str] = {node: "weights" for node in given["weights"]}
+    for node in graph.nodes:
+        if node.op in ("call_function", "get_attr"):
+            stage = next((name for name, kinds in _ORDER.items() if depends[node] in kinds), "passes")
+            placed[stage].append(node)
+            home[node] = stage
+    # the masks' stage runs without the weights', so it has constants of its own
+    wanted = {source for node in placed["masks"] for source in sources(node) if depends[source] == 0}
+    placed["masks"] = [node for node in graph.nodes if node in wanted or home.get(node) == "masks"]
+    ends: dict[str, list[fx.Node]] = {name: [] for name in placed}
+    # inputs count to the stage that takes them, and may be read by later ones as they are
+    home |= dict.fromkeys(given["leaves"], "rows") | dict.fromkeys(given["masks"], "masks")
+    for node, stage in home.items():
+        if any(home.get(user, "passes") != stage for user in node.users):
+            ends[stage].append(node)
+    ends["passes"] = [output.args[0][0]]  # type: ignore[index, list-item]
+    inputs = {
+        "weights": given["weights"],
+        "masks": [*given["masks"], *given["T"]],
+        "rows": [*ends["weights"], *given["leaves"], *given["N"]],
+        "passes": [*ends["weights"], *ends["masks"], *ends["rows"], *given["T"], *given["N"]],
+    }
+    return {name: _function(graph, inputs[name], placed[name], ends[name]) for name in placed}
+
+
+def _dependences(graph: fx.Graph, given: dict[str, list[fx.Node]]) -> dict[fx.Node, int]:
+    """Says of every value what it depends on; a number of rows counts as the rows, one of passes as the masks."""
+    kinds = {"weights": _WEIGHTS, "leaves": _ROWS, "masks": _MASKS, "T": _MASKS, "N": _ROWS}
+    depends = {node: kinds[name] for name, nodes in given.items() for node in nodes}
+    for node in graph.nodes:
+        if node not in depends:
+            depends[node] = 0
+            for source in node.all_input_nodes:
+                depends[node] |= depends[source]
+    return depends
+
+
+def _function(
+    whole: fx.Graph, inputs: list[fx.Node], nodes: list[fx.Node], ends: list[fx.Node]
+) -> Callable[..., Values]:
+    """Makes a function of the given values out of some nodes of a graph."""
+    root = whole.owning_module or nn.Module()
+    graph = fx.Graph(root)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, lambda old: copies[old])
+    graph.output(tuple(copies[node] for node in ends))
+    write_in_place(graph)
+    lower(graph)
+    run: Callable[..., Values] = fx.GraphModule(root, graph).forward
+    return run
+
+
+def _with_sizes(graph: fx.Graph, symbols: dict[Any, str]) -> tuple[fx.Node, fx.Node]:
+    """Adds the numbers of passes and rows as inputs, and lets every size be made of them."""
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        axes = {"T": graph.placeholder("passes_"), "N": graph.placeholder("rows_")}
+    for node in [*graph.nodes]:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and node.op == "call_function":
+            with graph.inserting_before(node):
+                size = _size(graph, value.node.expr, symbols, axes)
+            for user in [*node.users]:
+                user.args = fx.node.map_arg(user.args, lambda old, node=node, size=size: size if old is node else old)
+                user.kwargs = fx.node.map_arg(
+                    user.kwargs, lambda old, node=node, size=size: size if old is node else old
+                )
+            graph.erase_node(node)
+    return axes["T"], axes["N"]
+
+
+def _size(graph: fx.Graph, expression: Any, symbols: dict[Any, str], axes: dict[str, fx.Node]) -> Any:
+    """Writes a size as a node or a number: sums and products of whole numbers and the two symbols."""
+    if expression.is_Integer:
+        return int(expression)
+    if expression in symbols:
+        return axes[symbols[expression]]
+    kinds = {"Add": "add", "Mul": "mul"}
+    kind = kinds.get(type(expression).__name__)
+    if kind is None:
+        raise NotCaptured(f"a size is {expression}")
+    first, *rest = (_size(graph, part, symbols, axes) for part in expression.args)
+    for part in rest:
+        first = graph.call_function(getattr(operator, kind), (first, part))
+    return first

@@ -1,0 +1,192 @@
+"""Changes of a captured graph that leave its values alone and make it faster.
+
+``REWRITES`` are applied to the whole graph in order; ``write_in_place`` and ``lower`` to each stage of it, once it is
+split. To add a change, add one function and one line.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RUN
+
+__all__ = ["REWRITES", "lower", "sizes", "write_in_place"]
+
+aten = torch.ops.aten
+
+_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+_SHAPED = (
+    aten.permute.default, aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor
+)  # fmt: skip
+
+
+def sizes(node: fx.Node) -> tuple[Any, ...] | None:
+    """Gives the sizes of a node's tensor, symbols as such; None where it is no tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape)
+
+
+def _replace(node: fx.Node, other: fx.Node) -> None:
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
+
+
+def drop_copies(graph: fx.Graph) -> None:
+    """Takes out copies, and changes of shape that change nothing: a graph without in-place writes needs none."""
+    for node in [*graph.nodes]:
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source is None or node.op != "call_function":
+            continue
+        copies = node.target in _COPIES and not node.kwargs.get("memory_format")
+        order = node.args[1] if node.target is aten.permute.default else None
+        same = node.target in _SHAPED and sizes(node) == sizes(source)
+        if copies or (same and (order is None or [*order] == sorted(order))):
+            _replace(node, source)
+
+
+def fold_norms(graph: fx.Graph) -> None:
+    """Folds a batch norm in eval into the layer before it: scaled weights, shifted bias (Jacob et al. 2018, sec. 3.2).
+
+    The folded weights are computed from those of today whenever passes are run, and cost next to nothing.
+    """
+    for node in [*graph.nodes]:
+        layer = node.args[0] if node.target is BATCH_NORM else None
+        if not isinstance(layer, fx.Node) or layer.target not in (CONV, LINEAR) or len(layer.users) > 1:
+            continue
+        mean, variance, gain, shift, eps = node.args[1:6]
+        weight, bias = layer.args[1:3]
+        shape = sizes(weight) if isinstance(weight, fx.Node) else None
+        channels = sizes(mean) if isinstance(mean, fx.Node) else None
+        if shape is None or channels is None or shape[0] != channels[0]:
+            continue
+        if layer.target is LINEAR and len(sizes(layer) or ()) != 2 + int(str(node.args[6])):
+            continue  # channels are the second axis of its output, not the last
+        with graph.inserting_before(layer):
+            folded = graph.call_function(_folded_weight, (weight, variance, gain, eps))
+            moved = graph.call_function(_folded_bias, (bias, mean, variance, gain, shift, eps))
+        folded.meta["val"], moved.meta["val"] = weight.meta["val"], mean.meta["val"]  # type: ignore[union-attr]
+        layer.args = (layer.args[0], folded, moved, *layer.args[3:])
+        layer.meta["val"] = node.meta["val"]
+        _replace(node, layer)
+
+
+def _folded_weight(weight: Tensor, variance: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    scale = _scale(variance, gain, eps)
+    return (weight * scale.view(-1, *(1,) * (weight.dim() - 1))).to(weight.dtype)
+
+
+def _folded_bias(
+    bias: Tensor | None, mean: Tensor, variance: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float
+) -> Tensor:
+    moved = (-mean if bias is None else bias - mean) * _scale(variance, gain, eps)
+    return moved if shift is None else moved + shift
+
+
+def _scale(variance: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    scale = torch.rsqrt(variance + eps)
+    return scale if gain is None else scale * gain
+
+
+def channels_last(graph: fx.Graph) -> None:
+    """Puts channels last in the weights of convolutions over images; what follows takes the layout over."""
+    done: dict[fx.Node, fx.Node] = {}
+    for node in [*graph.nodes]:
+        weight = node.args[1] if node.target is CONV else None
+        if isinstance(weight, fx.Node) and len(sizes(weight) or ()) == 4:
+            if weight not in done:
+                with graph.inserting_before(node):
+                    done[weight] = graph.call_function(_channels_last, (weight,))
+                done[weight].meta["val"] = weight.meta["val"]
+            node.args = (node.args[0], done[weight], *node.args[2:])
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+REWRITES: tuple[Callable[[fx.Graph], None], ...] = (drop_copies, fold_norms, channels_last)
+
+
+# -- within a stage ------------------------------------------------------------------------------------------------------
+
+
+def write_in_place(graph: fx.Graph) -> None:
+    """Lets elementwise operations write over their input where nothing else reads it: no fresh memory to fault in."""
+    kept = {node for end in graph.nodes if end.op == "output" for node in end.all_input_nodes}
+    for node in [*graph.nodes]:
+        other = _in_place(node.target)
+        if other is None:
+            continue
+        for index in (0, 1) if node.target in (aten.add.Tensor, aten.mul.Tensor) and not node.kwargs else (0,):
+            source = node.args[index] if index < len(node.args) else None
+            if isinstance(source, fx.Node) and source not in kept and _owned(source) and _alike(source, node):
+                rest = [argument for place, argument in enumerate(node.args) if place != index]
+                node.target, node.args = other, (source, *rest)
+                break
+
+
+def _in_place(target: Any) -> Any:
+    """The operation that writes over its first argument, where an elementwise one has such a twin."""
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags:
+        return None
+    packet = getattr(aten, f"{target._schema.name.removeprefix('aten::')}_", None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def _alike(source: fx.Node, node: fx.Node) -> bool:
+    old, new = source.meta.get("val"), node.meta.get("val")
+    return isinstance(old, Tensor) and isinstance(new, Tensor) and old.dtype == new.dtype and sizes(source) == sizes(node)
+
+
+def _owned(node: fx.Node) -> bool:
+    """Whether a node's memory is its own and read by one operation alone."""
+    if len(node.users) != 1 or node.op != "call_function":
+        return False
+    if node.target in RUN:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if any(result.alias_info is not None for result in node.target._schema.returns):
+        source = node.args[0] if node.args else None
+        # a view that covers all of what it looks at; an expanded one would be written several times over
+        whole = node.target in (aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default)
+        written = node.target._schema.is_mutable
+        return (whole or written) and isinstance(source, fx.Node) and _owned(source)
+    return True
+
+
+# What Python calls fastest; the rest goes through torch's table of overloads.
+_FAST: dict[Any, Callable[..., Any]] = {
+    aten.view.default: Tensor.reshape,  # a layout that differs from the stand-ins' must not fail
+    aten._unsafe_view.default: Tensor.reshape,
+    aten.add.Tensor: torch.add,
+    aten.add_.Tensor: Tensor.add_,
+    aten.bmm.default: torch.bmm,
+    aten.mm.default: torch.mm,
+    aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: Tensor.mul_,
+    aten.permute.default: Tensor.permute,
+    aten.relu.default: torch.relu,
+    aten.relu_.default: torch.relu_,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.sigmoid_.default: torch.sigmoid_,
+    aten.sub.Tensor: torch.sub,
+    aten.t.default: Tensor.t,
+    aten.tanh.default: torch.tanh,
+    aten.tanh_.default: torch.tanh_,
+    aten.transpose.int: torch.transpose,
+    aten.unsqueeze.default: torch.unsqueeze,
+    **RUN,
+}
+
+
+def lower(graph: fx.Graph) -> None:
+    """Puts what is called in the place of what was written down."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _FAST.get(node.target, node.target)
+
