@@ -44,9 +44,10 @@ def make_exact(graph: fx.Graph, masks: Sequence[fx.Node], sites: Sequence[Site],
     return False
 
 
-def sources(node: fx.Node) -> set[fx.Node]:
-    """All that a value follows from, itself included."""
-    seen, left = set(), [node]
+def sources(*nodes: fx.Node) -> set[fx.Node]:
+    """All that values follow from, themselves included."""
+    seen: set[fx.Node] = set()
+    left = [*nodes]
     while left:
         one = left.pop()
         if one not in seen:

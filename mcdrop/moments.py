@@ -1,6 +1,7 @@
 """Streaming, mergeable moments over passes, and the Monte Carlo error that follows from them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -116,7 +117,7 @@ class Gathered:
         assert self.whole is not None
         return self.whole.count - 1
 
-    @property
+    @cached_property
     def error_squared(self) -> Array:
         """Squared standard error of the mean; from above where balanced blocks are too few to tell.
 

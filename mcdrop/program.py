@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 from mcdrop.capture import Captured, NotCaptured
 from mcdrop.exact import make_exact, sources
 from mcdrop.masks import Site
-from mcdrop.rewrites import REWRITES, lower, sizes, write_in_place
+from mcdrop.rewrites import REWRITES, lower, split_linear, write_in_place
 
 __all__ = ["Program", "Values"]
 
 Values = tuple[Any, ...]
 
 _WEIGHTS, _MASKS, _ROWS = 1, 2, 4  # what a value depends on; with masks and anything else it differs from pass to pass
+_ARITHMETIC = (operator.add, operator.mul)  # of sizes, which every stage does for itself
 _ORDER = {"weights": (0, _WEIGHTS), "masks": (_MASKS,), "rows": (_ROWS, _ROWS | _WEIGHTS)}
 
 
@@ -118,25 +119,22 @@ def _stages(captured: Captured, exact: Sequence[Site] | None) -> dict[str, Calla
         given[name] = [copies[node] for node in getattr(captured, name)]
     if exact is not None and not make_exact(graph, given["masks"], exact, passes):
         raise NotCaptured("its output is not a linear layer of dropout that is read by nothing else")
+    split_linear(graph, passes, captured.symbols)
     graph.eliminate_dead_code()
     return _cut(graph, given, output)
 
 
 def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node) -> dict[str, Callable[..., Values]]:
     depends = _dependences(graph, given)
-    placed: dict[str, list[fx.Node]] = {name: [] for name in (*_ORDER, "passes")}
-    home: dict[fx.Node, str] = {node: "weights" for node in given["weights"]}
+    home: dict[fx.Node, str] = {}
     for node in graph.nodes:
-        if node.op in ("call_function", "get_attr"):
-            stage = next((name for name, kinds in _ORDER.items() if depends[node] in kinds), "passes")
-            placed[stage].append(node)
-            home[node] = stage
-    # the masks' stage runs without the weights', so it has constants of its own
-    wanted = {source for node in placed["masks"] for source in sources(node) if depends[source] == 0}
-    placed["masks"] = [node for node in graph.nodes if node in wanted or home.get(node) == "masks"]
+        if node.op in ("call_function", "get_attr") and node.target not in _ARITHMETIC:
+            home[node] = next((name for name, kinds in _ORDER.items() if depends[node] in kinds), "passes")
+    placed = {name: _members(graph, home, depends, name) for name in (*_ORDER, "passes")}
     ends: dict[str, list[fx.Node]] = {name: [] for name in placed}
     # inputs count to the stage that takes them, and may be read by later ones as they are
-    home |= dict.fromkeys(given["leaves"], "rows") | dict.fromkeys(given["masks"], "masks")
+    for name, stage in (("weights", "weights"), ("leaves", "rows"), ("masks", "masks")):
+        home |= dict.fromkeys(given[name], stage)
     for node, stage in home.items():
         if any(home.get(user, "passes") != stage for user in node.users):
             ends[stage].append(node)
@@ -148,6 +146,18 @@ def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node) -> d
         "passes": [*ends["weights"], *ends["masks"], *ends["rows"], *given["T"], *given["N"]],
     }
     return {name: _function(graph, inputs[name], placed[name], ends[name]) for name in placed}
+
+
+def _members(graph: fx.Graph, home: dict[fx.Node, str], depends: dict[fx.Node, int], stage: str) -> list[fx.Node]:
+    """The nodes of a stage: those at home there, and the sizes they need; the masks' own constants too."""
+    own = [node for node, place in home.items() if place == stage]
+    needed = sources(*own)
+    shared = {
+        node
+        for node in needed
+        if node.target in _ARITHMETIC or (stage == "masks" and depends[node] == 0 and node.op != "placeholder")
+    }
+    return [node for node in graph.nodes if home.get(node) == stage or node in shared]
 
 
 def _dependences(graph: fx.Graph, given: dict[str, list[fx.Node]]) -> dict[fx.Node, int]:

@@ -1,6 +1,6 @@
 """Changes of a captured graph that leave its values alone and make it faster.
 
-``REWRITES`` are applied to the whole graph in order; ``write_in_place`` and ``lower`` to each stage of it, once it is
+``REWRITES`` are applied to the whole graph in order, ``split_linear`` after them; ``write_in_place`` and ``lower`` to each stage of it, once it is
 split. To add a change, add one function and one line.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RUN
 
-__all__ = ["REWRITES", "lower", "sizes", "write_in_place"]
+__all__ = ["REWRITES", "lower", "sizes", "split_linear", "write_in_place"]
 
 aten = torch.ops.aten
 
@@ -106,6 +106,29 @@ def channels_last(graph: fx.Graph) -> None:
 
 def _channels_last(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
+
+
+def split_linear(graph: fx.Graph, passes: fx.Node, symbols: dict[Any, str]) -> None:
+    """Writes float32 linear layers on a CPU as a product and a sum in place: a third faster where they are small."""
+    for node in [*graph.nodes]:
+        value = node.meta.get("val")
+        if node.target is not LINEAR or value.dtype != torch.float32 or value.device.type != "cpu":
+            continue
+        x, weight, bias = node.args
+        lead = [passes if symbols.get(size) == "T" else size for size in (sizes(x) or ())[:-1]]
+        lead = [size if isinstance(size, int | fx.Node) else -1 for size in lead]
+        if lead.count(-1) > 1:  # what a reshape cannot tell by itself
+            continue
+        with graph.inserting_before(node):
+            turned = graph.call_function(aten.t.default, (weight,))
+            flat = x if len(lead) == 1 else graph.call_function(aten.view.default, (x, [-1, (sizes(x) or ())[-1]]))
+            output = graph.call_function(aten.mm.default, (flat, turned))
+            if bias is not None:
+                output = graph.call_function(aten.add_.Tensor, (output, bias))
+            if len(lead) > 1:
+                output = graph.call_function(aten.view.default, (output, [*lead, value.shape[-1]]))
+        output.meta = dict(node.meta)
+        _replace(node, output)
 
 
 REWRITES: tuple[Callable[[fx.Graph], None], ...] = (drop_copies, fold_norms, channels_last)

@@ -1,5 +1,6 @@
 """Rows: what a network is given, as leaves whose first dimension is the rows."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,8 @@ def _leaf(value: Any, name: str) -> Any:
             raise InputError(f"{name} must have rows as its first dimension, got a single number")
         if leaf.is_complex():
             raise InputError(f"{name} must be numbers, got values of type {leaf.dtype}")
-        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+        # a sum is finite only where all of it is, and cheaper; one that overflows is looked at number by number
+        if leaf.is_floating_point() and not math.isfinite(leaf.sum()) and not bool(leaf.isfinite().all()):
             raise InputError(f"{name} must be finite numbers; {_first_bad(leaf.float().cpu().numpy())}")
         return leaf
     if isinstance(value, list) and value and hasattr(value[0], "detach"):

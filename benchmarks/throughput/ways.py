@@ -111,6 +111,8 @@ def exported(setting: Setting) -> dict[str, Run]:
     model = mcdrop.wrap(setting.copy().eval(), example=setting.x[:8])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would else spin on after its turn, and take the cores from whoever comes next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         path = mcdrop.export_onnx(model, Path(folder) / "posterior.onnx", passes=setting.passes)
         if path.stat().st_size > MOST_GRAPH_BYTES:
