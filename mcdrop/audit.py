@@ -51,9 +51,11 @@ class Audit:
     are run, ``tier_reason`` why. ``mean_preserving`` says whether the network with every draw at its expectation equals
     its eval output. ``mean_gap`` is the largest distance between the mean of the passes and the deterministic output,
     in standard deviations of the passes. ``prefix_share`` is the part of one pass's floating-point operations that
-    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes. ``precision_error`` is the
-    root mean square of what a lower precision changes in the passes, in standard deviations of the passes. ``injected`` says what was
-    put into a network that was trained without it: uncalibrated until ``calibrated``.
+    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes. ``kept_from`` is the number
+    of rows from which passes compute with kept units alone, ``chunk`` the memory of a chunk of passes as a multiple of
+    the usual: both were measured. ``exact_last`` says whether the last dropout has a closed form. ``precision_error``
+    is the root mean square of what a lower precision changes in the passes, in their standard deviations. ``injected``
+    says what was put into a network that was trained without it: uncalibrated until ``calibrated``.
     """
 
     model: str
@@ -68,6 +70,9 @@ class Audit:
     norms: tuple[NormReport, ...] = ()
     prefix_share: float | None = None
     speed_up: float | None = None
+    kept_from: int | None = None
+    chunk: float = 1.0
+    exact_last: bool = False
     precision: str = "fp32"
     precision_error: float | None = None
     injected: str | None = None
@@ -103,6 +108,11 @@ class Audit:
         if self.prefix_share is not None and self.speed_up is not None:
             saved = f"{self.speed_up:.1f} times fewer operations at 100 passes"
             lines.append(f"before the first draw: {self.prefix_share:.0%} of a pass, run once ({saved})")
+        if self.kept_from is not None or self.chunk != 1:
+            kept = "" if self.kept_from is None else f"kept units alone from {self.kept_from} rows on; "
+            lines.append(f"measured: {kept}chunks of {self.chunk:g} times the usual memory")
+        if self.exact_last:
+            lines.append("exact_last: the last dropout has a closed form")
         if self.precision_error is not None:
             lines.append(f"precision: {self.precision}, off from fp32 by {self.precision_error:.2%} of the passes' std")
         for norm in sorted(self.norms, key=lambda norm: -abs(norm.mask_effect - 1))[:_NORMS_SHOWN]:

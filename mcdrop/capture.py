@@ -141,7 +141,7 @@ def capture(
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     ends = (len(state), len(state) + len(arguments[1]))
     axes = [("N", leaf) for leaf in arguments[1]] + [("T", stack) for stack in arguments[2]]
-    symbols = {env.replace(tensor.shape[0].node.expr): axis for axis, tensor in axes}
+    symbols = {env.replace(_expression(tensor.shape[0])): axis for axis, tensor in axes}
     if any(not symbol.is_symbol for symbol in symbols):
         raise NotCaptured("its operations are tied to the number of rows or passes")
     return Captured(
@@ -164,6 +164,11 @@ def _written_down(function: Callable[..., Tensor], arguments: tuple[list[Tensor]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise NotCaptured(f"it draws by {node.target}")
     return graph
+
+
+def _expression(size: Any) -> Any:
+    """The symbol that a free size stands for."""
+    return size.node.expr
 
 
 def _guards(env: ShapeEnv, symbols: dict[Any, str]) -> tuple[Any, ...]:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from mcdrop.errors import UncontrolledDraw
+from mcdrop.errors import UncontrolledDraw, first_line
 from mcdrop.forward import draws_off
 from mcdrop.masks import sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
-from mcdrop.tiers import difference, first_line, tolerance
+from mcdrop.tiers import difference, tolerance
 from mcdrop.trace import Trace, one_pass
 
 __all__ = ["coupled", "mean_preserving", "unrepeatable"]

@@ -7,6 +7,7 @@ takes that layer's share out of their Monte Carlo error.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -38,7 +39,11 @@ def make_exact(graph: fx.Graph, masks: Sequence[fx.Node], sites: Sequence[Site],
         factor, hidden = masked.args[index], masked.args[1 - index]
         if isinstance(factor, fx.Node) and isinstance(hidden, fx.Node):
             mask = _mask_of(factor, masks)
-            if mask is not None and mask not in sources(hidden) and _is_dropout(sites[masks.index(mask)], factor, weight):
+            if (
+                mask is not None
+                and mask not in sources(hidden)
+                and _is_dropout(sites[masks.index(mask)], factor, weight)
+            ):
                 _write(graph, output, (layer, masked, hidden, factor, mask), sites[masks.index(mask)].p, passes)
                 return True
     return False
@@ -83,12 +88,16 @@ def _write(graph: fx.Graph, output: fx.Node, parts: tuple[fx.Node, ...], p: floa
         for value in (torch.ones_like, torch.zeros_like):
             copies = {mask: graph.call_function(value, (mask,))}
             for node in chain:
-                copies[node] = graph.node_copy(node, lambda old, copies=copies: copies.get(old, old))
+                copies[node] = graph.node_copy(node, partial(_mapped, copies))
             ends.append(copies[factor])
         moments = graph.call_function(_moments, (*ends, p))
     with graph.inserting_before(output):
         both = graph.call_function(_closed_form, (hidden, moments, *layer.args[1:3], passes))
     output.args = ((both,),)
+
+
+def _mapped(copies: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    return copies.get(node, node)
 
 
 def _moments(kept: Tensor, dropped: Tensor, p: float) -> Tensor:

@@ -8,12 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mcdrop.errors import InputError, first_line
 from mcdrop.intercept import Expected, Interception
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 
-__all__ = ["VOLATILE", "draws_off", "forward", "place_of", "placed", "to_tensors"]
+__all__ = [
+    "VOLATILE",
+    "draws_off",
+    "forward",
+    "out_of_memory",
+    "place_of",
+    "placed",
+    "said_of",
+    "to_tensors",
+]
 
 VOLATILE = "_mcdrop_volatile"  # on a shadow's root: (owner, name, start) of its own buffers that passes write to
 
@@ -72,3 +82,20 @@ def draws_off(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
     """Runs the module with every draw at its expectation, also those that it makes in eval, (N, ...)."""
     with Interception(Expected(), RULES):
         return forward(module, rows, pick)
+
+
+@contextmanager
+def said_of(rows: Rows) -> Iterator[None]:
+    """Turns a network's own error into one that says what it was given."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, InputError) or out_of_memory(error):
+            raise
+        shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in rows.named())
+        raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator only says so."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)

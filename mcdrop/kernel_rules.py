@@ -18,9 +18,9 @@ from mcdrop.sequences import recurrent_rule
 __all__ = ["KERNEL_RULES"]
 
 
-
 def _linear_rule(mode: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return LINEAR(input, weight, bias)
+    output: Tensor = LINEAR(input, weight, bias)
+    return output
 
 
 def _each(value: Any, inner: int) -> list[int]:
@@ -34,7 +34,9 @@ def _conv_rule(function: Callable[..., Tensor], inner: int) -> Callable[..., Ten
     ) -> Tensor:  # fmt: skip
         if isinstance(padding, str) or input.dim() != inner + 2:
             return function(input, weight, bias, stride, padding, dilation, groups)
-        return CONV(input, weight, bias, _each(stride, inner), _each(padding, inner), _each(dilation, inner), groups)
+        each = (_each(value, inner) for value in (stride, padding, dilation))
+        output: Tensor = CONV(input, weight, bias, *each, groups)
+        return output
 
     return rule
 
@@ -46,14 +48,16 @@ def _batch_norm_rule(
 ) -> Tensor:  # fmt: skip
     if training or running_mean is None or running_var is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return BATCH_NORM(input, running_mean, running_var, weight, bias, eps, 0)
+    output: Tensor = BATCH_NORM(input, running_mean, running_var, weight, bias, eps, 0)
+    return output
 
 
 def _layer_norm_rule(
     mode: Interception, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
-    return LAYER_NORM(input, [*normalized_shape], weight, bias, eps)
+    output: Tensor = LAYER_NORM(input, [*normalized_shape], weight, bias, eps)
+    return output
 
 
 def _max_pool_rule(
@@ -61,8 +65,10 @@ def _max_pool_rule(
     ceil_mode: bool = False, return_indices: bool = False,
 ) -> Any:  # fmt: skip
     if ceil_mode or return_indices or dilation not in (1, (1, 1), [1, 1]) or input.dim() != 4:
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return POOL(input, "max", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2))
+        function: Any = F.max_pool2d
+        return function(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    output: Tensor = POOL(input, "max", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2))
+    return output
 
 
 def _average_pool_rule(
@@ -73,14 +79,18 @@ def _average_pool_rule(
         return F.avg_pool2d(
             input, kernel_size, stride or kernel_size, padding, ceil_mode, count_include_pad, divisor_override
         )
-    return POOL(input, "average", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2))
+    output: Tensor = POOL(
+        input, "average", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2)
+    )
+    return output
 
 
 def _cat_rule(mode: Interception, tensors: Sequence[Tensor], dim: int = 0, **others: Any) -> Tensor:
     first = tensors[0]
     if others or any(tensor.dtype != first.dtype or tensor.dim() != first.dim() for tensor in tensors):
         return torch.cat([*tensors], dim, **others)
-    return CAT([*tensors], dim - first.dim() if dim >= 0 else dim)
+    output: Tensor = CAT([*tensors], dim - first.dim() if dim >= 0 else dim)
+    return output
 
 
 def _layer(

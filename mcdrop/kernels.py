@@ -96,9 +96,7 @@ def _pool(
 
 
 @_pool.register_fake
-def _(
-    x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
+def _(x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     sizes = [(x.shape[i - inner] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(inner)]
     return x.new_empty((*x.shape[:-inner], *sizes))
 
@@ -150,8 +148,9 @@ def _recurrent_batched(
         raise NotImplementedError("the weights of a recurrent layer differ from pass to pass")
     states = len(initial)
 
-    def run(*each: Tensor) -> list[Tensor]:
-        return _recurrent(name, each[0], [*each[1:]], [*weights], bias, both_ways, rows_first)
+    def run(*each: Tensor) -> Sequence[Tensor]:
+        found: list[Tensor] = _recurrent(name, each[0], [*each[1:]], [*weights], bias, both_ways, rows_first)
+        return found
 
     outputs = over_passes(
         run, (x, *initial), (dims[1], *dims[2]), info.batch_size, states=states, rows_first=rows_first
@@ -191,7 +190,7 @@ CAT = torch.ops.mcdrop.cat.default
 RECURRENT = torch.ops.mcdrop.recurrent.default
 
 
-# -- how a node is computed ----------------------------------------------------------------------------------------------
+# -- how a node is computed -------------------------------------------------------------------------------------------
 
 
 def _folded(x: Tensor, inner: int, run: Callable[[Tensor], Tensor]) -> Tensor:

@@ -119,10 +119,23 @@ def _balanced(key: str, start: int, passes: int, units: int) -> Words:
     first, last = start // size, -(-(start + passes) // size)
     begin, count = first * size, (last - first) * size
     order = _philox(f"{key}/order", begin, count, units).reshape(last - first, size, units)
-    rank = np.argsort(np.argsort(order, axis=1, kind="stable"), axis=1).astype(np.uint64)
-    inside = _philox(f"{key}/inside", begin, count, units).reshape(rank.shape)
-    words = (((rank << np.uint64(32)) + inside) // np.uint64(size)).astype(np.uint32)
-    return words.reshape(count, units)[start - begin : start - begin + passes]
+    inside = _philox(f"{key}/inside", begin, count, units)
+    words = (_ranks(order).reshape(count, units).astype(np.uint32) << np.uint32(28)) | (inside >> np.uint32(4))
+    return words[start - begin : start - begin + passes]
+
+
+def _ranks(order: Words) -> NDArray[np.uint8]:
+    """Ranks the passes of each block (blocks, 16, units), the earlier first where two are equal.
+
+    Every pair is compared once: for 16 numbers that is three times as fast as sorting them.
+    """
+    ranks = np.zeros(order.shape, np.uint8)
+    for later in range(order.shape[1]):
+        for earlier in range(later):
+            before = order[:, earlier] <= order[:, later]
+            ranks[:, later] += before
+            ranks[:, earlier] += ~before
+    return ranks
 
 
 def _bernoulli(words: Words, p: float) -> NDArray[np.float32]:

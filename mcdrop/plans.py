@@ -1,163 +1,161 @@
-"""How the passes of one input signature are run: captured where that equals the loop, else by a tier that does."""
+"""The plans of a network: one for each input signature, made when rows of such shapes are first seen."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mcdrop.capture import Captured, NotCaptured, capture
-from mcdrop.errors import InputError, ModelRefused, UnknownName
-from mcdrop.forward import draws_off, place_of
-from mcdrop.masks import Site
+from mcdrop.capture import state_of
+from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
-from mcdrop.program import Program, Values
+from mcdrop.plan import CAPTURED, Plan, straight
+from mcdrop.planning import make_plan
+from mcdrop.program import Values
 from mcdrop.rows import Rows
-from mcdrop.stacks import expected_stack
-from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, difference, first_line, tolerance
-from mcdrop.trace import Trace, repeat_rows
+from mcdrop.stacks import Kept, Span, stack
+from mcdrop.tiers import TIERS, Stacks
+from mcdrop.trace import Trace, trace, widened
 
-__all__ = ["CAPTURED", "PRECISIONS", "Plan", "check_precision", "make_plan", "straight"]
+__all__ = ["Plans"]
 
-CAPTURED = "captured"
-PRECISIONS: dict[str, torch.dtype | None] = {"bf16": torch.bfloat16, "fp32": None, "tf32": None}
-_ROWS = 4
-
-
-def check_precision(module: nn.Module, precision: str) -> None:
-    """Checks a precision against a network.
-
-    Raises:
-        InputError: it is unknown, the network is not float32, or tf32 is asked for on a CPU.
-    """
-    if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
-    if precision == "fp32":
-        return
-    device, dtype = place_of([*module.parameters(), *module.buffers()])
-    if dtype != torch.float32:
-        raise InputError(f"precision={precision!r} is for float32 networks; this one is {dtype}")
-    if precision == "tf32" and device.type != "cuda":
-        raise InputError(f"precision='tf32' needs a CUDA device, and the network is on {device}; try 'bf16'")
+_MASK_BYTES = 64 * 2**20  # of masks, and as much again of what the captured program makes of them
+_SWITCH = threading.RLock()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How passes of one input signature are run.
+class Plans:
+    """The plans of a network by input signature, and the masks that they need; safe to use from several threads."""
 
-    ``program`` is the captured graph, or None. Where ``rides``, the output with all draws off is that of one more pass
-    whose masks hold their expectations, and costs next to nothing. ``exact`` gives mean and variance over the last mask
-    in closed form, where there is one for it.
-    """
+    def __init__(
+        self, live: nn.Module, plain: nn.Module, pick: Pick, off: frozenset[str], force: Callable[[str], bool], *,
+        precision: str, compiled: bool,
+    ) -> None:  # fmt: skip
+        """Takes what a backend takes."""
+        self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
+        self.precision, self.compiled = precision, compiled
+        state = state_of(live)
+        floating = next((one for one in state if one.now().is_floating_point()), None)
+        self._telling = [one for one in (state[0] if state else None, floating) if one is not None]
+        self._plans: dict[object, Plan] = {}
+        self._lock = threading.Lock()
+        self._latest = threading.local()
+        self._masks, self._values = Kept(_MASK_BYTES), Kept(_MASK_BYTES)
+        # forwards of the shadows go one at a time: networks keep things on themselves while they run
+        self.turn = threading.Lock()
 
-    trace: Trace
-    off: frozenset[str]
-    tier: str
-    reason: str
-    program: Program | None = None
-    rides: bool = False
-    exact: Program | None = None
+    def prepare(self, rows: Rows) -> tuple[Plan, Rows]:
+        """Gives how passes of such rows are run, and the rows as tensors."""
+        plan = self.plan(rows)
+        if plan.program is not None and not plan.program.fits():
+            with self._lock:
+                self._plans.clear()
+            plan = self.plan(rows)
+        return plan, placed(rows, *self._place())
 
-    @property
-    def on(self) -> list[Site]:
-        """The sites that draw."""
-        return [site for site in self.trace.sites if site.name not in self.off]
+    def plan(self, rows: Rows) -> Plan:
+        """Gives how passes of rows of such shapes are run; traced and checked when they are first seen."""
+        place = self._place()
+        latest = getattr(self._latest, "found", None)  # the engine asks several times of the same rows
+        if (
+            latest is not None
+            and latest[0]() is rows
+            and latest[1] == place
+            and any(latest[2] is held for held in self._plans.values())
+        ):
+            found: Plan = latest[2]
+            return found
+        signature = (*((name, leaf.shape[1:], leaf.dtype) for name, leaf in rows.named()), place)
+        # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
+        plan = self._plans.get(signature) or self._plans.get((signature, rows.count))
+        if plan is None:
+            with self._lock, self.turn:
+                plan = self._plans.get(signature) or self._plans.get((signature, rows.count))
+                if plan is None:
+                    plan = self._made(placed(rows, *place))
+                    self._plans[(signature, rows.count) if plan.trace.unclear else signature] = plan
+        self._latest.found = weakref.ref(rows), place, plan
+        return plan
 
-    def mask_values(self, stacks: Stacks, *, ride: bool) -> Values:
-        """Gives what the program makes of masks (T, ...), with one more pass at their expectations at the end."""
-        assert self.program is not None
-        present = [stack for stack in stacks if stack is not None]
-        values = self.program.masks(present)
-        if not ride:
-            return values
-        expected = self.program.masks([expected_stack(site, present[0].device) for site in self.on])
-        return tuple(torch.cat([value, last]) for value, last in zip(values, expected, strict=True))
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the network is now, told by its first weight and its first floating one."""
+        return place_of([tensor for one in self._telling if (tensor := one.tensors.get(one.name)) is not None])
 
+    def _made(self, tensors: Rows) -> Plan:
+        with said_of(tensors):
+            found = trace(self.live, tensors, self.pick, self.force)
 
-def make_plan(
-    live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace, off: frozenset[str],
-    stacks_of: Callable[[Trace, int], Stacks], *, precision: str = "fp32", compiled: bool = False,
-) -> Plan:  # fmt: skip
-    """Gives the way to run passes of such rows: each way is compared with the loop on the same masks first.
+        def some(found: Trace, passes: int) -> Stacks:
+            return self.stacks(Plan(found, self.off, "loop", ""), Span(passes, 0, 0, "iid"))
 
-    Raises:
-        ModelRefused: a precision or a compilation that needs the network as a graph, where it cannot be captured.
-    """
-    few = rows if found.unclear else rows.take(slice(0, _ROWS))
-    stacks = stacks_of(found, CHECK_PASSES)
-    dtype = PRECISIONS[precision]
-    try:
-        captured = capture(live, few, pick, found, stacks, dtype=dtype)
-        program = Program(captured, dtype=dtype)
-        if compiled:
-            program = program.compiled()
-        _prove(program, live, few, pick, found, stacks)
-    except NotCaptured as error:
-        if dtype is not None or compiled:
-            what = f"precision={precision!r}" if dtype is not None else "compile=True"
-            raise ModelRefused(f"{what} needs the network as one graph, and it cannot be captured: {error}") from None
-        tier, reason = choose_tier(live, few, pick, found, stacks)
-        return Plan(found, off, tier, f"{reason}; not captured: {error}")
-    plan = Plan(found, off, CAPTURED, "a graph without the network's Python, equal to the loop", program)
-    return replace(plan, rides=_rides(plan, plain, few, pick, stacks), exact=_exact(captured, plan, few))
+        with said_of(tensors), self.arithmetic():
+            return make_plan(
+                self.live, self.plain, tensors, self.pick, found, self.off, some,
+                precision=self.precision, compiled=self.compiled,
+            )  # fmt: skip
 
+    def stacks(self, plan: Plan, span: Span) -> Stacks:
+        """Gives the masks of some passes, one stack a draw; None for draws that are left off."""
+        device = self._place()[0]
+        return [
+            None
+            if site.name in plan.off
+            else self._masks.get((site, span, device), lambda site=site: stack(site, span, device))  # type: ignore[misc]
+            for site in plan.trace.sites
+        ]
 
-def _prove(program: Program, live: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> None:
-    """Compares with the loop, for several rows and for one, for several passes and for one.
+    def values(self, plan: Plan, span: Span, *, ride: bool) -> Values:
+        """Gives what a captured program makes of the masks of some passes."""
+        key = (plan.program, span, ride)
+        values: Values = self._values.get(key, lambda: plan.mask_values(self.stacks(plan, span), ride=ride))
+        return values
 
-    Raises:
-        NotCaptured: it differs.
-    """
-    some = repeat_rows(rows, max(rows.count, 2))
-    cases = [(some, stacks), (some.take(slice(0, 1)), stacks)]
-    cases += [(some, [None if stack is None else stack[:1] for stack in stacks])]
-    for given, masks in cases:
-        with torch.no_grad():
+    def through(self, plan: Plan, tensors: Rows, stacks: Stacks, tier: str | None = None) -> Tensor:
+        """Runs the passes of given masks by a tier (None: the plan's); a draw whose stack is None is expected."""
+        tier = tier or plan.tier
+        whole = [stack is None for stack in stacks] == [site.name in plan.off for site in plan.trace.sites]
+        if tier == CAPTURED and whole and plan.program is not None:
+            present = [stack for stack in stacks if stack is not None]
+            return straight(plan.program, plan.program.masks(present), tensors, len(present[0]))
+        # a single pass has nothing to batch, and vmap's rules only cost
+        single = all(stack is None or len(stack) == 1 for stack in stacks)
+        run = TIERS["loop" if single else "vmap" if tier == CAPTURED else tier]
+        return run(self.live, tensors, self.pick, plan.trace, stacks)
+
+    def deterministic(self, rows: Rows) -> NDArray[np.float32]:
+        """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
+        try:
+            _, tensors = self.prepare(rows)
+            with torch.no_grad(), self.turn, said_of(tensors):
+                output = draws_off(self.plain, tensors, self.pick)
+                return output.detach().to("cpu", torch.float32).numpy()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or rows.count == 1:
+                raise
+        return np.concatenate([self.deterministic(block) for block in rows.split(-(-rows.count // 2))])
+
+    def widened(self, plan: Plan, tensors: Rows) -> Plan:
+        """Gives a plan whose draws are as large as these rows ask for, and keeps it for later ones."""
+        with self._lock, self.turn, said_of(tensors):
+            wide = replace(plan, trace=widened(plan.trace, trace(self.live, tensors, self.pick, self.force)))
+            self._plans = {key: wide if kept is plan else kept for key, kept in self._plans.items()}
+        return wide
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Lets a GPU multiply in tf32 where that is the precision: torch has one switch for the whole process."""
+        if self.precision != "tf32":
+            yield
+            return
+        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+        with _SWITCH:
+            before = matmul.allow_tf32, convolution.allow_tf32
+            matmul.allow_tf32 = convolution.allow_tf32 = True
             try:
-                expected = TIERS["loop"](live, given, pick, found, masks)
-            except Exception:  # a network that takes no single row; then none will be asked for
-                if given is some:
-                    raise
-                continue
-            try:
-                got = straight(program, program.masks([m for m in masks if m is not None]), given, len(expected))
-            except Exception as error:  # whatever a graph trips over
-                raise NotCaptured(first_line(error)) from error
-        worst = difference(got, expected.to(got.dtype))
-        if not worst <= max(tolerance(expected.dtype), tolerance(program.dtype or expected.dtype)):
-            raise NotCaptured(f"the graph differs from the loop by {worst:.1e}")
-
-
-def _exact(captured: Captured, plan: Plan, rows: Rows) -> Program | None:
-    """The program with its last layer in closed form, where its mean is that of the expected last mask."""
-    assert plan.program is not None
-    try:
-        exact = Program(captured, dtype=plan.program.dtype, exact=plan.on)
-    except NotCaptured:
-        return None
-    stacks = [expected_stack(site, next(leaf for _, leaf in rows.named()).device) for site in plan.on]
-    with torch.no_grad():
-        expected = straight(plan.program, plan.program.masks(stacks), rows, 1)
-        mean, _ = straight(exact, exact.masks(stacks), rows, 1).tensor_split(2, dim=-1)
-    return exact if difference(mean, expected) <= tolerance(mean.dtype) else None
-
-
-def straight(program: Program, masks: Values, rows: Rows, passes: int) -> Tensor:
-    """Runs a program from its weights to its outputs (T, N, ...)."""
-    weights = program.weights()
-    begun = program.rows(weights, [leaf for _, leaf in rows.named()], rows.count)
-    return program.passes(weights, masks, begun, passes, rows.count)
-
-
-def _rides(plan: Plan, plain: nn.Module, rows: Rows, pick: Pick, stacks: Stacks) -> bool:
-    """Whether one more pass at the masks' expectations gives the output with all draws off."""
-    program = plan.program
-    assert program is not None
-    try:
-        with torch.no_grad():
-            expected = draws_off(plain, rows, pick)
-            got = straight(program, plan.mask_values(stacks, ride=True), rows, CHECK_PASSES + 1)[-1]
-    except Exception:  # then it is computed on its own
-        return False
-    return program.dtype is None and difference(got, expected.to(got.dtype)) <= tolerance(expected.dtype)
-
+                yield
+            finally:
+                matmul.allow_tf32, convolution.allow_tf32 = before

@@ -237,7 +237,14 @@ def predict(
     if calibration is not None:
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
         plan = calibration.plan
-        defaults = replace(defaults, passes=plan.passes, seed=plan.seed, sampler=plan.sampler, tolerance=plan.tolerance, exact_last=plan.exact_last)
+        defaults = replace(
+            defaults,
+            passes=plan.passes,
+            seed=plan.seed,
+            sampler=plan.sampler,
+            tolerance=plan.tolerance,
+            exact_last=plan.exact_last,
+        )
     passes = _most_passes(passes, tolerance, max_passes)
     asked: dict[str, Any] = {
         "passes": passes, "level": level, "interval": interval, "seed": seed, "tolerance": tolerance,

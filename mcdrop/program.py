@@ -7,6 +7,7 @@ with them, ``rows`` runs once for each block of rows, and ``passes`` runs once f
 import copy
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from mcdrop.capture import Captured, NotCaptured
 from mcdrop.exact import make_exact, sources
+from mcdrop.kept import make_kept
 from mcdrop.masks import Site
 from mcdrop.rewrites import REWRITES, lower, split_linear, write_in_place
 
@@ -34,17 +36,19 @@ class Program:
     """
 
     def __init__(
-        self, captured: Captured, *, dtype: torch.dtype | None = None, exact: Sequence[Site] | None = None
-    ) -> None:
+        self, captured: Captured, *, dtype: torch.dtype | None = None, exact: Sequence[Site] | None = None,
+        kept: bool = False,
+    ) -> None:  # fmt: skip
         """Takes a captured graph, and the type that weights and inputs are to be given in (None: their own).
 
-        With ``exact``, the sites of its masks, outputs are mean and variance over the last mask, (T, N, ..., 2 D).
+        With ``exact``, the sites of its masks, outputs are mean and variance over the last mask, (T, N, ..., 2 D);
+        with ``kept`` each pass computes with the units that it keeps.
         """
         self._captured = captured
         self.dtype = dtype
         self._facts = [_fact(one.now()) for one in captured.state]
         self._held: dict[tuple[int, int], bool] = {}
-        self._stages = _stages(captured, exact)
+        self._stages = _stages(captured, exact, kept)
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether it stands for so many passes of so many rows of the network with weights like today's."""
@@ -105,7 +109,7 @@ def _fact(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _stages(captured: Captured, exact: Sequence[Site] | None) -> dict[str, Callable[..., Values]]:
+def _stages(captured: Captured, exact: Sequence[Site] | None, kept: bool) -> dict[str, Callable[..., Values]]:
     """Rewrites the graph and cuts it."""
     graph = fx.Graph(captured.graph.owning_module)
     copies: dict[fx.Node, fx.Node] = {}
@@ -119,8 +123,10 @@ def _stages(captured: Captured, exact: Sequence[Site] | None) -> dict[str, Calla
         given[name] = [copies[node] for node in getattr(captured, name)]
     if exact is not None and not make_exact(graph, given["masks"], exact, passes):
         raise NotCaptured("its output is not a linear layer of dropout that is read by nothing else")
+    if kept and not make_kept(graph, given["masks"]):
+        raise NotCaptured("it has no linear layers between dropouts")
+    graph.eliminate_dead_code()  # before anything is written in place, which counts as being used
     split_linear(graph, passes, captured.symbols)
-    graph.eliminate_dead_code()
     return _cut(graph, given, output)
 
 
@@ -177,7 +183,7 @@ def _function(
 ) -> Callable[..., Values]:
     """Makes a function of the given values out of some nodes of a graph."""
     root = whole.owning_module or nn.Module()
-    graph = fx.Graph(root)
+    graph = fx.Graph(whole.owning_module)
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
@@ -202,12 +208,14 @@ def _with_sizes(graph: fx.Graph, symbols: dict[Any, str]) -> tuple[fx.Node, fx.N
             with graph.inserting_before(node):
                 size = _size(graph, value.node.expr, symbols, axes)
             for user in [*node.users]:
-                user.args = fx.node.map_arg(user.args, lambda old, node=node, size=size: size if old is node else old)
-                user.kwargs = fx.node.map_arg(
-                    user.kwargs, lambda old, node=node, size=size: size if old is node else old
-                )
+                swap = partial(_swapped, node, size)
+                user.args, user.kwargs = fx.node.map_arg(user.args, swap), fx.node.map_arg(user.kwargs, swap)
             graph.erase_node(node)
     return axes["T"], axes["N"]
+
+
+def _swapped(node: fx.Node, size: Any, old: fx.Node) -> Any:
+    return size if old is node else old
 
 
 def _size(graph: fx.Graph, expression: Any, symbols: dict[Any, str], axes: dict[str, fx.Node]) -> Any:

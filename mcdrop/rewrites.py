@@ -1,7 +1,7 @@
 """Changes of a captured graph that leave its values alone and make it faster.
 
-``REWRITES`` are applied to the whole graph in order, ``split_linear`` after them; ``write_in_place`` and ``lower`` to each stage of it, once it is
-split. To add a change, add one function and one line.
+``REWRITES`` are applied to the whole graph in order, ``split_linear`` after them; ``write_in_place`` and ``lower`` to
+each stage of it, once it is split. To add a change, add one function and one line.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,7 @@ def split_linear(graph: fx.Graph, passes: fx.Node, symbols: dict[Any, str]) -> N
 REWRITES: tuple[Callable[[fx.Graph], None], ...] = (drop_copies, fold_norms, channels_last)
 
 
-# -- within a stage ------------------------------------------------------------------------------------------------------
+# -- within a stage ---------------------------------------------------------------------------------------------------
 
 
 def write_in_place(graph: fx.Graph) -> None:
@@ -162,7 +162,9 @@ def _in_place(target: Any) -> Any:
 
 def _alike(source: fx.Node, node: fx.Node) -> bool:
     old, new = source.meta.get("val"), node.meta.get("val")
-    return isinstance(old, Tensor) and isinstance(new, Tensor) and old.dtype == new.dtype and sizes(source) == sizes(node)
+    return (
+        isinstance(old, Tensor) and isinstance(new, Tensor) and old.dtype == new.dtype and sizes(source) == sizes(node)
+    )
 
 
 def _owned(node: fx.Node) -> bool:
@@ -212,4 +214,3 @@ def lower(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function":
             node.target = _FAST.get(node.target, node.target)
-

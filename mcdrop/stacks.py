@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mcdrop.masks import Site, sample_masks
 
@@ -36,13 +37,13 @@ class Kept:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, key: object, make: Callable[[], Any]) -> Any:
-        """Gives what is kept under a key, made anew where nothing is: a tensor, or a tuple of some."""
+        """Gives what is kept under a key, made anew where nothing is: a tensor, or several in tuples and lists."""
         with self.lock:
             if key in self.held:
                 self.held.move_to_end(key)
                 return self.held[key][0]
         made = make()
-        size = sum(t.nbytes for t in (made if isinstance(made, tuple) else (made,)) if isinstance(t, Tensor))
+        size = sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
         with self.lock:
             if key not in self.held and size <= self.most:
                 self.held[key] = made, size

@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mcdrop.errors import first_line
 from mcdrop.forward import VOLATILE
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 
-__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "difference", "first_line", "tolerance"]
+__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "difference", "tolerance"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
@@ -108,9 +109,3 @@ def difference(got: Tensor, expected: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """Rounding of a few hundred operations in a type: 3e-5 in float32, 2e-2 in bfloat16."""
     return {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2}.get(dtype, 2e-2)
-
-
-def first_line(error: Exception) -> str:
-    """Gives the first line of an error's message."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

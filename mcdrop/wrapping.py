@@ -69,7 +69,7 @@ def wrap(
     from mcdrop.diagnose import diagnose
     from mcdrop.discover import Overrules
     from mcdrop.outputs import picker
-    from mcdrop.plans import check_precision
+    from mcdrop.planning import check_precision
 
     if task not in TASKS:
         raise UnknownName("task", task, TASKS)
@@ -78,9 +78,7 @@ def wrap(
     rows = rows.take(slice(0, _EXAMPLE_ROWS))
     overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     rows, found = _discovered(module, rows, pick, overrules)
-    backend = TorchBackend(
-        found.live, found.plain, pick, found.off, found.force, precision=precision, compiled=compile
-    )
+    backend = TorchBackend(found.live, found.plain, pick, found.off, found.force, precision=precision, compiled=compile)
     if memory != "auto":
         backend.chunk_bytes = _bytes(memory)
     audit = diagnose(backend, rows, found.audit)

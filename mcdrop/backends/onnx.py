@@ -18,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mcdrop.backends import Plain
-from mcdrop.errors import InputError, ModelRefused, UnknownName
+from mcdrop.errors import InputError, ModelRefused, UnknownName, first_line
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_draws import Slot
 from mcdrop.onnx_graph import pruned, split
@@ -65,7 +65,7 @@ def session(model: "onnx.ModelProto") -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers())
     except Exception as error:  # the runtime's own errors share no base
-        raise ModelRefused(f"onnxruntime does not take this graph: {_first_line(error)}") from error
+        raise ModelRefused(f"onnxruntime does not take this graph: {first_line(error)}") from error
 
 
 def ended(one: Any, names: list[str], feeds: Feeds) -> list[Any]:
@@ -281,7 +281,7 @@ class OnnxBackend:
         try:
             got = self.run(few, drawn, _CHECK_PASSES, trace, "fold")
         except Exception as error:  # whatever a graph does with more rows, the loop is right
-            return _Plan(trace, "loop", f"fold does not take this graph: {_first_line(error)}")
+            return _Plan(trace, "loop", f"fold does not take this graph: {first_line(error)}")
         scale = max(float(np.abs(expected).max()), 1e-30)
         worst = float(np.abs(got - expected).max()) / scale if got.shape == expected.shape else float("inf")
         if not worst <= _TOLERANCE.get(trace.dtype, 3e-5):
@@ -293,8 +293,3 @@ def _info(value: Any) -> Any:
     """What a session says of one of its outputs, as the description of an input of any shape."""
     kind = value.type.removeprefix("tensor(").removesuffix(")").upper()
     return onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.DataType.Value(kind), None)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -1,0 +1,133 @@
+"""A plan: how the passes of one input signature are run, and the short measurements that its choices rest on."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mcdrop.masks import Site
+from mcdrop.program import Program, Values
+from mcdrop.rows import Rows
+from mcdrop.stacks import expected_stack
+from mcdrop.tiers import Stacks
+from mcdrop.trace import Trace, repeat_rows
+
+__all__ = ["CAPTURED", "CHUNK_BYTES", "Plan", "calibrated", "straight"]
+
+CAPTURED = "captured"
+CHUNK_BYTES = 16 * 2**20  # about a CPU's cache; what a plan's ``chunk`` is a multiple of
+
+_CHUNKS = (0.25, 4.0)  # tried beside the usual one
+_CHUNK_ROWS = 32
+_CHUNK_SECONDS = 0.2
+_KEPT_ROWS = (16, 64)
+_KEPT_PASSES = 3
+_TRIES = 4
+_MARGIN = 0.9  # what is faster on a machine with other work should be so clearly
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How passes of one input signature are run.
+
+    ``program`` is the captured graph, or None. Where ``rides``, the output with all draws off is that of one more pass
+    whose masks hold their expectations, and costs next to nothing. ``exact`` gives mean and variance over the last mask
+    in closed form, where there is one for it. ``kept`` computes with kept units alone, which is faster from
+    ``kept_from`` rows on. ``chunk`` is how many times the usual memory a chunk of passes takes where it is fastest.
+    """
+
+    trace: Trace
+    off: frozenset[str]
+    tier: str
+    reason: str
+    program: Program | None = None
+    rides: bool = False
+    exact: Program | None = None
+    kept: Program | None = None
+    kept_from: int | None = None
+    chunk: float = 1.0
+
+    @property
+    def on(self) -> list[Site]:
+        """The sites that draw."""
+        return [site for site in self.trace.sites if site.name not in self.off]
+
+    def mask_values(self, stacks: Stacks, *, ride: bool) -> Values:
+        """Gives what the program makes of masks (T, ...), with one more pass at their expectations at the end."""
+        assert self.program is not None
+        present = [stack for stack in stacks if stack is not None]
+        values = self.program.masks(present)
+        if not ride:
+            return values
+        expected = self.program.masks([expected_stack(site, present[0].device) for site in self.on])
+        return tuple(torch.cat([value, last]) for value, last in zip(values, expected, strict=True))
+
+
+def straight(program: Program, masks: Values, rows: Rows, passes: int) -> Tensor:
+    """Runs a program from its weights to its outputs (T, N, ...)."""
+    weights = program.weights()
+    begun = program.rows(weights, [leaf for _, leaf in rows.named()], rows.count)
+    return program.passes(weights, masks, begun, passes, rows.count)
+
+
+def calibrated(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks]) -> Plan:
+    """Gives a captured plan with the choices that a short timing makes, on a CPU; a GPU takes what memory it has."""
+    if rows.args and rows.args[0].device.type != "cpu":
+        return plan
+    with torch.no_grad():
+        if plan.kept is not None:
+            plan = replace(plan, kept_from=_kept_from(plan, rows, stacks_of(_KEPT_PASSES)))
+        return replace(plan, chunk=_chunk(plan, rows, stacks_of))
+
+
+def _kept_from(plan: Plan, rows: Rows, stacks: Stacks) -> int | None:
+    """From how many rows on kept units are faster.
+
+    Both ways are timed on two numbers of rows; gathering weights costs the same for each, the rest grows with them.
+    """
+    assert plan.program is not None
+    assert plan.kept is not None
+    few, many = _KEPT_ROWS
+    ways = (plan.program, plan.kept)
+    took = {(way, n): _seconds(way, repeat_rows(rows, n), stacks) for way in ways for n in _KEPT_ROWS}
+    slope, kept_slope = ((took[one, many] - took[one, few]) / (many - few) for one in ways)
+    gathering = took[plan.kept, few] - kept_slope * few
+    gain = _MARGIN * slope - kept_slope
+    if gain <= 0 or gathering <= 0:
+        return None
+    return max(many, 1 << math.ceil(math.log2(max(gathering / gain, 1))))
+
+
+def _chunk(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks]) -> float:
+    """How much memory a chunk should take, as a multiple of the usual, where that can be timed quickly."""
+    assert plan.program is not None
+    given = repeat_rows(rows, _CHUNK_ROWS)
+    usual = CHUNK_BYTES // (4 * plan.trace.pass_bytes * _CHUNK_ROWS)
+    if usual < 1 / min(_CHUNKS):
+        return 1.0
+    best = pace = _seconds(plan.program, given, stacks_of(usual), tries=1) / usual
+    if pace * usual * sum(_CHUNKS) * _TRIES > _CHUNK_SECONDS:
+        return 1.0
+    best, chosen = _MARGIN * _seconds(plan.program, given, stacks_of(usual)) / usual, 1.0
+    for chunk in _CHUNKS:
+        passes = int(usual * chunk)
+        pace = _seconds(plan.program, given, stacks_of(passes)) / passes
+        if pace < best:
+            best, chosen = pace, chunk
+    return chosen
+
+
+def _seconds(program: Program, rows: Rows, stacks: Stacks, *, tries: int = _TRIES) -> float:
+    """The shortest time of the part that is run for every chunk of passes."""
+    masks = [stack for stack in stacks if stack is not None]
+    values, weights = program.masks(masks), program.weights()
+    begun = program.rows(weights, [leaf for _, leaf in rows.named()], rows.count)
+    times = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        program.passes(weights, values, begun, len(masks[0]), rows.count)
+        times.append(time.perf_counter() - began)
+    return min(times)

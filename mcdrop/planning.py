@@ -1,0 +1,137 @@
+"""Making a plan: captured where that equals the loop, else by a tier that does."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from mcdrop.capture import Captured, NotCaptured, capture
+from mcdrop.errors import InputError, ModelRefused, UnknownName, first_line
+from mcdrop.forward import draws_off, place_of
+from mcdrop.outputs import Pick
+from mcdrop.plan import CAPTURED, Plan, calibrated, straight
+from mcdrop.program import Program
+from mcdrop.rows import Rows
+from mcdrop.stacks import expected_stack
+from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, difference, tolerance
+from mcdrop.trace import Trace, repeat_rows
+
+__all__ = ["PRECISIONS", "check_precision", "make_plan"]
+
+PRECISIONS: dict[str, torch.dtype | None] = {"bf16": torch.bfloat16, "fp32": None, "tf32": None}
+_ROWS = 4
+
+
+def check_precision(module: nn.Module, precision: str) -> None:
+    """Checks a precision against a network.
+
+    Raises:
+        InputError: it is unknown, the network is not float32, or tf32 is asked for on a CPU.
+    """
+    if precision not in PRECISIONS:
+        raise UnknownName("precision", precision, PRECISIONS)
+    if precision == "fp32":
+        return
+    device, dtype = place_of([*module.parameters(), *module.buffers()])
+    if dtype != torch.float32:
+        raise InputError(f"precision={precision!r} is for float32 networks; this one is {dtype}")
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision='tf32' needs a CUDA device, and the network is on {device}; try 'bf16'")
+
+
+def make_plan(
+    live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace, off: frozenset[str],
+    stacks_of: Callable[[Trace, int], Stacks], *, precision: str = "fp32", compiled: bool = False,
+) -> Plan:  # fmt: skip
+    """Gives the way to run passes of such rows: each way is compared with the loop on the same masks first.
+
+    Raises:
+        ModelRefused: a precision or a compilation that needs the network as a graph, where it cannot be captured.
+    """
+    few = rows if found.unclear else rows.take(slice(0, _ROWS))
+    stacks = stacks_of(found, CHECK_PASSES)
+    dtype = PRECISIONS[precision]
+    try:
+        captured = capture(live, few, pick, found, stacks, dtype=dtype)
+        program = Program(captured, dtype=dtype)
+        if compiled:
+            program = program.compiled()
+        prove(program, live, few, pick, found, stacks)
+    except NotCaptured as error:
+        if dtype is not None or compiled:
+            what = f"precision={precision!r}" if dtype is not None else "compile=True"
+            raise ModelRefused(f"{what} needs the network as one graph, and it cannot be captured: {error}") from None
+        tier, reason = choose_tier(live, few, pick, found, stacks)
+        return Plan(found, off, tier, f"{reason}; not captured: {error}")
+    plan = Plan(found, off, CAPTURED, "a graph without the network's Python, equal to the loop", program)
+    plan = replace(plan, rides=_rides(plan, plain, few, pick, stacks), exact=_exact(captured, plan, few))
+    if dtype is None and not compiled:
+        plan = replace(plan, kept=_kept(captured, plan, live, few, pick, stacks))
+    return calibrated(plan, few, partial(stacks_of, found))
+
+
+def prove(program: Program, live: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> None:
+    """Compares with the loop, for several rows and for one, for several passes and for one.
+
+    Raises:
+        NotCaptured: it differs.
+    """
+    some = repeat_rows(rows, max(rows.count, 2))
+    cases = [(some, stacks), (some.take(slice(0, 1)), stacks)]
+    cases += [(some, [None if stack is None else stack[:1] for stack in stacks])]
+    for given, masks in cases:
+        with torch.no_grad():
+            try:
+                expected = TIERS["loop"](live, given, pick, found, masks)
+            except Exception:  # a network that takes no single row; then none will be asked for
+                if given is some:
+                    raise
+                continue
+            try:
+                got = straight(program, program.masks([m for m in masks if m is not None]), given, len(expected))
+            except Exception as error:  # whatever a graph trips over
+                raise NotCaptured(first_line(error)) from error
+        worst = difference(got, expected.to(got.dtype))
+        if not worst <= max(tolerance(expected.dtype), tolerance(program.dtype or expected.dtype)):
+            raise NotCaptured(f"the graph differs from the loop by {worst:.1e}")
+
+
+def _exact(captured: Captured, plan: Plan, rows: Rows) -> Program | None:
+    """The program with its last layer in closed form, where its mean is that of the expected last mask."""
+    assert plan.program is not None
+    try:
+        exact = Program(captured, dtype=plan.program.dtype, exact=plan.on)
+    except NotCaptured:
+        return None
+    stacks = [expected_stack(site, next(leaf for _, leaf in rows.named()).device) for site in plan.on]
+    with torch.no_grad():
+        expected = straight(plan.program, plan.program.masks(stacks), rows, 1)
+        mean, _ = straight(exact, exact.masks(stacks), rows, 1).tensor_split(2, dim=-1)
+    return exact if difference(mean, expected) <= tolerance(mean.dtype) else None
+
+
+def _kept(captured: Captured, plan: Plan, live: nn.Module, rows: Rows, pick: Pick, stacks: Stacks) -> Program | None:
+    """The program of kept units, where the network has one and runs on a CPU."""
+    if rows.args and rows.args[0].device.type != "cpu":
+        return None
+    try:
+        kept = Program(captured, kept=True)
+        prove(kept, live, rows, pick, plan.trace, stacks)
+    except NotCaptured:
+        return None
+    return kept
+
+
+def _rides(plan: Plan, plain: nn.Module, rows: Rows, pick: Pick, stacks: Stacks) -> bool:
+    """Whether one more pass at the masks' expectations gives the output with all draws off."""
+    program = plan.program
+    assert program is not None
+    try:
+        with torch.no_grad():
+            expected = draws_off(plain, rows, pick)
+            got = straight(program, plan.mask_values(stacks, ride=True), rows, CHECK_PASSES + 1)[-1]
+    except Exception:  # then it is computed on its own
+        return False
+    return program.dtype is None and difference(got, expected.to(got.dtype)) <= tolerance(expected.dtype)

@@ -1,0 +1,108 @@
+"""Rows that are ready for passes: as tensors, and for a captured network with what comes before its first draw."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mcdrop.errors import InputError
+from mcdrop.forward import out_of_memory, said_of
+from mcdrop.intercept import LargerDraw
+from mcdrop.plan import CAPTURED
+from mcdrop.plans import Plans
+from mcdrop.program import Program, Values
+from mcdrop.rows import Rows
+from mcdrop.stacks import Span
+
+__all__ = ["Ready", "as_numpy"]
+
+Outputs = NDArray[np.float32]
+
+
+class Ready:
+    """One block of rows with the weights of the moment; made for one run, by one thread.
+
+    Raises:
+        InputError: the last dropout is asked for in closed form and has none.
+    """
+
+    def __init__(self, plans: Plans, rows: Rows, *, exact_last: bool, on_out_of_memory: Callable[[], None]) -> None:
+        """Takes the plans of a network, the rows, and what is told that a chunk was too large."""
+        self._plans, self._rows, self._exact_last = plans, rows, exact_last
+        self._too_large = on_out_of_memory
+        self._plan, self._tensors = plans.prepare(rows)
+        if exact_last:
+            if self._plan.exact is None:
+                raise InputError(
+                    "exact_last needs a captured network whose output is a linear layer straight after dropout; "
+                    f"this one runs by {self._plan.tier!r} ({self._plan.reason})"
+                )
+            self._plan = replace(self._plan, program=self._plan.exact, rides=False)
+        elif self._plan.kept_from is not None and rows.count >= self._plan.kept_from:
+            self._plan = replace(self._plan, program=self._plan.kept, rides=False)
+        self._begun: tuple[Values, Values] | None = None
+        self._off: Outputs | None = None
+
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
+        """Gives the outputs of some passes; out of memory, half of the passes or of the rows at a time."""
+        try:
+            return self._forward(Span(passes, seed, start, sampler))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or passes * self._rows.count == 1:
+                raise
+        self._too_large()
+        if passes > 1:
+            half = passes // 2
+            spans = [(start, half), (start + half, passes - half)]
+            return np.concatenate([self.forward(n, seed=seed, start=at, sampler=sampler) for at, n in spans])
+        parts = [
+            Ready(self._plans, part, exact_last=self._exact_last, on_out_of_memory=self._too_large)
+            for part in self._rows.split(-(-self._rows.count // 2))
+        ]
+        return np.concatenate([part.forward(1, seed=seed, start=start, sampler=sampler) for part in parts], axis=1)
+
+    def deterministic(self) -> Outputs:
+        """Gives the outputs with every draw off; they are known where they rode along with the first passes."""
+        return self._plans.deterministic(self._rows) if self._off is None else self._off
+
+    def _forward(self, span: Span) -> Outputs:
+        program = self._plan.program
+        if program is not None and program.holds(span.passes, self._rows.count):
+            return self._captured(program, span)
+        if self._exact_last:
+            raise InputError(f"the last dropout of this network has no closed form for {self._rows.count} rows")
+        try:
+            return self._eager(span)
+        except LargerDraw:
+            self._plan = self._plans.widened(self._plan, self._tensors)
+        return self._eager(span)
+
+    def _eager(self, span: Span) -> Outputs:
+        """Runs the network's own code: for sizes that a captured graph does not hold for by vmap."""
+        plan, plans = self._plan, self._plans
+        tier = "vmap" if plan.tier == CAPTURED else plan.tier
+        with torch.no_grad(), plans.turn, said_of(self._tensors):
+            return as_numpy(plans.through(plan, self._tensors, plans.stacks(plan, span), tier))
+
+    def _captured(self, program: Program, span: Span) -> Outputs:
+        """Runs the program: it keeps nothing on itself, so other threads may run it meanwhile."""
+        count = self._rows.count
+        ride = self._plan.rides and span.start == 0 and self._off is None
+        with torch.no_grad(), self._plans.arithmetic(), said_of(self._tensors):
+            if self._begun is None:
+                weights = program.weights()
+                self._begun = weights, program.rows(weights, [leaf for _, leaf in self._tensors.named()], count)
+            values = self._plans.values(self._plan, span, ride=ride)
+            outputs = as_numpy(program.passes(self._begun[0], values, self._begun[1], span.passes + ride, count))
+        if ride:
+            self._off = outputs[-1]
+        return outputs[: span.passes]
+
+
+def as_numpy(output: Tensor) -> Outputs:
+    """Gives outputs as an array."""
+    array: Outputs = output.detach().to("cpu", torch.float32).numpy()
+    return array

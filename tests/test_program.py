@@ -1,0 +1,181 @@
+"""Programs: a captured graph in stages, each run no oftener than what it reads changes."""
+
+import pytest
+import torch
+from captures import NETS, Operations, apart, backend_of, loop, made, passes, program_of, tensors, wrapped
+from devices import on_each_device
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mcdrop
+from mcdrop.engine import PassPlan, PassResult, run_passes
+from mcdrop.stacks import Span
+from mcdrop.summaries import TASKS
+
+ROWS, PASSES = 24, 50
+every = pytest.mark.parametrize("name", NETS)
+
+
+def image_net(device: str) -> tuple[nn.Module, Tensor]:
+    """A convolution, then dropout, then a linear layer: what comes before the draw is most of the work."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.4), nn.Linear(100, 3))
+    return net.eval().to(device), torch.randn(ROWS, 2, 5, 5, device=device)
+
+
+CONV = 2 * 4 * 25 * 2 * 9  # operations of a row: a product and a sum for each weight and place
+LINEAR = 2 * 100 * 3
+
+
+def run(model: mcdrop.Model, x: Tensor, **plan: object) -> PassResult:
+    asked = PassPlan(**plan)  # type: ignore[arg-type]
+    return run_passes(model.backend, model.rows(x), asked, statistics=TASKS["regression"].statistics)
+
+
+# -- how often a stage runs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3_000, 30_000, 300_000, 10**9])
+@on_each_device
+def test_what_comes_before_the_first_draw_runs_once_a_row(chunk_bytes: int, device: str) -> None:
+    """Counted by torch: whatever the chunks of rows and passes; the deterministic output costs one pass more."""
+    net, x = image_net(device)
+    model = mcdrop.wrap(net, example=x[:4])
+    model.backend.chunk_bytes = chunk_bytes
+    with FlopCounterMode(display=False) as counter:
+        run(model, x, passes=PASSES)
+    counts = counter.get_flop_counts()["Global"]
+    conv = sum(count for name, count in counts.items() if "convolution" in str(name))
+    assert conv == ROWS * CONV
+    assert counter.get_total_flops() - conv <= ROWS * (PASSES + 1) * LINEAR
+
+
+@on_each_device
+def test_the_deterministic_output_rides_along_with_the_passes(device: str) -> None:
+    """No forward of the network is run for it, at no number of chunks."""
+    net, x = image_net(device)
+    model = mcdrop.wrap(net, example=x[:4])
+    runs: list[int] = []
+    net.forward = lambda given: runs.append(len(given))  # type: ignore[method-assign, assignment, func-returns-value]
+    with torch.no_grad():
+        result = run(model, x, passes=PASSES)
+        assert apart(result.deterministic, nn.Sequential.forward(net, x).cpu()) < 1e-6  # type: ignore[arg-type]
+    assert runs == []
+
+
+def test_a_stage_of_the_rows_is_the_same_for_all_rows_or_some() -> None:
+    model, x = wrapped("residual")
+    program, rows = program_of(model, x[:6])
+    (leaf,) = (leaf for _, leaf in rows.named())
+    with torch.no_grad():
+        weights = program.weights()
+        whole = tensors(program.rows(weights, [leaf], 6))
+        halves = [tensors(program.rows(weights, [part], 3)) for part in leaf.split(3)]
+    assert whole
+    for together, *parts in zip(whole, *halves, strict=True):
+        axis = next(i for i, size in enumerate(together.shape) if size == 6)
+        assert apart(torch.cat(parts, dim=axis), together) < 1e-6
+
+
+@every
+@on_each_device
+def test_what_follows_from_masks_alone_is_kept(name: str, device: str) -> None:
+    model, x = wrapped(name, device)
+    backend = backend_of(model)
+    plan, _ = backend.prepare(model.rows(x[:4]))
+    span = Span(5, 11, 0, "balanced")
+    first = backend.values(plan, span, ride=True)
+    again = backend.values(plan, span, ride=True)
+    other = backend.values(plan, Span(5, 12, 0, "balanced"), ride=True)
+    assert first
+    assert all(one is two for one, two in zip(first, again, strict=True))
+    assert all(len(tensor) == 6 for tensor in tensors(first))  # five passes, and the one that rides
+    assert any(not torch.equal(one, two) for one, two in zip(tensors(first), tensors(other), strict=True))
+
+
+def test_a_second_call_makes_nothing_of_the_masks_again() -> None:
+    net, x = made("encoder")
+    model = mcdrop.wrap(net, example=x[:4])
+    counts = []
+    for _ in range(3):
+        with Operations() as ran:
+            mcdrop.predict(model, x, passes=20, seed=5)
+        counts.append(len(ran.seen))
+    assert counts[0] > counts[1] == counts[2]
+
+
+# -- the deterministic output ------------------------------------------------------------------------------------------
+
+
+@every
+@on_each_device
+def test_the_deterministic_output_is_plain_eval(name: str, device: str) -> None:
+    model, x = wrapped(name, device)
+    with torch.no_grad():
+        expected = model.module(x).cpu()
+    for rows in (1, 2, 64):
+        for chunk in (2_000, 10**9):
+            before = model.backend.chunk_bytes
+            model.backend.chunk_bytes = chunk
+            try:
+                assert apart(run(model, x[:rows], passes=3).deterministic, expected[:rows]) < 2e-6
+            finally:
+                model.backend.chunk_bytes = before
+
+
+@on_each_device
+def test_where_masks_do_not_keep_the_mean_the_deterministic_output_is_plain_eval_all_the_same(device: str) -> None:
+    """At the expectation of a squared mask the output is not that with all draws off."""
+
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.dropout = nn.Linear(4, 9), nn.Linear(9, 2), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = self.dropout(torch.ones_like(x[:, :1]))
+            out: Tensor = self.two(self.one(x) * mask**2)
+            return out if self.dropout.training else self.two(self.one(x) * 5)
+
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, device=device)
+    net = Squared().eval().to(device)
+    model = mcdrop.wrap(net, example=x)
+    with torch.no_grad():
+        assert apart(mcdrop.predict(model, x, passes=4).deterministic, net(x).cpu()) < 1e-6
+
+
+# -- samplers and shapes -----------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("sampler", ["balanced", "iid"])
+def test_passes_come_out_the_same_in_any_chunks(name: str, sampler: str) -> None:
+    model, x = wrapped(name)
+    rows = model.rows(x[:3])
+    whole = model.backend.forward(rows, 37, seed=3, start=0, sampler=sampler)
+    block = model.backend.block(rows)
+    at = 0
+    for count in (1, 2, 13, 20, 1):
+        part = block.forward(count, seed=3, start=at, sampler=sampler)
+        assert apart(part, whole[at : at + count]) < 1e-5
+        at += count
+    assert at == 37
+
+
+@on_each_device
+def test_weights_of_another_shape_are_planned_anew(device: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.4), nn.Linear(6, 2)).eval().to(device)
+    x = torch.randn(9, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4])
+    passes(model, x, 3)
+    for width in (50, 3, 6):
+        wider = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2)).to(device)
+        for path, layer in (("0", wider[0]), ("3", wider[1])):
+            net.get_submodule(path).weight, net.get_submodule(path).bias = layer.weight, layer.bias
+        got = passes(model, x, 8)
+        assert apart(got, loop(model, x, 8)) < 1e-5
+        assert model.backend.tier(model.rows(x))[0] == "captured"
+        with torch.no_grad():
+            assert apart(mcdrop.predict(model, x, passes=2).deterministic, net(x).cpu()) < 1e-6

@@ -1,0 +1,214 @@
+"""Rewrites: what makes a graph faster leaves its values alone, and everything that it reads."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from captures import NETS, Operations, apart, loop, made, passes, program_of, tensors, wrapped
+from devices import on_each_device
+from torch import Tensor, nn
+
+import mcdrop
+
+every = pytest.mark.parametrize("name", NETS)
+
+
+def settled(net: nn.Module, x: Tensor) -> nn.Module:
+    """Gives a network in eval whose batch norms have statistics, gains and shifts of their own."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            size = (module.num_features,)
+            module.running_mean = torch.randn(size, generator=generator)
+            module.running_var = torch.rand(size, generator=generator) * 3 + 0.1
+            if module.affine:
+                module.weight = nn.Parameter(torch.randn(size, generator=generator))
+                module.bias = nn.Parameter(torch.randn(size, generator=generator))
+    return net.eval().to(x.device)
+
+
+# -- batch norm --------------------------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """Reads what a convolution gives before the norm as well as after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)
+        self.head = nn.Sequential(nn.Dropout(0.4), nn.Flatten(), nn.Linear(48, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        out: Tensor = self.head(self.norm(h) + h)
+        return out
+
+
+def _then_linear(size: int, *layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.ReLU(), nn.Dropout(0.4), nn.Flatten(), nn.Linear(size, 2))
+
+
+# name: network, shape of a row, how many of its norms are left after folding
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "conv": (lambda: _then_linear(48, nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)), (2, 4, 4), 0),
+    "conv with a bias": (lambda: _then_linear(12, nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 4, 4), 0),
+    "conv in groups": (lambda: _then_linear(64, nn.Conv2d(2, 4, 1, groups=2), nn.BatchNorm2d(4)), (2, 4, 4), 0),
+    "conv over time": (lambda: _then_linear(9, nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)), (2, 4), 0),
+    "conv over volumes": (lambda: _then_linear(3, nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)), (2, 2, 2, 2), 0),
+    "linear": (lambda: _then_linear(5, nn.Linear(4, 5), nn.BatchNorm1d(5)), (4,), 0),
+    "linear without a bias": (lambda: _then_linear(5, nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5)), (4,), 0),
+    "without gain and shift": (lambda: _then_linear(5, nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False)), (4,), 0),
+    "after dropout": (
+        lambda: nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)), (4,), 0
+    ),
+    "as many steps as features": (lambda: _then_linear(9, nn.Linear(4, 3), nn.BatchNorm1d(3)), (3, 4), 1),
+    "after an activation": (
+        lambda: _then_linear(5, nn.Linear(4, 5), nn.Tanh(), nn.BatchNorm1d(5)), (4,), 1
+    ),
+    "of the input": (lambda: _then_linear(5, nn.BatchNorm1d(4), nn.Linear(4, 5)), (4,), 1),
+    "after dropped units": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.4), nn.BatchNorm1d(5), nn.Linear(5, 2)), (4,), 1
+    ),
+    "what is read twice": (Twice, (2, 4, 4), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+@on_each_device
+def test_a_folded_batch_norm_gives_what_torch_gives(name: str, device: str) -> None:
+    """Running statistics, gain (also a negative one) and shift go into the layer before, where there is one alone."""
+    make, shape, left = NORMS[name]
+    torch.manual_seed(0)
+    x = torch.randn(9, *shape, device=device)
+    net = settled(make(), x)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    with Operations() as ran:
+        prediction = mcdrop.predict(model, x, passes=6)
+    assert len(ran.named("batch_norm")) == left
+    with torch.no_grad():
+        assert apart(prediction.deterministic, net(x).cpu()) < 1e-5
+    assert apart(passes(model, x, 6), loop(model, x, 6)) < 1e-5
+
+
+@on_each_device
+def test_folded_weights_follow_the_statistics_of_today(device: str) -> None:
+    x = torch.randn(9, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    net = settled(NORMS["conv"][0](), x)
+    model = mcdrop.wrap(net, example=x[:4])
+    before = passes(model, x, 3)
+    for name, tensor in net[1].state_dict().items():
+        if tensor.is_floating_point():
+            tensor.mul_(1.7)
+            now = passes(model, x, 3)
+            assert apart(now, before) > 1e-3, name
+            assert apart(now, loop(model, x, 3)) < 1e-5, name
+            before = now
+
+
+# -- writes in place ---------------------------------------------------------------------------------------------------
+
+
+@every
+@on_each_device
+def test_writes_in_place_touch_nothing_that_a_stage_is_given(name: str, device: str) -> None:
+    """Each stage is run twice on the same values: they stay as they were, and so does the answer, to the bit."""
+    model, x = wrapped(name, device)
+    program, rows = program_of(model, x[:5])
+    backend = model.backend
+    leaves = [leaf for _, leaf in rows.named()]
+    plan = backend.prepare(model.rows(x[:5]))[0]  # type: ignore[attr-defined]
+    stacks = [
+        (torch.rand(3, *site.shape, generator=torch.Generator().manual_seed(i)) > 0.4).to(device)
+        for i, site in enumerate(plan.on)
+    ]
+    weights, masks = program.weights(), program.masks(stacks)
+    begun = program.rows(weights, leaves, 5)
+    given = [*leaves, *stacks, *tensors((*weights, *masks, *begun)), *model.module.parameters(), *model.module.buffers()]
+    copies = [tensor.detach().clone() for tensor in given]
+    with torch.no_grad():
+        first = program.passes(weights, masks, begun, 3, 5).clone()
+        for _ in range(2):
+            again = program.rows(program.weights(), leaves, 5)
+            assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(begun), strict=True))
+            again = program.masks(stacks)
+            assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(masks), strict=True))
+            assert torch.equal(program.passes(weights, masks, begun, 3, 5), first)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies, strict=True))
+
+
+class Shares(nn.Module):
+    """Elementwise steps on values that views, constants, the input or later steps read too."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([1.0, -2.0, 3.0, 0.5]))
+        self.dropout, self.head = nn.Dropout(0.5), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu_() + 1  # the input itself is the user's
+        row = self.scale.expand(2, 4).view(2, 4)[0]
+        h = self.dropout(x)
+        left, right = h[:, :2], h[:, 2:]
+        wide = (left + 1).unsqueeze(1).expand(-1, 2, 2)
+        h = (wide * 2).sigmoid() + right.unsqueeze(2) * wide
+        h = h.reshape(-1, 4).add(row).mul(self.scale).tanh()
+        zeros = torch.zeros_like(h)
+        zeros[:, 1] = h[:, 0]
+        out: Tensor = self.head(h + zeros - h.flip(1) * x)
+        return out
+
+
+@on_each_device
+def test_values_that_are_read_again_are_not_written_over(device: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, 4, device=device)
+    model = mcdrop.wrap(Shares().to(device), example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    before = x.clone()
+    for _ in range(2):
+        for rows, count in ((7, 5), (1, 2), (2, 2)):
+            assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5
+    assert torch.equal(x, before)
+
+
+# -- layout ------------------------------------------------------------------------------------------------------------
+
+
+@on_each_device
+def test_images_are_convolved_with_channels_last_and_weights_keep_their_own_layout(device: str) -> None:
+    net, x = made("residual", device)
+    model = mcdrop.wrap(net, example=x[:4])
+    strides = [parameter.stride() for parameter in net.parameters()]
+    with Operations() as ran:
+        got = passes(model, x[:9], 3)
+    weights = [args[1] for args in ran.named("aten.convolution")]
+    assert len(weights) == 3
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert [parameter.stride() for parameter in net.parameters()] == strides
+    assert apart(got, loop(model, x[:9], 3)) < 1e-5
+    for layout in (torch.channels_last, torch.contiguous_format):  # whatever layout the rows come in
+        assert torch.equal(passes(model, x[:9].contiguous(memory_format=layout), 3), got)
+    strided = torch.stack([x[:9], x[:9]], dim=-1)[..., 0]
+    assert torch.equal(passes(model, strided, 3), got)
+
+
+@every
+@on_each_device
+def test_nothing_is_copied_that_need_not_be(name: str, device: str) -> None:
+    """Masks apart, no pass clones anything."""
+    model, x = wrapped(name, device)
+    program, rows = program_of(model, x[:5])
+    stacks = [
+        torch.ones(3, *site.shape, dtype=torch.bool, device=device)
+        for site in model.backend.prepare(model.rows(x[:5]))[0].on  # type: ignore[attr-defined]
+    ]
+    with torch.no_grad():
+        weights, masks = program.weights(), program.masks(stacks)
+        begun = program.rows(weights, [leaf for _, leaf in rows.named()], 5)
+        with Operations() as ran:
+            program.passes(weights, masks, begun, 3, 5)
+    assert ran.named("detach") == []
+    assert ran.named("alias") == []
