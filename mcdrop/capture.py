@@ -105,17 +105,6 @@ def capture(
     if found.unclear or VOLATILE in vars(module):
         raise NotCaptured("its draws or buffers depend on the batch")
     state, names = state_of(module), [*rows.kwargs]
-    env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env)
-
-    def stand_in(tensor: Tensor, sizes: int | None, wanted: torch.dtype | None = dtype) -> Tensor:
-        tensor = tensor.detach()
-        if wanted is not None and tensor.is_floating_point():
-            tensor = tensor.to(wanted)
-        if sizes is not None:
-            tensor = tensor.new_empty((sizes, *tensor.shape[1:]))
-        free = [DimDynamic.DYNAMIC if sizes and i == 0 else DimDynamic.STATIC for i in range(tensor.dim())]
-        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=free))
 
     def passes(weights: list[Tensor], leaves: list[Tensor], stacks: list[Tensor]) -> Tensor:
         placed = Rows(tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), _ROWS)
@@ -129,32 +118,44 @@ def capture(
             output: Tensor = torch.vmap(one)(*stacks)
             return output
 
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
     arguments = (
-        [stand_in(one.now(), None) for one in state],
-        [stand_in(leaf, _ROWS) for _, leaf in rows.named()],
-        [stand_in(stack, _PASSES, None) for stack in masks if stack is not None],
+        [_stand_in(mode, _typed(one.now(), dtype)) for one in state],
+        [_stand_in(mode, _typed(leaf, dtype), _ROWS) for _, leaf in rows.named()],
+        [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
-    with quiet(logging.ERROR), torch.no_grad(), mode:
-        # where torch only loops inside vmap, nothing is gained
-        warnings.filterwarnings("error", message=".*performance drop.*")
-        graph = _written_down(passes, arguments)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    ends = (len(state), len(state) + len(arguments[1]))
+    graph = _written_down(passes, arguments, mode)
     axes = [("N", leaf) for leaf in arguments[1]] + [("T", stack) for stack in arguments[2]]
     symbols = {env.replace(_expression(tensor.shape[0])): axis for axis, tensor in axes}
     if any(not symbol.is_symbol for symbol in symbols):
         raise NotCaptured("its operations are tied to the number of rows or passes")
-    return Captured(
-        graph, tuple(placeholders[: ends[0]]), tuple(placeholders[ends[0] : ends[1]]), tuple(placeholders[ends[1] :]),
-        state, symbols, _guards(env, symbols),
-    )  # fmt: skip
+    placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
+    weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
+    return Captured(graph, weights, leaves, stacks, state, symbols, _guards(env, symbols))
 
 
-def _written_down(function: Callable[..., Tensor], arguments: tuple[list[Tensor], ...]) -> fx.Graph:
-    try:
-        graph: fx.Graph = make_fx(torch.func.functionalize(function), tracing_mode="real")(*arguments).graph
-    except Exception as error:  # whatever a network does that no graph can hold
-        raise NotCaptured(" ".join(str(error).split())[:160] or type(error).__name__) from error
+def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _stand_in(mode: FakeTensorMode, tensor: Tensor, count: int | None = None) -> Tensor:
+    """A tensor without numbers, whose first axis is free where a number of entries is given for it."""
+    tensor = tensor.detach() if count is None else tensor.new_empty((count, *tensor.shape[1:]))
+    free = [DimDynamic.DYNAMIC if count and axis == 0 else DimDynamic.STATIC for axis in range(tensor.dim())]
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=free))
+
+
+def _written_down(
+    function: Callable[..., Tensor], arguments: tuple[list[Tensor], ...], mode: FakeTensorMode
+) -> fx.Graph:
+    with quiet(logging.ERROR), torch.no_grad(), mode:
+        # where torch only loops inside vmap, nothing is gained
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        try:
+            graph: fx.Graph = make_fx(torch.func.functionalize(function), tracing_mode="real")(*arguments).graph
+        except Exception as error:  # whatever a network does that no graph can hold
+            raise NotCaptured(" ".join(str(error).split())[:160] or type(error).__name__) from error
     graph.set_codegen(fx.graph.CodeGen())  # plain arguments instead of nested ones
     graph.eliminate_dead_code()
     for node in graph.nodes:

@@ -37,7 +37,9 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
         ModelRefused: a lower precision changes the passes by more than a tenth of their standard deviation.
     """
     rows = rows.take(slice(0, _ROWS))
+    began = time.monotonic()
     plan = backend.plan(rows)
+    prepared = time.monotonic() - began
     began = time.monotonic()
     everything = backend.run(rows, _PASSES, only=None)
     seconds = time.monotonic() - began
@@ -46,7 +48,8 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
     prefix, speed_up = _prefix(backend, rows)
     audit = replace(
         audit, tier=plan.tier, tier_reason=plan.reason, kept_from=plan.kept_from, chunk=plan.chunk,
-        exact_last=plan.exact is not None, norms=norms, prefix_share=prefix, speed_up=speed_up,
+        exact_last=plan.exact is not None, prepare_seconds=prepared, norms=norms, prefix_share=prefix,
+        speed_up=speed_up,
         mean_gap=_gap(backend, rows, everything), precision=backend.precision, precision_error=error,
         warnings=(*audit.warnings, *_norm_warnings(norms)),
     )  # fmt: skip

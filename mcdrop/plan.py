@@ -23,6 +23,7 @@ CHUNK_BYTES = 16 * 2**20  # about a CPU's cache; what a plan's ``chunk`` is a mu
 _CHUNKS = (0.25, 4.0)  # tried beside the usual one
 _CHUNK_ROWS = 32
 _CHUNK_SECONDS = 0.2
+_MOST_PASSES = 1000
 _KEPT_ROWS = (16, 64)
 _KEPT_PASSES = 3
 _TRIES = 4
@@ -106,7 +107,7 @@ def _chunk(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks]) -> float:
     assert plan.program is not None
     given = repeat_rows(rows, _CHUNK_ROWS)
     usual = CHUNK_BYTES // (4 * plan.trace.pass_bytes * _CHUNK_ROWS)
-    if usual < 1 / min(_CHUNKS):
+    if not 1 / min(_CHUNKS) <= usual <= _MOST_PASSES:  # too few to choose, or more than is ever asked for
         return 1.0
     best = pace = _seconds(plan.program, given, stacks_of(usual), tries=1) / usual
     if pace * usual * sum(_CHUNKS) * _TRIES > _CHUNK_SECONDS:

@@ -236,15 +236,7 @@ def predict(
     defaults = model.defaults if isinstance(model, Model) else Options()
     if calibration is not None:
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
-        plan = calibration.plan
-        defaults = replace(
-            defaults,
-            passes=plan.passes,
-            seed=plan.seed,
-            sampler=plan.sampler,
-            tolerance=plan.tolerance,
-            exact_last=plan.exact_last,
-        )
+        defaults = _bound(defaults, calibration)
     passes = _most_passes(passes, tolerance, max_passes)
     asked: dict[str, Any] = {
         "passes": passes, "level": level, "interval": interval, "seed": seed, "tolerance": tolerance,
@@ -259,6 +251,12 @@ def predict(
     return interpret(
         model, sample(model, x, plan, screen=screen), options, screen=screen, fpr=fpr, calibration=calibration
     )
+
+
+def _bound(defaults: Options, calibration: Calibration) -> Options:
+    """Defaults with the plan that a calibration was fitted with."""
+    names = ("passes", "seed", "sampler", "tolerance", "exact_last")
+    return replace(defaults, **{name: getattr(calibration.plan, name) for name in names})
 
 
 def _most_passes(passes: int | None, tolerance: float | None, max_passes: int | None) -> int | None:

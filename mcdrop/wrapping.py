@@ -32,6 +32,7 @@ def wrap(
     memory: int | str = "auto",
     precision: str = "fp32",
     compile: bool = False,
+    devices: Sequence[Any] = (),
 ) -> Model:
     """Discovers a network's random draws once and gives a model that can be sampled.
 
@@ -54,6 +55,7 @@ def wrap(
             times faster on processors that have the instructions) or "tf32" (on CUDA devices). The audit states its
             error in standard deviations of the passes.
         compile: whether torch's compiler takes the captured passes; it is paid for here and at new sizes.
+        devices: several devices to share the rows out to, each with a copy of the network; none is the network's own.
 
     Raises:
         InputError: an unknown task or precision, or an example that the network cannot take.
@@ -62,8 +64,8 @@ def wrap(
         UncontrolledDraw: something in it is random and cannot be controlled.
     """
     if isinstance(module, Model) or not hasattr(module, "named_modules"):
-        if precision != "fp32" or compile:
-            raise InputError("precision and compile are for torch modules; an ONNX graph runs as it is")
+        if precision != "fp32" or compile or devices:
+            raise InputError("precision, compile and devices are for torch modules; an ONNX graph runs as it is")
         return module if isinstance(module, Model) else wrap_graph(module, example=example, task=task, output=output)
     from mcdrop.backends.torch import TorchBackend  # here, because a model of another backend needs no torch
     from mcdrop.diagnose import diagnose
@@ -74,22 +76,34 @@ def wrap(
     if task not in TASKS:
         raise UnknownName("task", task, TASKS)
     check_precision(module, precision)
-    rows, pick = Rows.of(example), picker(output)
-    rows = rows.take(slice(0, _EXAMPLE_ROWS))
+    rows, pick = Rows.of(example).take(slice(0, _EXAMPLE_ROWS)), picker(output)
     overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     rows, found = _discovered(module, rows, pick, overrules)
-    backend = TorchBackend(found.live, found.plain, pick, found.off, found.force, precision=precision, compiled=compile)
+    backend = TorchBackend(found.live, found.plain, pick, found.off, found.force, precision, compile)
     if memory != "auto":
         backend.chunk_bytes = _bytes(memory)
     audit = diagnose(backend, rows, found.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
-    asked = {**vars(overrules), "output": output, "precision": precision, "compile": compile}
-    usual = {**vars(Overrules()), "output": None, "precision": "fp32", "compile": False}
     return Model(
-        module=module, backend=backend, audit=audit, task=task,
+        module=module, backend=_shared_out(backend, module, devices), audit=audit, task=task,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
-        asked={name: value for name, value in asked.items() if value != usual[name]},
+        asked=_unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}),
     )  # fmt: skip
+
+
+def _shared_out(backend: Any, module: Any, devices: Sequence[Any]) -> Any:
+    """Gives the backend of one device, or one that shares the rows out to several."""
+    if not devices:
+        return backend
+    from mcdrop.sharded import ShardedBackend
+
+    return ShardedBackend(backend, module, devices)
+
+
+def _unusual(asked: dict[str, Any]) -> dict[str, Any]:
+    """What was asked of ``wrap`` besides its defaults."""
+    parameters = inspect.signature(wrap).parameters
+    return {name: value for name, value in asked.items() if value != parameters[name].default}
 
 
 def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Any]:

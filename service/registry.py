@@ -9,6 +9,7 @@ from typing import Any
 from mcdrop.artifact import load
 from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelNotFound
 from mcdrop.model import Model
+from mcdrop.sampling import sample
 from mcdrop.store import MANIFEST, Entry, list_models
 from service.watch import Watch
 
@@ -122,6 +123,8 @@ class Registry:
                 raise ArtifactError(
                     f"{entry.folder} says that it is {entry.name} {entry.version}, and so does another folder"
                 )
+            # the masks of the usual plan are drawn here, so that no request waits for them
+            sample(model, model.example, model.defaults.plan)
             watch = None if model.screen is None else Watch(f"{entry.name} {entry.version}", model.screen)
             versions[entry.version] = Served(model, entry.manifest, watch)
         return models

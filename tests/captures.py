@@ -108,15 +108,16 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def made(name: str, device: str = "cpu", rows: int = 64) -> tuple[nn.Module, Tensor]:
-    """Gives a network in eval whose running statistics are no longer those of a fresh one, and rows for it."""
+    """Gives a network in eval whose running statistics are those of other rows, and rows for it."""
     make, shape = NETS[name]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
-        net, x = make().eval(), torch.randn(rows, *shape)
-        for buffer in net.buffers():
-            if buffer.is_floating_point():
-                buffer.add_(0.2 * torch.rand(buffer.shape))
-    return net.to(device), x.to(device)
+        net, others, x = make().eval(), torch.randn(50, *shape), torch.randn(rows, *shape)
+        norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        for norm in norms:
+            norm.training, norm.momentum = True, 1.0
+        net(others)
+    return net.eval().to(device), x.to(device)
 
 
 @cache

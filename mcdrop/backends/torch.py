@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mcdrop.backends import Block
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import draws_off
 from mcdrop.outputs import Pick
@@ -37,7 +38,6 @@ class TorchBackend:
         pick: Pick,
         off: frozenset[str] = frozenset(),
         force: Callable[[str], bool] = nowhere,
-        *,
         precision: str = "fp32",
         compiled: bool = False,
     ) -> None:
@@ -47,12 +47,12 @@ class TorchBackend:
         ``precision`` is one of ``PRECISIONS``; ``compiled`` asks for torch's compiler.
         """
         self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
-        self.precision = precision
+        self.precision, self.compiled = precision, compiled
         self.chunk_bytes = self._usual_bytes = _room(live)
         self.plans = Plans(live, plain, pick, off, force, precision=precision, compiled=compiled)
         self._digest: tuple[object, str] | None = None
 
-    def block(self, rows: Rows, *, exact_last: bool = False) -> Ready:
+    def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
         """Gives rows ready for passes with the weights of today, or for those with the last layer in closed form.
 
         Raises:
@@ -119,7 +119,7 @@ class TorchBackend:
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
         for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
             theirs.training = ours.training
-        return TorchBackend(live, plain, self.pick, self.off, self.force, precision=self.precision)
+        return TorchBackend(live, plain, self.pick, self.off, self.force, self.precision, self.compiled)
 
     def each_pass(self, rows: Rows, passes: int, *, seed: int, start: int) -> None:
         """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""

@@ -1,0 +1,85 @@
+"""Several devices: one engine each, and the rows shared out between them.
+
+A row's answer does not depend on its batch, so cutting a batch changes nothing. Each device holds a copy of the
+network; before rows are run, the copies take over the weights that the network has today.
+"""
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mcdrop.backends import Block
+from mcdrop.backends.torch import TorchBackend
+from mcdrop.errors import InputError
+from mcdrop.rows import Rows
+from mcdrop.shadow import unwrapped
+
+__all__ = ["ShardedBackend"]
+
+
+class ShardedBackend(TorchBackend):
+    """A torch module on several devices; all but the running of rows is the first backend's."""
+
+    def __init__(self, first: TorchBackend, module: nn.Module, devices: Sequence[str | torch.device]) -> None:
+        """Takes a backend, its network and the devices, on each of which a copy is made.
+
+        Raises:
+            InputError: a device that is not there.
+        """
+        super().__init__(first.live, first.plain, first.pick, first.off, first.force, first.precision, first.compiled)
+        self.chunk_bytes = first.chunk_bytes
+        self._module = unwrapped(module)
+        try:
+            copies = [copy.deepcopy(self._module).to(device) for device in devices]
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"devices {', '.join(map(str, devices))} cannot all be used: {error}") from None
+        self._copies = copies
+        self._shards = [first.over(one) for one in copies]
+        self._pool = ThreadPoolExecutor(len(copies), thread_name_prefix="mcdrop-device")
+
+    def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
+        """Gives rows ready for passes, a part of them on each device."""
+        self._take_over()
+        size = -(-rows.count // len(self._shards))
+        parts = zip(self._shards, rows.split(size), strict=False)  # fewer rows than devices leave some without
+        return _Shards([shard.block(part, exact_last=exact_last) for shard, part in parts], self._pool)
+
+    def row_bytes(self, rows: Rows) -> int:
+        """Gives the memory a row needs; that of all devices is there for a block."""
+        return max(1, super().row_bytes(rows) // len(self._shards))
+
+    def pass_bytes(self, rows: Rows) -> int:
+        """Gives the memory that a further pass of one row needs, shared by the devices."""
+        return max(1, super().pass_bytes(rows) // len(self._shards))
+
+    def _take_over(self) -> None:
+        """Copies today's weights and buffers to the devices."""
+        ours = [*self._module.parameters(), *self._module.buffers()]
+        with torch.no_grad():
+            for one in self._copies:
+                for mine, theirs in zip(ours, (*one.parameters(), *one.buffers()), strict=True):
+                    theirs.copy_(mine, non_blocking=True)
+
+
+class _Shards:
+    """Blocks that run at the same time, one a device."""
+
+    def __init__(self, blocks: list[Any], pool: ThreadPoolExecutor) -> None:
+        self._blocks, self._pool = blocks, pool
+
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+        """Gives the outputs of some passes (T, N, ...), rows in order."""
+        asked = [
+            self._pool.submit(one.forward, passes, seed=seed, start=start, sampler=sampler) for one in self._blocks
+        ]
+        return np.concatenate([one.result() for one in asked], axis=1)
+
+    def deterministic(self) -> NDArray[np.float32]:
+        """Gives the outputs with every draw off."""
+        return np.concatenate([one.result() for one in [self._pool.submit(b.deterministic) for b in self._blocks]])

@@ -1,0 +1,54 @@
+"""Compiled passes: what torch's compiler makes of them is what the loop gives."""
+
+import shutil
+
+import pytest
+import torch
+from captures import apart, loop, passes
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop.errors import ModelRefused
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+_COMPILER = any(shutil.which(name) for name in ("g++", "clang++"))
+_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+_cpu = [pytest.mark.skipif(not _COMPILER, reason="torch compiles for the CPU with g++ or clang++, and finds neither")]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=_cpu), pytest.param("cuda", marks=_cuda)])
+def test_compiled_passes_are_those_of_the_loop(device: str, recwarn: pytest.WarningsRecorder) -> None:
+    """For several sizes, with new weights, with the output of plain eval, and without a warning."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 2)
+    )
+    net, x = net.eval().to(device), torch.randn(40, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4], compile=True)
+    assert model.audit.tier == "captured"
+    for rows, count in ((4, 3), (1, 2), (17, 5), (40, 11), (2, 3)):
+        got = passes(model, x[:rows], count)
+        assert apart(got, loop(model, x[:rows], count)) < 1e-5, (rows, count)
+        assert torch.equal(passes(model, x[:rows], count), got)
+    with torch.no_grad():
+        net.get_parameter("6.bias").add_(1)
+        expected = net(x).cpu()
+    assert apart(passes(model, x[:7], 3), loop(model, x[:7], 3)) < 1e-5
+    assert apart(mcdrop.predict(model, x, passes=9).deterministic, expected) < 1e-5
+    assert [str(warning.message) for warning in recwarn.list] == []
+
+
+class ByValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out * 2 if float(x.sum()) > 0 else out
+
+
+def test_what_cannot_be_captured_cannot_be_compiled() -> None:
+    with pytest.raises(ModelRefused, match="compile=True needs the network as one graph, and it cannot be captured: "):
+        mcdrop.wrap(ByValue().eval(), example=torch.ones(4, 4), compile=True)
