@@ -24,7 +24,8 @@ from mcdrop.trace import Trace, trace, widened
 
 __all__ = ["Plans"]
 
-_MASK_BYTES = 64 * 2**20  # of masks, and as much again of what the captured program makes of them
+_MASK_BYTES = 64 * 2**20  # of masks
+_VALUE_BYTES = 32 * 2**20  # of what a captured program makes of them
 _SWITCH = threading.RLock()
 
 
@@ -44,7 +45,7 @@ class Plans:
         self._plans: dict[object, Plan] = {}
         self._lock = threading.Lock()
         self._latest = threading.local()
-        self._masks, self._values = Kept(_MASK_BYTES), Kept(_MASK_BYTES)
+        self._masks, self._values = Kept(_MASK_BYTES), Kept(_VALUE_BYTES)
         # forwards of the shadows go one at a time: networks keep things on themselves while they run
         self.turn = threading.Lock()
 

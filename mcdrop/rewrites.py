@@ -48,6 +48,19 @@ def drop_copies(graph: fx.Graph) -> None:
             _replace(node, source)
 
 
+def scale_masks(graph: fx.Graph) -> None:
+    """Lets a mask of one byte a unit be turned into factors in one go: kept units times a number are real numbers."""
+    for node in [*graph.nodes]:
+        copied = node.args[0] if node.target is aten.mul.Tensor else None
+        if not isinstance(copied, fx.Node) or copied.target is not aten._to_copy.default:
+            continue
+        (mask,) = copied.all_input_nodes
+        value, scale = mask.meta.get("val"), node.args[1]
+        real = isinstance(scale, float) and node.meta["val"].dtype == torch.float32 == torch.get_default_dtype()
+        if real and isinstance(value, Tensor) and value.dtype == torch.bool:
+            node.args = (mask, scale)
+
+
 def fold_norms(graph: fx.Graph) -> None:
     """Folds a batch norm in eval into the layer before it: scaled weights, shifted bias (Jacob et al. 2018, sec. 3.2).
 
@@ -131,7 +144,7 @@ def split_linear(graph: fx.Graph, passes: fx.Node, symbols: dict[Any, str]) -> N
         _replace(node, output)
 
 
-REWRITES: tuple[Callable[[fx.Graph], None], ...] = (drop_copies, fold_norms, channels_last)
+REWRITES: tuple[Callable[[fx.Graph], None], ...] = (drop_copies, scale_masks, fold_norms, channels_last)
 
 
 # -- within a stage ---------------------------------------------------------------------------------------------------

@@ -80,8 +80,7 @@ def wrap(
     overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     rows, found = _discovered(module, rows, pick, overrules)
     backend = TorchBackend(found.live, found.plain, pick, found.off, found.force, precision, compile)
-    if memory != "auto":
-        backend.chunk_bytes = _bytes(memory)
+    backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
     audit = diagnose(backend, rows, found.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
     return Model(

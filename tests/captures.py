@@ -14,7 +14,19 @@ from mcdrop.backends.torch import TorchBackend
 from mcdrop.program import Program, Values
 from mcdrop.rows import Rows
 
-__all__ = ["NETS", "Operations", "apart", "backend_of", "loop", "made", "passes", "program_of", "tensors", "wrapped"]
+__all__ = [
+    "NETS",
+    "Operations",
+    "apart",
+    "backend_of",
+    "loop",
+    "made",
+    "passes",
+    "program_of",
+    "stacks_of",
+    "tensors",
+    "wrapped",
+]
 
 
 class Residual(nn.Module):
@@ -133,9 +145,16 @@ def backend_of(model: mcdrop.Model) -> TorchBackend:
     return model.backend
 
 
+def stacks_of(model: mcdrop.Model, x: Tensor, count: int) -> list[Tensor]:
+    """Gives masks (T, ...) of each draw, kept or dropped."""
+    sites = backend_of(model).plans.prepare(model.rows(x))[0].on
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.rand(count, *site.shape, generator=generator) > 0.4).to(x.device) for site in sites]
+
+
 def program_of(model: mcdrop.Model, x: Tensor) -> tuple[Program, Rows]:
     """Gives the captured program of rows like these, and the rows as the program takes them."""
-    plan, placed = backend_of(model).prepare(model.rows(x))
+    plan, placed = backend_of(model).plans.prepare(model.rows(x))
     assert plan.program is not None, plan.reason
     return plan.program, placed
 

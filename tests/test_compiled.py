@@ -22,7 +22,13 @@ def test_compiled_passes_are_those_of_the_loop(device: str, recwarn: pytest.Warn
     """For several sizes, with new weights, with the output of plain eval, and without a warning."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 2)
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.4),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.Dropout(0.2),
+        nn.Linear(8, 2),
     )
     net, x = net.eval().to(device), torch.randn(40, 4, device=device)
     model = mcdrop.wrap(net, example=x[:4], compile=True)

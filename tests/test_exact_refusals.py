@@ -228,7 +228,7 @@ def made(end: Any, inputs: int) -> mcdrop.Model:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_closed_form_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match="needs a captured network whose output is a linear layer straight after dropout"):
+    with pytest.raises(InputError, match="whose output is a linear layer straight after dropout"):
         mcdrop.predict(made(*REFUSED[name]), X, exact_last=True)
 
 
@@ -239,15 +239,14 @@ def test_a_closed_form_is_right_or_refused(name: str) -> None:
     model = made(*RIGHT_OR_REFUSED[name])
     try:
         found = mcdrop.predict(model, X, passes=PASSES, seed=1, sampler="iid", exact_last=True)
-    except InputError as error:
-        assert "exact_last needs" in str(error)  # noqa: PT017
+    except InputError:
         return
     drawn = mcdrop.predict(model, X, passes=PASSES, sampler="iid", keep_samples=True)
     assert drawn.samples is not None
     assert (np.abs(found.mean - drawn.mean) <= 5 * np.hypot(found.standard_error, drawn.standard_error)).all()
     deviation = drawn.samples.astype(np.float64) - drawn.mean
-    error = np.sqrt(((deviation**4).mean(axis=0) - drawn.variance**2) / PASSES)
-    assert (np.abs(found.variance - drawn.variance) < 5 * np.sqrt(2) * error).all()
+    spread = np.sqrt(((deviation**4).mean(axis=0) - drawn.variance**2) / PASSES)
+    assert (np.abs(found.variance - drawn.variance) < 5 * np.sqrt(2) * spread).all()
 
 
 @pytest.mark.parametrize("end", [_head, _filled, _scaled])

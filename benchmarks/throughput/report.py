@@ -111,10 +111,9 @@ def _memory(cases: list[Result]) -> str:
 def error_table(found: Result) -> str:
     """Gives the time to a given error."""
     lines = [
-        f"**Time to a standard error of {found['target']:.0%} of the spread** ({found['network']}): mcdrop needs "
-        f"{found['passes_mcdrop']} passes, independent ones {found['passes_independent']} (measured error with these: "
-        f"{found['error_of_independent']:.2%}).\n",
-        "| rows | way | passes | ms | times mcdrop |\n|---|---|---|---|---|",
+        f"**Time to a standard error of {found['target']:.0%} of the spread** ({found['network']}): independent passes "
+        f"need {found['passes_independent']} (measured error with these: {found['error_of_independent']:.2%}).\n",
+        "| rows | way | passes | ms | times the first |\n|---|---|---|---|---|",
     ]
     for batch in found["batches"]:
         for name, way in batch["ways"].items():

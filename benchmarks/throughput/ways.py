@@ -4,7 +4,6 @@ A way is a function that prepares a setting and gives its modes: functions of a 
 the passes. What it prepares is not timed with the passes. To add one, add an entry to ``WAYS``.
 """
 
-import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +29,10 @@ def precision_of(way: str) -> str:
     return next((name for name in ("bf16", "tf32") if name in way.split()), "fp32")
 
 
-def ours(**asked: object) -> Way:
+def ours(exact_last: bool = False, **asked: object) -> Way:
     """Gives mcdrop as ``wrap`` is asked for it. A plan that comes again finds its masks, as in a service."""
 
     def way(setting: Setting) -> dict[str, Run]:
-        for name in asked:
-            if name not in inspect.signature(mcdrop.wrap).parameters:
-                raise Skipped(f"mcdrop.wrap has no {name}")
         if asked.get("compile") and not setting.compiled:
             raise Skipped("compiled in one case of each network")
         if asked.get("precision") == "tf32" and not setting.x.is_cuda:
@@ -44,7 +40,8 @@ def ours(**asked: object) -> Way:
         model = mcdrop.wrap(setting.copy().eval(), example=setting.x[:8], **asked)  # type: ignore[arg-type]
 
         def run(seed: int) -> Moments:
-            result = mcdrop.sample(model, setting.x, mcdrop.PassPlan(setting.passes, seed))
+            plan = mcdrop.PassPlan(setting.passes, seed, exact_last=exact_last)
+            result = mcdrop.sample(model, setting.x, plan)
             return torch.from_numpy(result.mean), torch.from_numpy(result.variance)
 
         return {"": run}
@@ -129,6 +126,7 @@ def exported(setting: Setting) -> dict[str, Run]:
 
 WAYS: dict[str, Way] = {
     "mcdrop": ours(),
+    "mcdrop exact last": ours(exact_last=True),
     "mcdrop bf16": ours(precision="bf16"),
     "mcdrop tf32": ours(precision="tf32"),
     "mcdrop compiled": ours(compile=True),
