@@ -33,7 +33,7 @@ serve: $(VENV)/ready-to-serve
 	@MCDROP_DEFAULT_MODEL=$(DEFAULT_MODEL) exec $(RUN) -m mcdrop serve $(STORE) --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/ready-to-test
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/ready-to-test
 	$(RUN) -m ruff check .

@@ -43,27 +43,25 @@ class State:
 
     tensors: dict[str, Tensor | None]
     name: str
-    kind: str
 
-    def now(self) -> Tensor:
+    def now(self) -> Tensor | None:
         """Gives the tensor that stands there now."""
-        tensor = self.tensors[self.name]
-        assert tensor is not None
-        return tensor
+        return self.tensors.get(self.name)
 
 
 @dataclass(frozen=True)
 class Captured:
     """A graph from (weights, inputs, masks) to the outputs (T, N, ...).
 
-    ``weights``, ``leaves`` and ``masks`` are its placeholders, ``symbols`` maps each symbol to "T" or "N".
+    ``weights``, ``leaves`` and ``masks`` are its placeholders, one weight for each of ``places`` where one stands;
+    ``symbols`` maps each symbol to "T" or "N".
     """
 
     graph: fx.Graph
     weights: tuple[fx.Node, ...]
     leaves: tuple[fx.Node, ...]
     masks: tuple[fx.Node, ...]
-    state: tuple[State, ...]
+    places: tuple[State, ...]
     symbols: dict[Any, str]
     guards: tuple[Any, ...]
 
@@ -74,14 +72,12 @@ class Captured:
 
 
 def state_of(module: nn.Module) -> tuple[State, ...]:
-    """Lists the weights and buffers of a module."""
+    """Lists the places of a module's weights and buffers, also those where none stands, such as a missing bias."""
     return tuple(
-        State(tensors, name, kind)
+        State(tensors, name)
         for child in module.modules()
-        for kind in ("_parameters", "_buffers")
-        for tensors in (child.__dict__[kind],)
-        for name, tensor in tensors.items()
-        if tensor is not None
+        for tensors in (child.__dict__["_parameters"], child.__dict__["_buffers"])
+        for name in tensors
     )
 
 
@@ -104,7 +100,8 @@ def capture(
     """
     if found.unclear or VOLATILE in vars(module):
         raise NotCaptured("its draws or buffers depend on the batch")
-    state, names = state_of(module), [*rows.kwargs]
+    places, names = state_of(module), [*rows.kwargs]
+    state = [one for one in places if one.now() is not None]
 
     def passes(weights: list[Tensor], leaves: list[Tensor], stacks: list[Tensor]) -> Tensor:
         placed = Rows(tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), _ROWS)
@@ -121,7 +118,7 @@ def capture(
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     arguments = (
-        [_stand_in(mode, _typed(one.now(), dtype)) for one in state],
+        [_stand_in(mode, _typed(tensor, dtype)) for one in state if (tensor := one.now()) is not None],
         [_stand_in(mode, _typed(leaf, dtype), _ROWS) for _, leaf in rows.named()],
         [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
@@ -132,7 +129,7 @@ def capture(
         raise NotCaptured("its operations are tied to the number of rows or passes")
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
     weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
-    return Captured(graph, weights, leaves, stacks, state, symbols, _guards(env, symbols))
+    return Captured(graph, weights, leaves, stacks, places, symbols, _guards(env, symbols))
 
 
 def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

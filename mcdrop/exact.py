@@ -6,6 +6,7 @@ all other masks is ``W (h * m) + b`` with independent ``m``. Its mean is ``W (h 
 takes that layer's share out of their Monte Carlo error.
 """
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,6 +20,10 @@ from mcdrop.rewrites import sizes
 __all__ = ["make_exact", "sources"]
 
 _MULTIPLY = torch.ops.aten.mul.Tensor
+_ARITHMETIC = (operator.add, operator.mul)  # of sizes
+_SHAPED = tuple(
+    getattr(torch.ops.aten, name).default for name in ("_to_copy", "_unsafe_view", "expand", "unsqueeze", "view")
+)
 
 
 def make_exact(graph: fx.Graph, masks: Sequence[fx.Node], sites: Sequence[Site], passes: fx.Node) -> bool:
@@ -75,9 +80,22 @@ def _mask_of(factor: fx.Node, masks: Sequence[fx.Node]) -> fx.Node | None:
 
 
 def _is_dropout(site: Site, factor: fx.Node, weight: fx.Node) -> bool:
-    """Whether each input of the layer has a unit of its own."""
-    width, shape = sizes(weight), sizes(factor)
-    return site.kind == "bernoulli" and bool(width) and bool(shape) and width[-1] == shape[-1]  # type: ignore[index]
+    """Whether each input of the layer has a unit of its own: units stay apart, and in their place on the last axis."""
+    width = (sizes(weight) or (None,))[-1]
+    if site.kind != "bernoulli" or not site.shape or site.shape[-1] != width:
+        return False
+    return all(_keeps_apart(node) for node in sources(factor) if node.all_input_nodes)
+
+
+def _keeps_apart(node: fx.Node) -> bool:
+    """Whether an operation on a mask works unit by unit and leaves the last axis as it is."""
+    if node.target in _ARITHMETIC:
+        return True
+    after, before = sizes(node), sizes(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    if not after or not before or after[-1] != before[-1]:
+        return False
+    alone = len([one for one in node.all_input_nodes if sizes(one) is not None]) == 1
+    return node.target in _SHAPED or (alone and torch.Tag.pointwise in getattr(node.target, "tags", ()))
 
 
 def _write(graph: fx.Graph, output: fx.Node, parts: tuple[fx.Node, ...], p: float, passes: fx.Node) -> None:

@@ -30,7 +30,7 @@ _TRIES = 4
 _MARGIN = 0.9  # what is faster on a machine with other work should be so clearly
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """How passes of one input signature are run.
 

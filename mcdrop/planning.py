@@ -1,6 +1,7 @@
 """Making a plan: captured where that equals the loop, else by a tier that does."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -8,11 +9,12 @@ import torch
 from torch import nn
 
 from mcdrop.capture import Captured, NotCaptured, capture
-from mcdrop.errors import InputError, ModelRefused, UnknownName, first_line
+from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.forward import draws_off, place_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, calibrated, straight
 from mcdrop.program import Program
+from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
 from mcdrop.stacks import expected_stack
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, difference, tolerance
@@ -58,7 +60,8 @@ def make_plan(
         program = Program(captured, dtype=dtype)
         if compiled:
             program = program.compiled()
-        prove(program, live, few, pick, found, stacks)
+        with quiet() if compiled else nullcontext():  # torch's compiler warns of torch
+            prove(program, live, few, pick, found, stacks)
     except NotCaptured as error:
         if dtype is not None or compiled:
             what = f"precision={precision!r}" if dtype is not None else "compile=True"
@@ -92,7 +95,7 @@ def prove(program: Program, live: nn.Module, rows: Rows, pick: Pick, found: Trac
             try:
                 got = straight(program, program.masks([m for m in masks if m is not None]), given, len(expected))
             except Exception as error:  # whatever a graph trips over
-                raise NotCaptured(first_line(error)) from error
+                raise NotCaptured(" ".join(str(error).split())[:300] or type(error).__name__) from error
         worst = difference(got, expected.to(got.dtype))
         if not worst <= max(tolerance(expected.dtype), tolerance(program.dtype or expected.dtype)):
             raise NotCaptured(f"the graph differs from the loop by {worst:.1e}")

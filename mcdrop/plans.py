@@ -19,7 +19,7 @@ from mcdrop.planning import make_plan
 from mcdrop.program import Values
 from mcdrop.rows import Rows
 from mcdrop.stacks import Kept, Span, stack
-from mcdrop.tiers import TIERS, Stacks
+from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
 from mcdrop.trace import Trace, trace, widened
 
 __all__ = ["Plans"]
@@ -27,6 +27,7 @@ __all__ = ["Plans"]
 _MASK_BYTES = 64 * 2**20  # of masks
 _VALUE_BYTES = 32 * 2**20  # of what a captured program makes of them
 _SWITCH = threading.RLock()
+_FEW = 4
 
 
 class Plans:
@@ -39,12 +40,13 @@ class Plans:
         """Takes what a backend takes."""
         self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
         self.precision, self.compiled = precision, compiled
-        state = state_of(live)
-        floating = next((one for one in state if one.now().is_floating_point()), None)
-        self._telling = [one for one in (state[0] if state else None, floating) if one is not None]
+        held = [(one, tensor) for one in state_of(live) if (tensor := one.now()) is not None]
+        floating = next((one for one, tensor in held if tensor.is_floating_point()), None)
+        self._telling = [one for one in (held[0][0] if held else None, floating) if one is not None]
         self._plans: dict[object, Plan] = {}
         self._lock = threading.Lock()
         self._latest = threading.local()
+        self._eager_tiers: dict[int, str] = {}
         self._masks, self._values = Kept(_MASK_BYTES), Kept(_VALUE_BYTES)
         # forwards of the shadows go one at a time: networks keep things on themselves while they run
         self.turn = threading.Lock()
@@ -55,6 +57,7 @@ class Plans:
         if plan.program is not None and not plan.program.fits():
             with self._lock:
                 self._plans.clear()
+                self._eager_tiers.clear()
             plan = self.plan(rows)
         return plan, placed(rows, *self._place())
 
@@ -84,7 +87,7 @@ class Plans:
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Where the network is now, told by its first weight and its first floating one."""
-        return place_of([tensor for one in self._telling if (tensor := one.tensors.get(one.name)) is not None])
+        return place_of([tensor for one in self._telling if (tensor := one.now()) is not None])
 
     def _made(self, tensors: Rows) -> Plan:
         with said_of(tensors):
@@ -121,11 +124,20 @@ class Plans:
         whole = [stack is None for stack in stacks] == [site.name in plan.off for site in plan.trace.sites]
         if tier == CAPTURED and whole and plan.program is not None:
             present = [stack for stack in stacks if stack is not None]
-            return straight(plan.program, plan.program.masks(present), tensors, len(present[0]))
+            program = plan.program.plain
+            return straight(program, program.masks(present), tensors, len(present[0]))
         # a single pass has nothing to batch, and vmap's rules only cost
         single = all(stack is None or len(stack) == 1 for stack in stacks)
-        run = TIERS["loop" if single else "vmap" if tier == CAPTURED else tier]
+        run = TIERS["loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier]
         return run(self.live, tensors, self.pick, plan.trace, stacks)
+
+    def _eager(self, plan: Plan, tensors: Rows) -> str:
+        """The tier for what a captured program does not stand for: other sizes, or one draw alone. Found when asked."""
+        if id(plan.trace) not in self._eager_tiers:
+            few = tensors.take(slice(0, _FEW))
+            stacks = self.stacks(plan, Span(CHECK_PASSES, 0, 0, "iid"))
+            self._eager_tiers[id(plan.trace)] = choose_tier(self.live, few, self.pick, plan.trace, stacks)[0]
+        return self._eager_tiers[id(plan.trace)]
 
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
@@ -148,14 +160,17 @@ class Plans:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Lets a GPU multiply in tf32 where that is the precision: torch has one switch for the whole process."""
-        if self.precision != "tf32":
+        """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says.
+
+        That switch is one for the whole process, so runs on GPUs take turns.
+        """
+        if self._place()[0].type != "cuda":
             yield
             return
         matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
         with _SWITCH:
             before = matmul.allow_tf32, convolution.allow_tf32
-            matmul.allow_tf32 = convolution.allow_tf32 = True
+            matmul.allow_tf32 = convolution.allow_tf32 = self.precision == "tf32"
             try:
                 yield
             finally:

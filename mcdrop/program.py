@@ -46,9 +46,10 @@ class Program:
         """
         self._captured = captured
         self.dtype = dtype
-        self._facts = [_fact(one.now()) for one in captured.state]
+        self._facts = _facts(captured)
         self._held: dict[tuple[int, int], bool] = {}
         self._stages = _stages(captured, exact, kept)
+        self.plain = self  # the same before it was compiled
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether it stands for so many passes of so many rows of the network with weights like today's."""
@@ -60,12 +61,12 @@ class Program:
         return self._held[key]
 
     def fits(self) -> bool:
-        """Whether today's weights have the shapes and types of those that it was captured with."""
-        return all(_fact(one.now()) == fact for one, fact in zip(self._captured.state, self._facts, strict=True))
+        """Whether today's weights are there, shaped, typed and shared as those that it was captured with."""
+        return _facts(self._captured) == self._facts
 
     def weights(self) -> Values:
         """Gives what follows from the weights of today."""
-        tensors = [one.now() for one in self._captured.state]
+        tensors = [tensor for one in self._captured.places if (tensor := one.now()) is not None]
         if self.dtype is not None:
             tensors = [t.to(self.dtype) if t.is_floating_point() else t for t in tensors]
         return self._run("weights", *tensors)
@@ -92,7 +93,11 @@ class Program:
             NotCaptured: torch cannot compile here.
         """
         other = copy.copy(self)
-        mode = "reduce-overhead" if any(fact[2].type == "cuda" for fact in self._facts) else None
+        mode = (
+            "reduce-overhead"
+            if any(fact[2].type == "cuda" for fact in self._facts if isinstance(fact, tuple))
+            else None
+        )
         compiled = {
             name: torch.compile(self._stages[name], fullgraph=True, dynamic=True, mode=mode)
             for name in ("rows", "passes")
@@ -105,8 +110,12 @@ class Program:
         return found
 
 
-def _fact(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _facts(captured: Captured) -> list[Any]:
+    """What a graph takes for granted of the weights: which are there, their shapes and types, and which are one."""
+    tensors = [one.now() for one in captured.places]
+    facts: list[Any] = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    seen = [id(tensor) for tensor in tensors if tensor is not None]
+    return facts if len(set(seen)) == len(seen) else [*facts, [seen.index(one) for one in seen]]
 
 
 def _stages(captured: Captured, exact: Sequence[Site] | None, kept: bool) -> dict[str, Callable[..., Values]]:

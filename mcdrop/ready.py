@@ -1,6 +1,7 @@
 """Rows that are ready for passes: as tensors, and for a captured network with what comes before its first draw."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -81,11 +82,17 @@ class Ready:
         return self._eager(span)
 
     def _eager(self, span: Span) -> Outputs:
-        """Runs the network's own code: for sizes that a captured graph does not hold for by vmap."""
-        plan, plans = self._plan, self._plans
-        tier = "vmap" if plan.tier == CAPTURED else plan.tier
-        with torch.no_grad(), plans.turn, said_of(self._tensors):
-            return as_numpy(plans.through(plan, self._tensors, plans.stacks(plan, span), tier))
+        """Runs the network's own code, as where a captured graph does not hold for so many rows."""
+        plan, plans = replace(self._plan, program=None), self._plans
+        stacks = plans.stacks(plan, span)
+        with torch.no_grad(), plans.turn, plans.arithmetic():
+            if plan.tier == CAPTURED:
+                # another way of the network's than the one that its tiers were proved on, and the loop takes them all
+                with suppress(InputError), said_of(self._tensors):
+                    return as_numpy(plans.through(plan, self._tensors, stacks))
+            with said_of(self._tensors):
+                tier = "loop" if plan.tier == CAPTURED else None
+                return as_numpy(plans.through(plan, self._tensors, stacks, tier))
 
     def _captured(self, program: Program, span: Span) -> Outputs:
         """Runs the program: it keeps nothing on itself, so other threads may run it meanwhile."""

@@ -59,6 +59,8 @@ def scale_masks(graph: fx.Graph) -> None:
         real = isinstance(scale, float) and node.meta["val"].dtype == torch.float32 == torch.get_default_dtype()
         if real and isinstance(value, Tensor) and value.dtype == torch.bool:
             node.args = (mask, scale)
+            if not copied.users:
+                graph.erase_node(copied)
 
 
 def fold_norms(graph: fx.Graph) -> None:
