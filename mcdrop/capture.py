@@ -81,6 +81,7 @@ def state_of(module: nn.Module) -> tuple[State, ...]:
     )
 
 
+@quiet(logging.ERROR)
 def capture(
     module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None], *,
     dtype: torch.dtype | None = None,
@@ -146,7 +147,7 @@ def _stand_in(mode: FakeTensorMode, tensor: Tensor, count: int | None = None) ->
 def _written_down(
     function: Callable[..., Tensor], arguments: tuple[list[Tensor], ...], mode: FakeTensorMode
 ) -> fx.Graph:
-    with quiet(logging.ERROR), torch.no_grad(), mode:
+    with torch.no_grad(), mode:
         # where torch only loops inside vmap, nothing is gained
         warnings.filterwarnings("error", message=".*performance drop.*")
         try:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from mcdrop.errors import UncontrolledDraw, first_line
+from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import draws_off
 from mcdrop.masks import sample_masks
 from mcdrop.outputs import Pick
+from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 from mcdrop.tiers import difference, tolerance
 from mcdrop.trace import Trace, one_pass

@@ -56,6 +56,8 @@ class PassPlan:
             raise InputError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed!r}")
         if self.sampler not in SAMPLERS:
             raise UnknownName("sampler", self.sampler, SAMPLERS)
+        if not isinstance(self.exact_last, bool):
+            raise InputError(f"exact_last must be true or false, got {self.exact_last!r}")
         if self.exact_last and self.keep_samples:
             raise InputError(
                 "exact_last averages over the last dropout in closed form, so there are no samples to keep and an "

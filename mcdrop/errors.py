@@ -25,7 +25,6 @@ __all__ = [
     "NoStochasticSite",
     "UncontrolledDraw",
     "UnknownName",
-    "first_line",
 ]
 
 
@@ -79,9 +78,3 @@ class MissingExtra(MCDropError, ImportError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed; it comes with: pip install 'mcdrop[{extra}]'")
-
-
-def first_line(error: Exception) -> str:
-    """Gives the first line of an error's message."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -68,7 +68,7 @@ def _read_weights(path: Path, said: Mapping[str, Any], example: Any, task: str, 
 
     module = network(said)
     fill(module, path)
-    return wrap(module, example=example, task=task, **said.get("wrap", {}))
+    return wrap(module, example=example, task=task, **{"tuning": {}, **said.get("wrap", {})})
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def _wrap_program(data: bytes, name: str, example: Any, task: str, output: Any) 
     from mcdrop.programs import lost_attention, read_program
 
     module = read_program(data, name)
-    model = wrap(module, example=example, task=task, output=output)
+    model = wrap(module, example=example, task=task, output=output, tuning={})
     lost = lost_attention(module)
     if not lost:
         return model

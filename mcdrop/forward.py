@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mcdrop.errors import InputError, first_line
+from mcdrop.errors import InputError
 from mcdrop.intercept import Expected, Interception
 from mcdrop.outputs import Pick
+from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 

@@ -2,12 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mcdrop.errors import InputError
 from mcdrop.masks import Site
 from mcdrop.program import Program, Values
 from mcdrop.rows import Rows
@@ -15,7 +17,7 @@ from mcdrop.stacks import expected_stack
 from mcdrop.tiers import Stacks
 from mcdrop.trace import Trace, repeat_rows
 
-__all__ = ["CAPTURED", "CHUNK_BYTES", "Plan", "calibrated", "straight"]
+__all__ = ["CAPTURED", "CHUNK_BYTES", "Plan", "Tuning", "calibrated", "straight"]
 
 CAPTURED = "captured"
 CHUNK_BYTES = 16 * 2**20  # about a CPU's cache; what a plan's ``chunk`` is a multiple of
@@ -28,6 +30,36 @@ _KEPT_ROWS = (16, 64)
 _KEPT_PASSES = 3
 _TRIES = 4
 _MARGIN = 0.9  # what is faster on a machine with other work should be so clearly
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a short timing chose, once for a model; rounding follows it, so it is kept and saved with the model.
+
+    ``chunk`` is the memory of a chunk of passes as a multiple of the usual, ``kept_from`` the number of rows from which
+    passes compute with kept units alone.
+
+    Raises:
+        InputError: a choice that no timing makes.
+    """
+
+    chunk: float = 1.0
+    kept_from: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks at the door: it may come out of a file."""
+        if isinstance(self.chunk, bool) or self.chunk not in (1, *_CHUNKS):
+            raise InputError(f"the chunk of a tuning is 1, {' or '.join(map(str, _CHUNKS))}, got {self.chunk!r}")
+        if self.kept_from is not None and (type(self.kept_from) is not int or self.kept_from < 1):
+            raise InputError(f"kept_from of a tuning is a whole number of rows above 0, got {self.kept_from!r}")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Tuning":
+        """Reads ``chunk`` and ``kept_from``; what is left out is as usual."""
+        unknown = [name for name in given if name not in ("chunk", "kept_from")]
+        if unknown:
+            raise InputError(f"a tuning has chunk and kept_from, got {unknown[0]!r}")
+        return cls(**given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +106,13 @@ def straight(program: Program, masks: Values, rows: Rows, passes: int) -> Tensor
     return program.passes(weights, masks, begun, passes, rows.count)
 
 
-def calibrated(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks]) -> Plan:
-    """Gives a captured plan with the choices that a short timing makes, on a CPU; a GPU takes what memory it has."""
+def calibrated(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks], tuning: Tuning | None) -> Plan:
+    """Gives a captured plan with the choices of a tuning, or else those that a short timing makes here.
+
+    It is for CPUs; a GPU takes what memory it has.
+    """
+    if tuning is not None:
+        return replace(plan, chunk=tuning.chunk, kept_from=None if plan.kept is None else tuning.kept_from)
     if rows.args and rows.args[0].device.type != "cpu":
         return plan
     with torch.no_grad():

@@ -12,7 +12,7 @@ from mcdrop.capture import Captured, NotCaptured, capture
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.forward import draws_off, place_of
 from mcdrop.outputs import Pick
-from mcdrop.plan import CAPTURED, Plan, calibrated, straight
+from mcdrop.plan import CAPTURED, Plan, Tuning, calibrated, straight
 from mcdrop.program import Program
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
@@ -46,6 +46,7 @@ def check_precision(module: nn.Module, precision: str) -> None:
 def make_plan(
     live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace, off: frozenset[str],
     stacks_of: Callable[[Trace, int], Stacks], *, precision: str = "fp32", compiled: bool = False,
+    tuning: Tuning | None = None,
 ) -> Plan:  # fmt: skip
     """Gives the way to run passes of such rows: each way is compared with the loop on the same masks first.
 
@@ -72,7 +73,7 @@ def make_plan(
     plan = replace(plan, rides=_rides(plan, plain, few, pick, stacks), exact=_exact(captured, plan, few))
     if dtype is None and not compiled:
         plan = replace(plan, kept=_kept(captured, plan, live, few, pick, stacks))
-    return calibrated(plan, few, partial(stacks_of, found))
+    return calibrated(plan, few, partial(stacks_of, found), tuning)
 
 
 def prove(program: Program, live: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> None:

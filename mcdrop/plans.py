@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mcdrop.capture import state_of
 from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
-from mcdrop.plan import CAPTURED, Plan, straight
+from mcdrop.plan import CAPTURED, Plan, Tuning, straight
 from mcdrop.planning import make_plan
 from mcdrop.program import Values
 from mcdrop.rows import Rows
@@ -35,11 +35,11 @@ class Plans:
 
     def __init__(
         self, live: nn.Module, plain: nn.Module, pick: Pick, off: frozenset[str], force: Callable[[str], bool], *,
-        precision: str, compiled: bool,
+        precision: str, compiled: bool, tuning: Tuning | None,
     ) -> None:  # fmt: skip
         """Takes what a backend takes."""
         self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
-        self.precision, self.compiled = precision, compiled
+        self.precision, self.compiled, self.tuning = precision, compiled, tuning
         held = [(one, tensor) for one in state_of(live) if (tensor := one.now()) is not None]
         floating = next((one for one, tensor in held if tensor.is_floating_point()), None)
         self._telling = [one for one in (held[0][0] if held else None, floating) if one is not None]
@@ -97,10 +97,13 @@ class Plans:
             return self.stacks(Plan(found, self.off, "loop", ""), Span(passes, 0, 0, "iid"))
 
         with said_of(tensors), self.arithmetic():
-            return make_plan(
+            plan = make_plan(
                 self.live, self.plain, tensors, self.pick, found, self.off, some,
-                precision=self.precision, compiled=self.compiled,
+                precision=self.precision, compiled=self.compiled, tuning=self.tuning,
             )  # fmt: skip
+        if plan.program is not None and self.tuning is None:
+            self.tuning = Tuning(plan.chunk, plan.kept_from)
+        return plan
 
     def stacks(self, plan: Plan, span: Span) -> Stacks:
         """Gives the masks of some passes, one stack a draw; None for draws that are left off."""

@@ -244,7 +244,7 @@ def predict(
     }  # fmt: skip
     options = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
     if not isinstance(model, Model):
-        model = wrap(model, example=x, task=task or "regression")
+        model = wrap(model, example=x, task=task or "regression", tuning={})  # for one answer a timing does not pay
     plan, holding = options.plan, calibration or model.calibration
     if options.interval == "conformal" and holding is not None and holding.needs_samples:
         plan = replace(plan, keep_samples=True)

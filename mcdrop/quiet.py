@@ -1,11 +1,11 @@
-"""Other libraries' reports about themselves, kept away from those who cannot act on them."""
+"""What other libraries say: kept away from those who cannot act on it, or cut to what a sentence of ours can hold."""
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["quiet"]
+__all__ = ["first_line", "quiet"]
 
 
 @contextmanager
@@ -19,3 +19,9 @@ def quiet(most: int = logging.WARNING) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def first_line(error: Exception) -> str:
+    """Gives the first line of an error's message."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

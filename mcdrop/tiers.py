@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mcdrop.errors import first_line
 from mcdrop.forward import VOLATILE
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
+from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcdrop.audit import Audit
 from mcdrop.errors import InputError, MissingExtra, UnknownName
 from mcdrop.model import InputSpec, Model
 from mcdrop.rows import Rows
@@ -33,6 +34,7 @@ def wrap(
     precision: str = "fp32",
     compile: bool = False,
     devices: Sequence[Any] = (),
+    tuning: Mapping[str, Any] | None = None,
 ) -> Model:
     """Discovers a network's random draws once and gives a model that can be sampled.
 
@@ -56,6 +58,8 @@ def wrap(
             error in standard deviations of the passes.
         compile: whether torch's compiler takes the captured passes; it is paid for here and at new sizes.
         devices: several devices to share the rows out to, each with a copy of the network; none is the network's own.
+        tuning: choices that were timed before, ``chunk`` and ``kept_from`` of an audit, to be taken as they are; {} is
+            the usual ones. None times them here, so that the last digits of two models of one network may differ.
 
     Raises:
         InputError: an unknown task or precision, or an example that the network cannot take.
@@ -71,22 +75,19 @@ def wrap(
     from mcdrop.diagnose import diagnose
     from mcdrop.discover import Overrules
     from mcdrop.outputs import picker
-    from mcdrop.planning import check_precision
 
-    if task not in TASKS:
-        raise UnknownName("task", task, TASKS)
-    check_precision(module, precision)
+    _check(module, task, precision)
     rows, pick = Rows.of(example).take(slice(0, _EXAMPLE_ROWS)), picker(output)
     overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     rows, found = _discovered(module, rows, pick, overrules)
-    backend = TorchBackend(found.live, found.plain, pick, found.off, found.force, precision, compile)
+    backend = TorchBackend(found.live, found.plain, pick, found.off, found.force, precision, compile, _tuning(tuning))
     backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
     audit = diagnose(backend, rows, found.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
+    asked = _unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}, audit)
     return Model(
-        module=module, backend=_shared_out(backend, module, devices), audit=audit, task=task,
+        module=module, backend=_shared_out(backend, module, devices), audit=audit, task=task, asked=asked,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
-        asked=_unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}),
     )  # fmt: skip
 
 
@@ -99,10 +100,28 @@ def _shared_out(backend: Any, module: Any, devices: Sequence[Any]) -> Any:
     return ShardedBackend(backend, module, devices)
 
 
-def _unusual(asked: dict[str, Any]) -> dict[str, Any]:
-    """What was asked of ``wrap`` besides its defaults."""
+def _check(module: Any, task: str, precision: str) -> None:
+    from mcdrop.planning import check_precision  # here, because a graph needs no torch
+
+    if task not in TASKS:
+        raise UnknownName("task", task, TASKS)
+    check_precision(module, precision)
+
+
+def _tuning(given: Mapping[str, Any] | None) -> Any:
+    from mcdrop.plan import Tuning  # here, because a graph needs no torch
+
+    return None if given is None else Tuning.of(given)
+
+
+def _unusual(asked: dict[str, Any], audit: Audit) -> dict[str, Any]:
+    """What was asked of ``wrap`` besides its defaults, and what was timed, where it is not the usual."""
     parameters = inspect.signature(wrap).parameters
-    return {name: value for name, value in asked.items() if value != parameters[name].default}
+    unusual = {name: value for name, value in asked.items() if value != parameters[name].default}
+    timed = {"chunk": audit.chunk, "kept_from": audit.kept_from}
+    if timed != {"chunk": 1.0, "kept_from": None}:
+        unusual["tuning"] = {name: value for name, value in timed.items() if value is not None}
+    return unusual
 
 
 def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Any]:

@@ -152,7 +152,7 @@ def test_the_prefix_of_a_convolutional_trunk_is_its_part_of_the_operations() -> 
     )  # fmt: skip
     once = 2 * rows * (8 * 3 * 9 * side**2 + 4 * 8 * 9 * (side // 2) ** 2)
     repeated = 2 * rows * (64 * 16 + 16 * 3)
-    assert audit.tier == "vmap"
+    assert audit.tier == "captured"
     assert audit.prefix_share == pytest.approx(once / (once + repeated))
     assert audit.speed_up == pytest.approx(100 * (once + repeated) / (once + 100 * repeated))
 
@@ -176,5 +176,5 @@ def test_a_network_without_operations_to_count_has_no_prefix() -> None:
 
 def test_a_person_can_read_all_of_it() -> None:
     text = str(audit_of(nn.Linear(8, 64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 1), example=centred(8)))
-    for said in ("live 100%", "tier: vmap", "before the first draw: 89% of a pass", "norm layer 2", "std of the"):
+    for said in ("live 100%", "tier: captured", "before the first draw: 89% of a pass", "norm layer 2", "std of the"):
         assert said in text, text

@@ -20,7 +20,7 @@ SHELL = [code for language, code in BLOCKS if language == "sh"]
 
 def test_no_block_is_left_out() -> None:
     assert len(PYTHON) + len(SHELL) == len(BLOCKS)
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     assert len(SHELL) == 3
 
 
@@ -46,7 +46,7 @@ def _run(command: list[str], place: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["start", "networks", "deployed", "promises"])
+@pytest.mark.parametrize("code", PYTHON, ids=["start", "networks", "deployed", "promises", "speed"])
 def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
     if "transformers" in code:
         pytest.importorskip("transformers")
@@ -59,6 +59,11 @@ def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
         assert "20 of 20 strange" in printed
     elif "is_anomaly" in code:
         assert "[False  True]" in printed
+    elif "exact_last" in code:
+        way, ratio, said = printed.splitlines()
+        assert way.startswith("captured ")
+        assert float(ratio) > 1
+        assert said.startswith("bf16 is off by ")
     elif "export_onnx" in code:
         assert float(printed.split()[2]) <= 1e-5
         assert "'lower'" in printed

@@ -18,11 +18,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mcdrop.backends import Plain
-from mcdrop.errors import InputError, ModelRefused, UnknownName, first_line
+from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_draws import Slot
 from mcdrop.onnx_graph import pruned, split
 from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed
+from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 
 __all__ = ["OnnxBackend", "providers", "run_plain"]

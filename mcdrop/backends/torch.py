@@ -13,7 +13,7 @@ from mcdrop.backends import Block
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import draws_off
 from mcdrop.outputs import Pick
-from mcdrop.plan import CAPTURED, CHUNK_BYTES, Plan
+from mcdrop.plan import CAPTURED, CHUNK_BYTES, Plan, Tuning
 from mcdrop.plans import Plans
 from mcdrop.ready import Ready, as_numpy
 from mcdrop.record import nowhere
@@ -40,16 +40,18 @@ class TorchBackend:
         force: Callable[[str], bool] = nowhere,
         precision: str = "fp32",
         compiled: bool = False,
+        tuning: Tuning | None = None,
     ) -> None:
         """Takes the shadow whose draws are on, the one with all of them off, and the names of sites left off.
 
         ``force`` says of a module path whether dropout calls that are switched off there drop all the same;
-        ``precision`` is one of ``PRECISIONS``; ``compiled`` asks for torch's compiler.
+        ``precision`` is one of ``PRECISIONS``; ``compiled`` asks for torch's compiler,
+        ``tuning`` holds choices that were timed before.
         """
         self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
         self.precision, self.compiled = precision, compiled
         self.chunk_bytes = self._usual_bytes = _room(live)
-        self.plans = Plans(live, plain, pick, off, force, precision=precision, compiled=compiled)
+        self.plans = Plans(live, plain, pick, off, force, precision=precision, compiled=compiled, tuning=tuning)
         self._digest: tuple[object, str] | None = None
 
     def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
@@ -119,7 +121,9 @@ class TorchBackend:
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
         for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
             theirs.training = ours.training
-        return TorchBackend(live, plain, self.pick, self.off, self.force, self.precision, self.compiled)
+        return TorchBackend(
+            live, plain, self.pick, self.off, self.force, self.precision, self.compiled, self.plans.tuning
+        )
 
     def each_pass(self, rows: Rows, passes: int, *, seed: int, start: int) -> None:
         """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""
