@@ -23,7 +23,7 @@ from benchmarks.throughput.networks import Network
 from benchmarks.throughput.peers import versions
 from benchmarks.throughput.prepare import Ready, prepared
 from benchmarks.throughput.setting import Moments, Setting
-from benchmarks.throughput.ways import WAYS
+from benchmarks.throughput.ways import EXACT, WAYS
 
 __all__ = ["main", "passes_needed", "relative_error", "trained"]
 
@@ -32,7 +32,7 @@ INDEPENDENT = round(1 / TARGET**2)
 TRUTH, CHUNK = 200_000, 2000
 SEEDS, ROWS, STEPS = 40, 32, 2000
 EFFORT = Effort(rounds=5, way_seconds=1.0)
-OURS = ("mcdrop exact last", "mcdrop")
+OURS = (EXACT, "mcdrop")
 OTHERS = ("loop", "baal", "torch-uncertainty", "repeat", "vmap")
 NETWORK = Network(
     "MLP 8-50-50-1, dropout 0.1", lambda: trained(STEPS), (8,), 2 * 8 * 50, 2 * (50 * 50 + 50), 3200, 4 * 400

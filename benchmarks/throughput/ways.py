@@ -16,10 +16,11 @@ from benchmarks.throughput.networks import draws_on
 from benchmarks.throughput.peers import baal, torch_uncertainty
 from benchmarks.throughput.setting import Moments, Run, Setting, Skipped, moments
 
-__all__ = ["WAYS", "Way", "precision_of"]
+__all__ = ["EXACT", "WAYS", "Way", "precision_of"]
 
 Way = Callable[[Setting], dict[str, Run]]
 
+EXACT = "mcdrop exact last"
 MOST_GRAPH = 2 * 10**10  # operations of a posterior as a file; a larger one takes long to write and to check
 MOST_GRAPH_BYTES = 200 * 2**20
 
@@ -126,7 +127,7 @@ def exported(setting: Setting) -> dict[str, Run]:
 
 WAYS: dict[str, Way] = {
     "mcdrop": ours(),
-    "mcdrop exact last": ours(exact_last=True),
+    EXACT: ours(exact_last=True),
     "mcdrop bf16": ours(precision="bf16"),
     "mcdrop tf32": ours(precision="tf32"),
     "mcdrop compiled": ours(compile=True),
