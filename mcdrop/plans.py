@@ -18,7 +18,7 @@ from mcdrop.plan import CAPTURED, Plan, Tuning, straight
 from mcdrop.planning import make_plan
 from mcdrop.program import Values
 from mcdrop.rows import Rows
-from mcdrop.stacks import Kept, Span, stack
+from mcdrop.stacks import Kept, Span, expected_stack, stack
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
 from mcdrop.trace import Trace, trace, widened
 
@@ -108,6 +108,15 @@ class Plans:
     def stacks(self, plan: Plan, span: Span) -> Stacks:
         """Gives the masks of some passes, one stack a draw; None for draws that are left off."""
         device = self._place()[0]
+        whole = span.whole()
+        if whole.passes < 2 * span.passes or whole == span:
+            return self._drawn(plan, span, device)
+        # less than a block of passes that depend on one another: the whole of it is drawn once, for its other parts too
+        offset = span.start - whole.start
+        stacks = self._drawn(plan, whole, device)
+        return [None if one is None else one[offset : offset + span.passes] for one in stacks]
+
+    def _drawn(self, plan: Plan, span: Span, device: torch.device) -> Stacks:
         return [
             None
             if site.name in plan.off
@@ -119,6 +128,17 @@ class Plans:
         """Gives what a captured program makes of the masks of some passes."""
         key = (plan.program, span, ride)
         values: Values = self._values.get(key, lambda: plan.mask_values(self.stacks(plan, span), ride=ride))
+        return values
+
+    def expected_values(self, plan: Plan) -> Values:
+        """Gives what a captured program makes of masks that hold their expectations: one pass."""
+        program, device = plan.program, self._place()[0]
+        assert program is not None
+
+        def made() -> Values:
+            return program.masks([expected_stack(site, device) for site in plan.on])
+
+        values: Values = self._values.get((program, "expected", device), made)
         return values
 
     def through(self, plan: Plan, tensors: Rows, stacks: Stacks, tier: str | None = None) -> Tensor:

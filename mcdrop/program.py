@@ -50,9 +50,12 @@ class Program:
         self._held: dict[tuple[int, int], bool] = {}
         self._stages = _stages(captured, exact, kept)
         self.plain = self  # the same before it was compiled
+        self.fewest_rows = 1  # that it was proved for
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether it stands for so many passes of so many rows of the network with weights like today's."""
+        if rows < self.fewest_rows:
+            return False
         if not self._captured.guards:
             return True
         key = (passes, rows)

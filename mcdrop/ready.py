@@ -35,6 +35,7 @@ class Ready:
         self._plans, self._rows, self._exact_last = plans, rows, exact_last
         self._too_large = on_out_of_memory
         self._plan, self._tensors = plans.prepare(rows)
+        self._whole = self._plan  # the passes of all units and draws, of which the deterministic output is one
         if exact_last:
             if self._plan.exact is None:
                 raise InputError(
@@ -66,8 +67,25 @@ class Ready:
         return np.concatenate([part.forward(1, seed=seed, start=start, sampler=sampler) for part in parts], axis=1)
 
     def deterministic(self) -> Outputs:
-        """Gives the outputs with every draw off; they are known where they rode along with the first passes."""
-        return self._plans.deterministic(self._rows) if self._off is None else self._off
+        """Gives the outputs with every draw off: a pass of its own, unless it rode along with the first passes."""
+        if self._off is not None:
+            return self._off
+        program = self._whole.program
+        if program is not None and self._whole.rides and program.holds(1, self._rows.count):
+            try:
+                return self._expected(program)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+        return self._plans.deterministic(self._rows)
+
+    def _expected(self, program: Program) -> Outputs:
+        """Runs one pass whose masks hold their expectations."""
+        count = self._rows.count
+        with torch.no_grad(), self._plans.arithmetic(), said_of(self._tensors):
+            weights, values = program.weights(), self._plans.expected_values(self._whole)
+            begun = program.rows(weights, [leaf for _, leaf in self._tensors.named()], count)
+            return as_numpy(program.passes(weights, values, begun, 1, count)[0])
 
     def _forward(self, span: Span) -> Outputs:
         program = self._plan.program
