@@ -108,13 +108,18 @@ class Plans:
     def stacks(self, plan: Plan, span: Span) -> Stacks:
         """Gives the masks of some passes, one stack a draw; None for draws that are left off."""
         device = self._place()[0]
-        whole = span.whole()
-        if whole.passes < 2 * span.passes or whole == span:
+        blocks = span.blocks()
+        if blocks is None:
             return self._drawn(plan, span, device)
         # less than a block of passes that depend on one another: the whole of it is drawn once, for its other parts too
-        offset = span.start - whole.start
-        stacks = self._drawn(plan, whole, device)
-        return [None if one is None else one[offset : offset + span.passes] for one in stacks]
+        parts = []
+        for block in blocks:
+            first, last = max(span.start, block.start), min(span.start + span.passes, block.start + block.passes)
+            cut = slice(first - block.start, last - block.start)
+            parts.append([None if one is None else one[cut] for one in self._drawn(plan, block, device)])
+        if len(parts) == 1:
+            return parts[0]
+        return [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
 
     def _drawn(self, plan: Plan, span: Span, device: torch.device) -> Stacks:
         return [

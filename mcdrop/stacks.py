@@ -28,11 +28,13 @@ class Span:
     start: int
     sampler: str
 
-    def whole(self) -> "Span":
-        """Gives the whole blocks of passes that these belong to."""
+    def blocks(self) -> "list[Span] | None":
+        """Gives the blocks of dependent passes that these belong to; None where they are not fewer than one of them."""
         size = BLOCKS[self.sampler]
-        first, last = self.start // size, -(-(self.start + self.passes) // size)
-        return Span((last - first) * size, self.seed, first * size, self.sampler)
+        if self.passes >= size:
+            return None
+        first, last = self.start // size, (self.start + self.passes - 1) // size
+        return [Span(size, self.seed, block * size, self.sampler) for block in range(first, last + 1)]
 
 
 class _Slabs:

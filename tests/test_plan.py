@@ -1,5 +1,7 @@
 """Plans: what a short timing chooses, and that no choice of it changes an answer."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -57,14 +59,38 @@ def test_a_store_of_tensors_keeps_the_latest_within_its_bound() -> None:
     kept = Kept(most=100)
     makers = {name: torch.zeros(size, dtype=torch.uint8) for name, size in (("a", 40), ("b", 50), ("c", 30))}
     for name in ("a", "b", "a", "c"):  # b is the one that was used longest ago
-        assert kept.get(name, lambda name=name: makers[name]) is makers[name]  # type: ignore[misc]
+        assert torch.equal(kept.get(name, lambda name=name: makers[name]), makers[name])  # type: ignore[misc]
     assert [*kept.held] == ["a", "c"]
     assert kept.size == 70
     assert kept.get("too large", lambda: torch.zeros(101, dtype=torch.uint8)).nbytes == 101
     assert [*kept.held] == ["a", "c"]
     several = (torch.zeros(60, dtype=torch.uint8), [torch.zeros(39, dtype=torch.uint8)])
-    assert kept.get("several", lambda: several) is several
+    found = kept.get("several", lambda: several)
+    assert kept.get("several", lambda: pytest.fail("it is kept")) is found
+    assert [found[0].nbytes, found[1][0].nbytes] == [60, 39]
     assert kept.size == 99
+
+
+GROWTH = """
+import resource, sys, torch, mcdrop
+from torch import nn
+torch.set_num_threads(1)
+layers = [nn.Linear(16, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5)]
+net, x = nn.Sequential(*layers, nn.Linear(512, 2)), torch.randn(256, 16)
+model = mcdrop.wrap(net, example=x[:8], tuning={"kept_from": 64} if sys.argv[1] == "kept" else {})
+model.backend.chunk_bytes = 2**22
+for passes in (32, 2000):
+    mcdrop.sample(model, x, mcdrop.PassPlan(passes))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("way", ["kept", "whole"])
+def test_what_is_kept_does_not_break_up_memory(way: str) -> None:
+    """Masks that stay between activations that go: a hole for each chunk would take 2000 MiB here."""
+    done = subprocess.run([sys.executable, "-c", GROWTH, way], stdout=subprocess.PIPE, text=True, check=True)
+    few, many = (int(line) for line in done.stdout.split())
+    assert many - few < 150
 
 
 def test_running_again_draws_no_random_number() -> None:
