@@ -146,8 +146,7 @@ def _chunk(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks]) -> float:
     usual = CHUNK_BYTES // (4 * plan.trace.pass_bytes * _CHUNK_ROWS)
     if not 1 / min(_CHUNKS) <= usual <= _MOST_PASSES:  # too few to choose, or more than is ever asked for
         return 1.0
-    best = pace = _seconds(plan.program, given, stacks_of(usual), tries=1) / usual
-    if pace * usual * sum(_CHUNKS) * _TRIES > _CHUNK_SECONDS:
+    if _seconds(plan.program, given, stacks_of(usual), tries=1) * sum(_CHUNKS) * _TRIES > _CHUNK_SECONDS:
         return 1.0
     best, chosen = _MARGIN * _seconds(plan.program, given, stacks_of(usual)) / usual, 1.0
     for chunk in _CHUNKS:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mcdrop.errors import InputError
 from mcdrop.forward import out_of_memory, said_of
 from mcdrop.intercept import LargerDraw
-from mcdrop.plan import CAPTURED
+from mcdrop.plan import CAPTURED, straight
 from mcdrop.plans import Plans
 from mcdrop.program import Program, Values
 from mcdrop.rows import Rows
@@ -81,11 +81,9 @@ class Ready:
 
     def _expected(self, program: Program) -> Outputs:
         """Runs one pass whose masks hold their expectations."""
-        count = self._rows.count
+        values = self._plans.expected_values(self._whole)
         with torch.no_grad(), self._plans.arithmetic(), said_of(self._tensors):
-            weights, values = program.weights(), self._plans.expected_values(self._whole)
-            begun = program.rows(weights, [leaf for _, leaf in self._tensors.named()], count)
-            return as_numpy(program.passes(weights, values, begun, 1, count)[0])
+            return as_numpy(straight(program, values, self._tensors, 1)[0])
 
     def _forward(self, span: Span) -> Outputs:
         program = self._plan.program
