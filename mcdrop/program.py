@@ -17,6 +17,7 @@ from mcdrop.capture import Captured, NotCaptured
 from mcdrop.exact import make_exact, sources
 from mcdrop.kept import make_kept
 from mcdrop.masks import Site
+from mcdrop.quiet import ALONE
 from mcdrop.rewrites import REWRITES, lower, split_linear, write_in_place
 
 __all__ = ["Program", "Values"]
@@ -102,7 +103,7 @@ class Program:
             else None
         )
         compiled = {
-            name: torch.compile(self._stages[name], fullgraph=True, dynamic=True, mode=mode)
+            name: _alone(torch.compile(self._stages[name], fullgraph=True, dynamic=True, mode=mode))
             for name in ("rows", "passes")
         }
         other._stages = {**self._stages, **compiled}
@@ -111,6 +112,16 @@ class Program:
     def _run(self, stage: str, *values: Any) -> Values:
         found: Values = self._stages[stage](*values)
         return found
+
+
+def _alone(run: Callable[..., Values]) -> Callable[..., Values]:
+    """A compiled function that no other thread traces beside: it refuses to run then, and may have to compile anew."""
+
+    def guarded(*values: Any) -> Values:
+        with ALONE:
+            return run(*values)
+
+    return guarded
 
 
 def _facts(captured: Captured) -> list[Any]:

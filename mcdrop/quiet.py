@@ -1,24 +1,43 @@
 """What other libraries say: kept away from those who cannot act on it, or cut to what a sentence of ours can hold."""
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["first_line", "quiet"]
+__all__ = ["ALONE", "first_line", "quiet"]
+
+# Torch's tracers and compiler, and the filters of warnings, keep their state in the process: two threads in them at
+# once leave it wrong for good. Held by one thread while it is there.
+ALONE = threading.RLock()
 
 
 @contextmanager
 def quiet(most: int = logging.WARNING) -> Iterator[None]:
-    """Silences warnings, and what is logged at a level or below."""
-    before = logging.root.manager.disable
-    logging.disable(most)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    """Silences warnings, and what this thread logs at a level or below; for one thread at a time."""
+    mine = threading.get_ident()
+
+    def shown(record: logging.LogRecord) -> bool:
+        return record.thread != mine or record.levelno > most
+
+    with ALONE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handlers = _handlers()
+        for handler in handlers:  # each gets a list of its own: another thread may be going through the old one
+            handler.filters = [*handler.filters, shown]
+        try:
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            for handler in handlers:
+                handler.filters = [one for one in handler.filters if one is not shown]
+
+
+def _handlers() -> list[logging.Handler]:
+    """Whatever writes down what is logged."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    found = [handler for one in loggers if isinstance(one, logging.Logger) for handler in one.handlers]
+    return found if logging.lastResort is None else [*found, logging.lastResort]
 
 
 def first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mcdrop.forward import VOLATILE
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
-from mcdrop.quiet import first_line
+from mcdrop.quiet import ALONE, first_line
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 
@@ -62,7 +62,7 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
     if VOLATILE in vars(module):
         return "loop", "the network writes to buffers of its own in every pass"
     seconds, reasons = {}, []
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), ALONE, warnings.catch_warnings():
         # where torch only loops inside vmap, nothing is gained, and users would see its warning
         warnings.filterwarnings("error", message=".*performance drop.*")
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
