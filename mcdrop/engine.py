@@ -114,14 +114,13 @@ class PassResult:
         cls, gathered: Gathered, deterministic: Array, samples: NDArray[np.float32] | None, plan: PassPlan
     ) -> "PassResult":
         """Reads what was gathered for rows that all had the same passes."""
-        assert gathered.whole is not None
-        count = len(gathered.whole.mean)
+        mean = gathered.mean
         return cls(
-            passes=np.full(count, gathered.whole.count, np.int64),
-            mean=gathered.whole.mean,
+            passes=np.full(len(mean), gathered.count, np.int64),
+            mean=mean,
             variance=gathered.variance,
             standard_error=np.sqrt(gathered.error_squared),
-            degrees=np.full(count, gathered.degrees, np.int64),
+            degrees=np.full(len(mean), gathered.degrees, np.int64),
             deterministic=deterministic,
             samples=samples,
             plan=plan,
@@ -166,23 +165,18 @@ def _deterministic(block: Block, statistics: Statistics) -> Array:
 
 def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics) -> PassResult:
     kept: list[NDArray[np.float32]] | None = [] if plan.keep_samples else None
-    gathered, block = Gathered(BLOCKS[plan.sampler]), backend.block(rows, exact_last=plan.exact_last)
-    gathered = _gather(gathered, block, _chunk(backend, rows), plan, statistics, (0, plan.passes), kept)
+    block = backend.block(rows, exact_last=plan.exact_last)
+    gathered = _gather(Gathered(BLOCKS[plan.sampler]), block, plan, statistics, (0, plan.passes), kept)
     samples = np.concatenate(kept) if kept else None
     return _of(gathered, _deterministic(block, statistics), samples, plan)
 
 
-def _chunk(backend: Backend, rows: Rows) -> int:
-    """How many passes of so many rows are run at a time."""
-    return max(1, backend.chunk_bytes // (max(1, backend.pass_bytes(rows)) * rows.count))
-
-
 def _gather(
-    gathered: Gathered, block: Block, most: int, plan: PassPlan, statistics: Statistics, span: tuple[int, int],
+    gathered: Gathered, block: Block, plan: PassPlan, statistics: Statistics, span: tuple[int, int],
     kept: list[NDArray[np.float32]] | None = None,
 ) -> Gathered:  # fmt: skip
     """Runs the passes of a span in chunks of equal size, and adds them to what was gathered."""
-    chunks = -(-(span[1] - span[0]) // most)
+    chunks = -(-(span[1] - span[0]) // block.most)
     chunk = -(-(span[1] - span[0]) // chunks)
     for start in range(*span, chunk):
         count = min(chunk, span[1] - start)
@@ -204,7 +198,7 @@ def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statisti
     gathered, done, order = Gathered(BLOCKS[plan.sampler]), [], []
     for start in range(0, plan.passes, _ROUND):
         stop = min(start + _ROUND, plan.passes)
-        gathered = _gather(gathered, block, _chunk(backend, left), plan, statistics, (start, stop))
+        gathered = _gather(gathered, block, plan, statistics, (start, stop))
         # with few blocks the error is itself uncertain: widened as its t quantile is over the normal one
         wide = special.stdtrit(gathered.degrees, _CHECKED_AT) / special.ndtri(_CHECKED_AT)
         error = wide * np.sqrt(gathered.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)

@@ -30,7 +30,7 @@ VOLATILE = "_mcdrop_volatile"  # on a shadow's root: (owner, name, start) of its
 
 
 def to_tensors(rows: Rows, module: nn.Module) -> Rows:
-    """Gives fresh tensors on the module's device, floating leaves in the module's floating type."""
+    """Gives tensors on the module's device, floating leaves in the module's floating type."""
     return placed(rows, *place_of([*module.parameters(), *module.buffers()]))
 
 
@@ -41,12 +41,14 @@ def place_of(state: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
 
 
 def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
-    """Gives fresh tensors on a device, floating leaves in a type."""
+    """Gives tensors on a device, floating leaves in a type; a tensor that is so already is the user's own.
+
+    What runs a network gives it a copy, since a network may write to its input: see ``forward``.
+    """
 
     def convert(leaf: Any) -> Tensor:
         tensor = leaf if isinstance(leaf, Tensor) else torch.from_numpy(_plain(leaf))
-        # always a copy, as _plain gives one: a network may write to its input, and the input is the user's
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=tensor is leaf)
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
     return rows.map(convert)
 

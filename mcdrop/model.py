@@ -106,8 +106,11 @@ class Model:
         named = [*rows.named()]
         if len(named) != len(self.inputs):
             raise InputError(f"the network takes {len(self.inputs)} inputs ({self._names()}), got {len(named)}")
-        checked = iter([_fit(leaf, spec) for (_, leaf), spec in zip(named, self.inputs, strict=True)])
-        return rows.map(lambda leaf: next(checked))
+        checked = [_fit(leaf, spec) for (_, leaf), spec in zip(named, self.inputs, strict=True)]
+        if all(fitted is leaf for fitted, (_, leaf) in zip(checked, named, strict=True)):
+            return rows
+        left = iter(checked)
+        return rows.map(lambda leaf: next(left))
 
     def _placed(self, x: Any) -> Rows:
         """Puts inputs given by name where the network takes them."""
@@ -130,11 +133,10 @@ class Model:
 
 def _fit(leaf: Any, spec: InputSpec) -> Any:
     """Checks one leaf against its specification and gives it in the specified type."""
-    wanted = ("N", *spec.shape[1:])
     # a real (N, F) input has F columns; longer inputs and token ids may vary in length
-    wide = spec.dtype.startswith("float") and leaf.ndim == 2 and leaf.shape[1] != wanted[-1]
+    wide = leaf.ndim == 2 and leaf.shape[1] != spec.shape[-1] and spec.dtype.startswith("float")
     if leaf.ndim != len(spec.shape) or wide:
-        got = ("N", *leaf.shape[1:])
+        wanted, got = ("N", *spec.shape[1:]), ("N", *leaf.shape[1:])
         raise InputError(f"input {spec.name!r} must have the shape {_shape(wanted)}, got {_shape(got)}")
     if hasattr(leaf, "detach"):
         return _fit_tensor(leaf, spec)

@@ -25,6 +25,7 @@ CHUNK_BYTES = 16 * 2**20  # about a CPU's cache; what a plan's ``chunk`` is a mu
 _CHUNKS = (0.25, 4.0)  # tried beside the usual one
 _CHUNK_ROWS = 32
 _CHUNK_SECONDS = 0.2
+_BESIDE = 1e-4  # seconds that a chunk costs beside its passes: its masks are found, its statistics gathered
 _MOST_PASSES = 1000
 _KEPT_ROWS = (16, 64)
 _KEPT_PASSES = 3
@@ -148,10 +149,10 @@ def _chunk(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks]) -> float:
         return 1.0
     if _seconds(plan.program, given, stacks_of(usual), tries=1) * sum(_CHUNKS) * _TRIES > _CHUNK_SECONDS:
         return 1.0
-    best, chosen = _MARGIN * _seconds(plan.program, given, stacks_of(usual)) / usual, 1.0
+    best, chosen = _MARGIN * (_BESIDE + _seconds(plan.program, given, stacks_of(usual))) / usual, 1.0
     for chunk in _CHUNKS:
         passes = int(usual * chunk)
-        pace = _seconds(plan.program, given, stacks_of(passes)) / passes
+        pace = (_BESIDE + _seconds(plan.program, given, stacks_of(passes))) / passes
         if pace < best:
             best, chosen = pace, chunk
     return chosen

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = ["Plans"]
 _MASK_BYTES = 64 * 2**20  # of masks
 _VALUE_BYTES = 32 * 2**20  # of what a captured program makes of them
 _SWITCH = threading.RLock()
+_AS_IT_IS = nullcontext()
 _FEW = 4
 
 
@@ -53,17 +54,20 @@ class Plans:
 
     def prepare(self, rows: Rows) -> tuple[Plan, Rows]:
         """Gives how passes of such rows are run, and the rows as tensors."""
-        plan = self.plan(rows)
+        place = self._place()
+        plan = self._at(rows, place)
         if plan.program is not None and not plan.program.fits():
             with self._lock:
                 self._plans.clear()
                 self._eager_tiers.clear()
-            plan = self.plan(rows)
-        return plan, placed(rows, *self._place())
+            plan = self._at(rows, place)
+        return plan, placed(rows, *place)
 
     def plan(self, rows: Rows) -> Plan:
         """Gives how passes of rows of such shapes are run; traced and checked when they are first seen."""
-        place = self._place()
+        return self._at(rows, self._place())
+
+    def _at(self, rows: Rows, place: tuple[torch.device, torch.dtype]) -> Plan:
         latest = getattr(self._latest, "found", None)  # the engine asks several times of the same rows
         if (
             latest is not None
@@ -186,20 +190,19 @@ class Plans:
             self._plans = {key: wide if kept is plan else kept for key, kept in self._plans.items()}
         return wide
 
-    @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says.
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says."""
+        return _in_tf32(self.precision == "tf32") if self._place()[0].type == "cuda" else _AS_IT_IS
 
-        That switch is one for the whole process, so runs on GPUs take turns.
-        """
-        if self._place()[0].type != "cuda":
+
+@contextmanager
+def _in_tf32(wanted: bool) -> Iterator[None]:
+    """Sets torch's switch, which is one for the whole process, so that runs on GPUs take turns."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    with _SWITCH:
+        before = matmul.allow_tf32, convolution.allow_tf32
+        matmul.allow_tf32 = convolution.allow_tf32 = wanted
+        try:
             yield
-            return
-        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-        with _SWITCH:
-            before = matmul.allow_tf32, convolution.allow_tf32
-            matmul.allow_tf32 = convolution.allow_tf32 = self.precision == "tf32"
-            try:
-                yield
-            finally:
-                matmul.allow_tf32, convolution.allow_tf32 = before
+        finally:
+            matmul.allow_tf32, convolution.allow_tf32 = before

@@ -1,8 +1,7 @@
 """Rows that are ready for passes: as tensors, and for a captured network with what comes before its first draw."""
 
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,15 +11,43 @@ from torch import Tensor
 from mcdrop.errors import InputError
 from mcdrop.forward import out_of_memory, said_of
 from mcdrop.intercept import LargerDraw
-from mcdrop.plan import CAPTURED, straight
+from mcdrop.plan import CAPTURED, Plan, straight
 from mcdrop.plans import Plans
 from mcdrop.program import Program, Values
 from mcdrop.rows import Rows
 from mcdrop.stacks import Span
 
-__all__ = ["Ready", "as_numpy"]
+__all__ = ["Ready", "Room", "as_numpy"]
 
 Outputs = NDArray[np.float32]
+
+
+@dataclass
+class Room:
+    """What the activations of one chunk of passes may take, in bytes; shared by the blocks of a backend."""
+
+    usual: int
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Starts with the usual."""
+        self.bytes = self.bytes or self.usual
+
+    @property
+    def given(self) -> bool:
+        """Whether somebody has said how much, or the memory that there is has."""
+        return self.bytes != self.usual
+
+    def halve(self) -> None:
+        """Takes less from now on."""
+        self.bytes = max(1, self.bytes // 2)
+
+    def pass_bytes(self, plan: Plan) -> int:
+        """Gives what a further pass of one row needs."""
+        if plan.tier not in (CAPTURED, "vmap"):
+            return 4 * plan.trace.row_bytes
+        # where the memory was not given, a measurement has said how much of it is fastest
+        return int(4 * plan.trace.pass_bytes / (1.0 if self.given else plan.chunk))
 
 
 class Ready:
@@ -30,10 +57,9 @@ class Ready:
         InputError: the last dropout is asked for in closed form and has none.
     """
 
-    def __init__(self, plans: Plans, rows: Rows, *, exact_last: bool, on_out_of_memory: Callable[[], None]) -> None:
-        """Takes the plans of a network, the rows, and what is told that a chunk was too large."""
-        self._plans, self._rows, self._exact_last = plans, rows, exact_last
-        self._too_large = on_out_of_memory
+    def __init__(self, plans: Plans, rows: Rows, room: Room, *, exact_last: bool) -> None:
+        """Takes the plans of a network, the rows, and the memory that there is for them."""
+        self._plans, self._rows, self._room, self._exact_last = plans, rows, room, exact_last
         self._plan, self._tensors = plans.prepare(rows)
         self._whole = self._plan  # the passes of all units and draws, of which the deterministic output is one
         if exact_last:
@@ -48,6 +74,11 @@ class Ready:
         self._begun: tuple[Values, Values] | None = None
         self._off: Outputs | None = None
 
+    @property
+    def most(self) -> int:
+        """How many passes of these rows should be run at a time."""
+        return max(1, self._room.bytes // (max(1, self._room.pass_bytes(self._whole)) * self._rows.count))
+
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of some passes; out of memory, half of the passes or of the rows at a time."""
         try:
@@ -55,13 +86,13 @@ class Ready:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or passes * self._rows.count == 1:
                 raise
-        self._too_large()
+        self._room.halve()
         if passes > 1:
             half = passes // 2
             spans = [(start, half), (start + half, passes - half)]
             return np.concatenate([self.forward(n, seed=seed, start=at, sampler=sampler) for at, n in spans])
         parts = [
-            Ready(self._plans, part, exact_last=self._exact_last, on_out_of_memory=self._too_large)
+            Ready(self._plans, part, self._room, exact_last=self._exact_last)
             for part in self._rows.split(-(-self._rows.count // 2))
         ]
         return np.concatenate([part.forward(1, seed=seed, start=start, sampler=sampler) for part in parts], axis=1)

@@ -1,7 +1,7 @@
 """Changes of a captured graph that leave its values alone and make it faster.
 
-``REWRITES`` are applied to the whole graph in order, ``split_linear`` after them; ``write_in_place`` and ``lower`` to
-each stage of it, once it is split. To add a change, add one function and one line.
+``REWRITES`` are applied to the whole graph in order, ``split_linear`` and ``channels_last`` after them;
+``write_in_place`` and ``lower`` to each stage of it, once it is split. To add a change, add one function and one line.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RUN
+from mcdrop.onednn import IN_PLACE, ONEDNN
 
-__all__ = ["REWRITES", "lower", "sizes", "split_linear", "write_in_place"]
+__all__ = [
+    "REWRITES", "alike", "channels_last", "is_view", "lower", "replace", "sizes", "split_linear", "write_in_place",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -30,7 +33,8 @@ def sizes(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape)
 
 
-def _replace(node: fx.Node, other: fx.Node) -> None:
+def replace(node: fx.Node, other: fx.Node) -> None:
+    """Puts a node in the place of another."""
     node.replace_all_uses_with(other)
     node.graph.erase_node(node)
 
@@ -45,7 +49,7 @@ def drop_copies(graph: fx.Graph) -> None:
         order = node.args[1] if node.target is aten.permute.default else None
         same = node.target in _SHAPED and sizes(node) == sizes(source)
         if copies or (same and (order is None or [*order] == sorted(order))):
-            _replace(node, source)
+            replace(node, source)
 
 
 def scale_masks(graph: fx.Graph) -> None:
@@ -86,7 +90,7 @@ def fold_norms(graph: fx.Graph) -> None:
         folded.meta["val"], moved.meta["val"] = weight.meta["val"], mean.meta["val"]  # type: ignore[union-attr]
         layer.args = (layer.args[0], folded, moved, *layer.args[3:])
         layer.meta["val"] = node.meta["val"]
-        _replace(node, layer)
+        replace(node, layer)
 
 
 def _folded_weight(weight: Tensor, variance: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -143,25 +147,29 @@ def split_linear(graph: fx.Graph, passes: fx.Node, symbols: dict[Any, str]) -> N
             if len(lead) > 1:
                 output = graph.call_function(aten.view.default, (output, [*lead, value.shape[-1]]))
         output.meta = dict(node.meta)
-        _replace(node, output)
+        replace(node, output)
 
 
-REWRITES: tuple[Callable[[fx.Graph], None], ...] = (drop_copies, scale_masks, fold_norms, channels_last)
+REWRITES: tuple[Callable[[fx.Graph], None], ...] = (drop_copies, scale_masks, fold_norms)
 
 
 # -- within a stage ---------------------------------------------------------------------------------------------------
 
 
 def write_in_place(graph: fx.Graph) -> None:
-    """Lets elementwise operations write over their input where nothing else reads it: no fresh memory to fault in."""
+    """Lets elementwise operations write over an input that nothing reads after them: no fresh memory to fault in."""
     kept = {node for end in graph.nodes if end.op == "output" for node in end.all_input_nodes}
+    turn = {node: place for place, node in enumerate(graph.nodes)}
     for node in [*graph.nodes]:
         other = _in_place(node.target)
         if other is None:
             continue
         for index in (0, 1) if node.target in (aten.add.Tensor, aten.mul.Tensor) and not node.kwargs else (0,):
             source = node.args[index] if index < len(node.args) else None
-            if isinstance(source, fx.Node) and source not in kept and _owned(source) and _alike(source, node):
+            if not isinstance(source, fx.Node) or source in kept or not alike(source, node):
+                continue
+            others = [reader for reader in source.users if reader is not node]
+            if _owned(source) and all(turn[one] < turn[node] and not is_view(one) for one in others):
                 rest = [argument for place, argument in enumerate(node.args) if place != index]
                 node.target, node.args = other, (source, *rest)
                 break
@@ -170,32 +178,40 @@ def write_in_place(graph: fx.Graph) -> None:
 def _in_place(target: Any) -> Any:
     """The operation that writes over its first argument, where an elementwise one has such a twin."""
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags:
-        return None
+        return IN_PLACE.get(target)
     packet = getattr(aten, f"{target._schema.name.removeprefix('aten::')}_", None)
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
-def _alike(source: fx.Node, node: fx.Node) -> bool:
+def alike(source: fx.Node, node: fx.Node) -> bool:
+    """Whether two nodes give tensors of one shape and type."""
     old, new = source.meta.get("val"), node.meta.get("val")
     return (
         isinstance(old, Tensor) and isinstance(new, Tensor) and old.dtype == new.dtype and sizes(source) == sizes(node)
     )
 
 
-def _owned(node: fx.Node) -> bool:
-    """Whether a node's memory is its own and read by one operation alone."""
-    if len(node.users) != 1 or node.op != "call_function":
+def is_view(node: fx.Node) -> bool:
+    """Whether a node looks at the memory of its first argument in another way."""
+    if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if node.target in RUN:
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _owned(node: fx.Node) -> bool:
+    """Whether a node's memory is its own."""
+    if node.op != "call_function":
+        return False
+    if node.target in RUN or node.target in ONEDNN:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if any(result.alias_info is not None for result in node.target._schema.returns):
+    if is_view(node):
         source = node.args[0] if node.args else None
         # a view that covers all of what it looks at; an expanded one would be written several times over
         whole = node.target in (aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default)
         written = node.target._schema.is_mutable
-        return (whole or written) and isinstance(source, fx.Node) and _owned(source)
+        return (whole or written) and isinstance(source, fx.Node) and len(source.users) == 1 and _owned(source)
     return True
 
 

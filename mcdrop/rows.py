@@ -32,10 +32,17 @@ class Rows:
         """
         if isinstance(x, Rows):
             return x
+        if hasattr(x, "shape"):  # a single array or tensor, which is neither of the others
+            return cls._counted((_leaf(x, "inputs"),), {})
         args = tuple(_leaf(value, f"input {i}") for i, value in enumerate(x)) if isinstance(x, tuple) else ()
         kwargs = {name: _leaf(value, repr(name)) for name, value in x.items()} if isinstance(x, Mapping) else {}
         if not isinstance(x, tuple | Mapping):
             args = (_leaf(x, "inputs"),)
+        return cls._counted(args, kwargs)
+
+    @classmethod
+    def _counted(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Rows":
+        """Puts leaves of equally many rows together."""
         counts = {len(leaf) for leaf in (*args, *kwargs.values())}
         if not counts:
             raise InputError("no inputs were given")

@@ -54,10 +54,6 @@ class ShardedBackend(TorchBackend):
         """Gives the memory a row needs; that of all devices is there for a block."""
         return max(1, super().row_bytes(rows) // len(self._shards))
 
-    def pass_bytes(self, rows: Rows) -> int:
-        """Gives the memory that a further pass of one row needs, shared by the devices."""
-        return max(1, super().pass_bytes(rows) // len(self._shards))
-
     def _take_over(self) -> None:
         """Copies today's weights and buffers to the devices."""
         ours = [*self._module.parameters(), *self._module.buffers()]
@@ -72,6 +68,12 @@ class _Shards:
 
     def __init__(self, blocks: list[Any], pool: ThreadPoolExecutor) -> None:
         self._blocks, self._pool = blocks, pool
+
+    @property
+    def most(self) -> int:
+        """How many passes of these rows should be run at a time."""
+        most: int = min(one.most for one in self._blocks)
+        return most
 
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of some passes (T, N, ...), rows in order."""

@@ -177,8 +177,8 @@ def apart(left: Any, right: Any) -> float:
 
 
 def tensors(values: Values) -> list[Tensor]:
-    """Gives the tensors among what a stage gave."""
-    return [value for value in values if isinstance(value, Tensor)]
+    """Gives the tensors among what a stage gave; weights that were packed for oneDNN in torch's own order."""
+    return [value.to_dense() if value.is_mkldnn else value for value in values if isinstance(value, Tensor)]
 
 
 class Operations(TorchDispatchMode):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from mcdrop.moments import FEWEST_BLOCKS, Gathered, Moments
+from mcdrop.moments import FEWEST_BLOCKS, Gathered
 
 Array = NDArray[np.float64]
 
@@ -21,41 +21,45 @@ def gathered(values: Array, block: int, cuts: tuple[int, ...] = ()) -> Gathered:
     return state
 
 
-def assert_equal_moments(left: Moments, values: Array) -> None:
-    scale = float(np.abs(values).max()) + 1e-300
-    assert left.count == len(values)
-    np.testing.assert_allclose(left.mean, values.mean(axis=0), rtol=0, atol=1e-13 * scale)
-    np.testing.assert_allclose(left.variance, values.var(axis=0, ddof=1), rtol=1e-9, atol=1e-12 * scale**2)
-
-
-@given(draws, st.data())
-def test_merging_pieces_gives_the_moments_of_the_whole(values: Array, data: st.DataObject) -> None:
-    cut = data.draw(st.integers(1, len(values) - 1))
-    left, right = Moments.of(values[:cut]), Moments.of(values[cut:])
-    assert_equal_moments(left.merge(right), values)
-    assert_equal_moments(right.merge(left), values)
-
-
-@given(draws, st.data())
-def test_merging_is_associative(values: Array, data: st.DataObject) -> None:
-    i, j = sorted((data.draw(st.integers(1, len(values) - 1)), data.draw(st.integers(1, len(values) - 1))))
-    parts = [Moments.of(part) for part in (values[:i], values[i:j], values[j:]) if len(part)]
-    if len(parts) == 3:
-        assert_equal_moments(parts[0].merge(parts[1].merge(parts[2])), values)
-        assert_equal_moments(parts[0].merge(parts[1]).merge(parts[2]), values)
-
-
-def test_a_small_spread_on_a_large_mean_keeps_its_digits() -> None:
-    """Where E[x^2] - E[x]^2 in float64 would leave nothing: mean 1e9, spread 1e-3."""
-    values = 1e9 + np.random.default_rng(0).normal(0, 1e-3, (1000, 1))
-    state = Moments.of(values[:1])
-    for value in values[1:]:
-        state = state.merge(Moments.of(value[None]))
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("first", [1e9, 1e9 + 0.03])
+def test_a_small_spread_on_a_large_mean_keeps_its_digits(block: int, first: float) -> None:
+    """Where E[x^2] - E[x]^2 in float64 would leave nothing: mean 1e9, spread 1e-3, the first 30 of them away or not."""
+    values = 1e9 + np.random.default_rng(0).normal(0, 1e-3, (1600, 1))
+    values[0] = first
+    state, means = gathered(values, block, tuple(range(1, 1600))), values.reshape(-1, block).mean(axis=1)
     np.testing.assert_allclose(state.variance, values.var(axis=0, ddof=1), rtol=1e-3)
+    np.testing.assert_allclose(state.error_squared, means.var(ddof=1) / len(means), rtol=1e-2)
 
 
-def test_one_value_has_no_variance() -> None:
-    assert np.isnan(Moments.of([[1.0, 2.0]]).variance).all()
+def test_a_first_pass_far_from_all_others_costs_no_digits() -> None:
+    """The worst case for sums around the first pass: the others are alike."""
+    values = np.random.default_rng(0).normal(0, 1e-3, (100_000, 1))
+    values[0] = 1e6
+    np.testing.assert_allclose(gathered(values, 1, (1, 77)).variance, values.var(axis=0, ddof=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_equal_passes_have_no_spread_at_all(block: int) -> None:
+    state = gathered(np.full((50, 2), 0.1), block, (3, 9))
+    np.testing.assert_array_equal([state.variance, state.error_squared, state.mean - 0.1], np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_one_value_has_no_variance(block: int) -> None:
+    state = gathered(np.array([[1.0, 2.0]]), block)
+    np.testing.assert_array_equal(state.mean, [1.0, 2.0])
+    assert np.isnan(state.variance).all()
+    assert np.isnan(state.error_squared).all()
+
+
+def test_passes_in_float32_are_gathered_in_float64() -> None:
+    values = np.random.default_rng(0).normal(1, 1e-3, (64, 3)).astype(np.float32)
+    for block in (1, 16):
+        single, double = gathered(values, block), gathered(values.astype(np.float64), block)  # type: ignore[arg-type]
+        assert single.mean.dtype == np.float64
+        np.testing.assert_array_equal(single.mean, double.mean)
+        np.testing.assert_array_equal(single.error_squared, double.error_squared)
 
 
 def test_some_rows_can_be_taken() -> None:
@@ -73,7 +77,9 @@ def test_some_rows_can_be_taken() -> None:
 def test_chunks_do_not_change_what_is_gathered(values: Array, block: int, cuts: tuple[int, ...]) -> None:
     scale = float(np.abs(values).max()) + 1e-300
     once, cut = gathered(values, block), gathered(values, block, tuple(c for c in cuts if c < len(values)))
+    assert once.count == cut.count == len(values)
     assert once.degrees == cut.degrees
+    np.testing.assert_allclose(cut.mean, values.mean(axis=0), rtol=0, atol=1e-13 * scale)
     np.testing.assert_allclose(cut.error_squared, once.error_squared, rtol=1e-9, atol=1e-12 * scale**2)
     np.testing.assert_allclose(cut.variance, once.variance, rtol=1e-9, atol=1e-12 * scale**2)
 
@@ -115,8 +121,7 @@ def test_variance_and_error_of_stratified_passes_are_unbiased(passes: int) -> No
     strata = np.argsort(rng.random((blocks, 16, 20_000)), axis=1)
     u = ((strata + rng.random(strata.shape)) / 16).reshape(blocks * 16, 20_000)[:passes]
     state = gathered(u + (u > 0.3), 16)
-    mean = state.whole.mean if state.whole is not None else u
-    truth, spread = 1 / 12 + 0.3 * 0.7 + 2 * 0.5 * 0.3 * 0.7, (mean - (0.5 + 0.7)) ** 2
+    truth, spread = 1 / 12 + 0.3 * 0.7 + 2 * 0.5 * 0.3 * 0.7, (state.mean - (0.5 + 0.7)) ** 2
 
     def error(values: Array) -> float:
         return float(values.std() / np.sqrt(values.size))

@@ -14,6 +14,10 @@ __all__ = ["Backend", "Block", "Plain"]
 class Block(Protocol):
     """Rows that are ready for passes: what comes before the first draw is computed once for all of them."""
 
+    @property
+    def most(self) -> int:
+        """How many passes of these rows should be run at a time, at least 1."""
+
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
 
@@ -63,6 +67,11 @@ class Plain:
 
     backend: Backend
     rows: Rows
+
+    @property
+    def most(self) -> int:
+        """How many passes of these rows should be run at a time."""
+        return max(1, self.backend.chunk_bytes // (max(1, self.backend.pass_bytes(self.rows)) * self.rows.count))
 
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of some passes."""

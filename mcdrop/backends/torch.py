@@ -13,9 +13,9 @@ from mcdrop.backends import Block
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import draws_off
 from mcdrop.outputs import Pick
-from mcdrop.plan import CAPTURED, CHUNK_BYTES, Plan, Tuning
+from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
 from mcdrop.plans import Plans
-from mcdrop.ready import Ready, as_numpy
+from mcdrop.ready import Ready, Room, as_numpy
 from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
@@ -23,9 +23,6 @@ from mcdrop.stacks import Span
 from mcdrop.tiers import TIERS
 
 __all__ = ["TorchBackend"]
-
-
-_MASK_BYTES = 64 * 2**20  # of masks, and as much again of what the captured program makes of them
 
 
 class TorchBackend:
@@ -50,9 +47,18 @@ class TorchBackend:
         """
         self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
         self.precision, self.compiled = precision, compiled
-        self.chunk_bytes = self._usual_bytes = _room(live)
+        self.room = Room(_room(live))
         self.plans = Plans(live, plain, pick, off, force, precision=precision, compiled=compiled, tuning=tuning)
         self._digest: tuple[object, str] | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """What the activations of one chunk of passes may take."""
+        return self.room.bytes
+
+    @chunk_bytes.setter
+    def chunk_bytes(self, given: int) -> None:
+        self.room.bytes = given
 
     def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
         """Gives rows ready for passes with the weights of today, or for those with the last layer in closed form.
@@ -60,7 +66,7 @@ class TorchBackend:
         Raises:
             InputError: the last layer has no closed form.
         """
-        return Ready(self.plans, rows, exact_last=exact_last, on_out_of_memory=self._halve)
+        return Ready(self.plans, rows, self.room, exact_last=exact_last)
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...).
@@ -72,9 +78,6 @@ class TorchBackend:
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
         return self.plans.deterministic(rows)
-
-    def _halve(self) -> None:
-        self.chunk_bytes = max(1, self.chunk_bytes // 2)
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
@@ -121,9 +124,12 @@ class TorchBackend:
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
         for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
             theirs.training = ours.training
-        return TorchBackend(
+        other = TorchBackend(
             live, plain, self.pick, self.off, self.force, self.precision, self.compiled, self.plans.tuning
         )
+        if self.room.given:
+            other.chunk_bytes = self.chunk_bytes
+        return other
 
     def each_pass(self, rows: Rows, passes: int, *, seed: int, start: int) -> None:
         """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""
@@ -152,11 +158,7 @@ class TorchBackend:
 
     def pass_bytes(self, rows: Rows) -> int:
         """Gives what a further pass of one row needs: what comes before the first draw is mostly not run again."""
-        plan = self.plans.plan(rows)
-        if plan.tier not in (CAPTURED, "vmap"):
-            return 4 * plan.trace.row_bytes
-        # where the memory was not given, a measurement has said how much of it is fastest
-        return int(4 * plan.trace.pass_bytes / (plan.chunk if self.chunk_bytes == self._usual_bytes else 1.0))
+        return self.room.pass_bytes(self.plans.plan(rows))
 
     def tier(self, rows: Rows) -> tuple[str, str]:
         """Gives the tier that runs the passes of such rows, and why."""

@@ -1,0 +1,95 @@
+"""Layers as oneDNN runs them on a CPU: weights packed once, and what follows a layer done while it is in the cache.
+
+These are operations of torch that its own compiler writes; they are nodes of a program and are never captured.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mcdrop.kernels import folded
+
+__all__ = ["IN_PLACE", "ONEDNN", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear", "packed"]
+
+_IMAGE = 2  # axes of what is convolved
+
+
+def available(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether layers of a type are run so on a device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def packed(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """Gives a convolution's weight in the order that it is read in; of no use to anything else."""
+    output: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight.detach().contiguous(), padding, stride, dilation, groups
+    )
+    return output
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, then: str,
+) -> Tensor:  # fmt: skip
+    """A convolution of images (..., N, C, H, W) with a packed weight, and then "relu" or "none"."""
+
+    def run(x: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            _channels_last(x), weight, bias, padding, stride, dilation, groups, then, [], ""
+        )
+        return output
+
+    return folded(x, _IMAGE, run)
+
+
+def conv_add_relu(
+    other: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """A convolution, added to a tensor of its output's shape and cut off below 0."""
+
+    def run(x: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+            _channels_last(x), _flat(other), weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
+        )
+        return output
+
+    return folded(x, _IMAGE, run)
+
+
+def conv_add_relu_(
+    other: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """The same, written over the other tensor."""
+
+    def run(x: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+            _flat(other), _channels_last(x), weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
+        )
+        return output
+
+    return folded(x, _IMAGE, run)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+    """A linear layer, its bias added as it is written, and then "relu" or "none"."""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, then, [], "")
+    return output
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return _channels_last(x.reshape(-1, *x.shape[-1 - _IMAGE :]))
+
+
+ONEDNN = frozenset({conv, conv_add_relu, conv_add_relu_, linear, packed})
+IN_PLACE = {conv_add_relu: conv_add_relu_}
