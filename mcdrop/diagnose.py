@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcdrop.audit import Audit, NormReport
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
+from mcdrop.onednn import FLOPS
 from mcdrop.record import caller, module_paths
 from mcdrop.rows import Rows
 
@@ -160,7 +161,7 @@ def _norm_warnings(norms: tuple[NormReport, ...]) -> list[str]:
 
 
 def _operations(backend: TorchBackend, rows: Rows, passes: int) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         backend.run(rows, passes, only=None, at_once=True)
     return int(counter.get_total_flops())
 

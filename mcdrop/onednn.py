@@ -3,14 +3,17 @@
 These are operations of torch that its own compiler writes; they are nodes of a program and are never captured.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count
 
 from mcdrop.kernels import folded
 
-__all__ = ["IN_PLACE", "ONEDNN", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear", "packed"]
+__all__ = ["FLOPS", "IN_PLACE", "ONEDNN", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear", "packed"]
 
 _IMAGE = 2  # axes of what is convolved
 
@@ -93,3 +96,23 @@ def _flat(x: Tensor) -> Tensor:
 
 ONEDNN = frozenset({conv, conv_add_relu, conv_add_relu_, linear, packed})
 IN_PLACE = {conv_add_relu: conv_add_relu_}
+
+
+def _conv_flops(one: Any, two: Any, three: Any, *_: Any, out_shape: Any) -> int:
+    """Counts from the shapes of image and weight; with a sum the other tensor stands before or between them."""
+    image, weight = (one, two) if three is None or len(three) == 1 else (two if one == out_shape else one, three)
+    count: int = conv_flop_count(image, weight, out_shape)
+    return count
+
+
+def _linear_flops(_x: Any, weight: Any, *_: Any, out_shape: Any) -> int:
+    count: int = 2 * math.prod(out_shape) * weight[-1]
+    return count
+
+
+# What torch's counter of operations does not know of them, by operation.
+FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.mkldnn._convolution_pointwise: _conv_flops,
+    torch.ops.mkldnn._convolution_pointwise_: _conv_flops,
+    torch.ops.mkldnn._linear_pointwise: _linear_flops,
+}

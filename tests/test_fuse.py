@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from captures import Operations, apart, loop, made, passes
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mcdrop
+from mcdrop.onednn import FLOPS
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch comes without oneDNN")
 
@@ -62,6 +64,23 @@ def test_sums_and_relus_are_part_of_the_convolutions() -> None:
         passes(model, IMAGES, 4)
     assert len(ran.named("mkldnn._convolution_pointwise")) == 3
     assert ran.named("aten.relu") == ran.named("aten.add.Tensor") == ran.named("aten.convolution") == []
+
+
+def test_the_operations_of_fused_layers_are_counted() -> None:
+    """As many as torch counts in the network's own code: a product and a sum for each weight and place."""
+    x, conv, linear = IMAGES[:3], 3 * 2 * 4 * 36 * 9, 3 * 2 * 4 * 2
+    count = 5  # and one more for the deterministic output
+    for name in ("two convolutions", "with what is read before", "with what is read later"):
+        model = mcdrop.wrap(Sums(SUMS[name]).eval(), example=x)
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            passes(model, x, count)
+        branches = 2 if name == "two convolutions" else 1
+        assert counter.get_total_flops() == conv * (2 + 4 * branches * (count + 1)) + linear * (count + 1)
+    net = nn.Sequential(nn.Dropout(0.4), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+    model = mcdrop.wrap(net, example=torch.ones(3, 8), precision="bf16")
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        passes(model, torch.ones(3, 8), count)
+    assert counter.get_total_flops() == 2 * 3 * count * (8 * 16 + 16 * 2)
 
 
 def test_linear_layers_in_bfloat16_add_their_bias_and_relu_as_they_write() -> None:

@@ -5,10 +5,11 @@ import torch
 from captures import NETS, Operations, apart, backend_of, loop, made, passes, program_of, tensors, wrapped
 from devices import on_each_device
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 import mcdrop
 from mcdrop.engine import PassPlan, PassResult, run_passes
+from mcdrop.onednn import FLOPS
 from mcdrop.stacks import Span
 from mcdrop.summaries import TASKS
 
@@ -23,13 +24,6 @@ def image_net(device: str) -> tuple[nn.Module, Tensor]:
     return net.eval().to(device), torch.randn(ROWS, 2, 5, 5, device=device)
 
 
-def onednn_flops(x_shape: list[int], w_shape: list[int], *_: object, out_shape: list[int]) -> int:
-    """Counts a convolution that oneDNN runs, which torch's counter does not know."""
-    count: int = conv_flop_count(x_shape, w_shape, out_shape)
-    return count
-
-
-ONEDNN = {torch.ops.mkldnn._convolution_pointwise: onednn_flops}
 CONV = 2 * 4 * 25 * 2 * 9  # operations of a row: a product and a sum for each weight and place
 LINEAR = 2 * 100 * 3
 
@@ -49,7 +43,7 @@ def test_what_comes_before_the_first_draw_runs_once_a_row(chunk_bytes: int, devi
     net, x = image_net(device)
     model = mcdrop.wrap(net, example=x[:4])
     model.backend.chunk_bytes = chunk_bytes
-    with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         run(model, x, passes=PASSES)
     counts = counter.get_flop_counts()["Global"]
     conv = sum(count for name, count in counts.items() if "convolution" in str(name))

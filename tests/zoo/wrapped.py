@@ -91,11 +91,16 @@ def taken(example: Example, which: Sequence[int]) -> Example:
 
 
 def tolerance(module: nn.Module) -> float:
-    """What rounding may do to an output, as a part of its largest value: 1e-5 in float32."""
+    """What rounding may do to an output, as a part of its largest value: 1e-5 in float32, in deep networks 2e-5.
+
+    Of efficientnet_b0, with 81 convolutions, plain passes are 4e-6 away from those in float64, and captured ones 9e-6.
+    """
     dtypes = {parameter.dtype for parameter in module.parameters()}
-    return max((_ROUNDING.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+    single = 2e-5 if sum(isinstance(child, nn.Conv2d) for child in module.modules()) > _DEEP else 1e-5
+    return max((_ROUNDING.get(dtype, single) for dtype in dtypes), default=single)
 
 
+_DEEP = 50
 _ROUNDING = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
