@@ -69,7 +69,7 @@ class Gathered:
         if blocks:
             by_block = _sums(apart[: blocks * block].reshape(blocks, block, *apart.shape[1:]))
             closed = closed + np.add.reduce(by_block, axis=0)
-            closed_squares = closed_squares + np.einsum("t...,t...->...", by_block, by_block)
+            closed_squares = closed_squares + np.add.reduce(by_block * by_block, axis=0)
         if len(apart) % block:
             opened = np.add.reduce(apart[blocks * block :], axis=0)
         return closed, closed_squares, opened

@@ -58,7 +58,7 @@ class Plans:
         plan = self._at(rows, place)
         if plan.program is not None and not plan.program.fits():
             with self._lock:
-                self._plans.clear()
+                self._plans = {}
                 self._eager_tiers.clear()
             plan = self._at(rows, place)
         return plan, placed(rows, *place)
@@ -69,28 +69,28 @@ class Plans:
 
     def _at(self, rows: Rows, place: tuple[torch.device, torch.dtype]) -> Plan:
         latest = getattr(self._latest, "found", None)  # the engine asks several times of the same rows
-        if (
-            latest is not None
-            and latest[0]() is rows
-            and latest[1] == place
-            and any(latest[2] is held for held in self._plans.values())
-        ):
+        if latest is not None and latest[0]() is rows and latest[1] == place and latest[3] is self._plans:
             found: Plan = latest[2]
             return found
         signature = (*((name, leaf.shape[1:], leaf.dtype) for name, leaf in rows.named()), place)
+        plans = self._plans
         # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
-        plan = self._plans.get(signature) or self._plans.get((signature, rows.count))
+        plan = plans.get(signature) or plans.get((signature, rows.count))
         if plan is None:
             with self._lock, self.turn:
-                plan = self._plans.get(signature) or self._plans.get((signature, rows.count))
+                plans = self._plans
+                plan = plans.get(signature) or plans.get((signature, rows.count))
                 if plan is None:
                     plan = self._made(placed(rows, *place))
-                    self._plans[(signature, rows.count) if plan.trace.unclear else signature] = plan
-        self._latest.found = weakref.ref(rows), place, plan
+                    plans[(signature, rows.count) if plan.trace.unclear else signature] = plan
+        self._latest.found = weakref.ref(rows), place, plan, plans
         return plan
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Where the network is now, told by its first weight and its first floating one."""
+        first = self._telling[0].now() if self._telling else None
+        if first is not None and first.is_floating_point():
+            return first.device, first.dtype
         return place_of([tensor for one in self._telling if (tensor := one.now()) is not None])
 
     def _made(self, tensors: Rows) -> Plan:
