@@ -65,6 +65,10 @@ class Captured:
     symbols: dict[Any, str]
     guards: tuple[Any, ...]
 
+    def now(self) -> list[Tensor | None]:
+        """Gives the tensors that stand in the places now."""
+        return [one.tensors.get(one.name) for one in self.places]
+
     def holds(self, passes: int, rows: int) -> bool:
         """Whether the network's own code would go the same way with so many passes and rows."""
         sizes = {symbol: passes if axis == "T" else rows for symbol, axis in self.symbols.items()}
@@ -120,7 +124,7 @@ def capture(
     mode = FakeTensorMode(shape_env=env)
     arguments = (
         [_stand_in(mode, _typed(tensor, dtype)) for one in state if (tensor := one.now()) is not None],
-        [_stand_in(mode, _typed(leaf, dtype), _ROWS) for _, leaf in rows.named()],
+        [_stand_in(mode, _typed(leaf, dtype), _ROWS) for leaf in rows.leaves],
         [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
     graph = _written_down(passes, arguments, mode)

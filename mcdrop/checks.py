@@ -20,7 +20,7 @@ _LOOSE = 3  # other kernels are chosen for other numbers of rows
 
 def _masks(found: Trace, rows: Rows) -> list[Tensor]:
     """The draws of one pass."""
-    device = next(leaf for _, leaf in rows.named()).device
+    device = rows.leaves[0].device
     drawn = sample_masks(found.sites, 1, seed=0)
     return [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]
 
@@ -51,7 +51,7 @@ def mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, f
 
 def _expectations(found: Trace, rows: Rows) -> list[Tensor | None]:
     """The expectation of every draw; of a mask the keep rate itself, at which alpha dropout is not the identity."""
-    device = next(leaf for _, leaf in rows.named()).device
+    device = rows.leaves[0].device
     return [
         torch.full(site.shape, 1 - site.p, device=device) if site.kind == "bernoulli" else None for site in found.sites
     ]

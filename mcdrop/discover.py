@@ -227,7 +227,7 @@ def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int) 
     # half of the units whatever the rate, so that a rare drop is seen as well as a common one
     sites = [*found.sites]
     sites[index] = Site(site.name, site.shape, 0.5, site.kind)
-    device = next(leaf for _, leaf in rows.named()).device
+    device = rows.leaves[0].device
     for seed in range(_TRIES):
         # the others drawn too: some draws only show where another one is not at its expectation
         drawn = sample_masks(sites, 2, seed=seed)

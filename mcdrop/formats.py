@@ -35,7 +35,7 @@ class Format:
 
 def positional(rows: Rows) -> Rows:
     """Gives the same rows with every leaf by position."""
-    return Rows(tuple(leaf for _, leaf in rows.named()), {}, rows.count)
+    return Rows(rows.leaves, {}, rows.count)
 
 
 # -- weights and a factory ---------------------------------------------------------------------------------------------

@@ -103,11 +103,11 @@ class Model:
             InputError: unusable rows, unknown or missing names, or a wrong number of axes or columns.
         """
         rows = self._placed(x)
-        named = [*rows.named()]
-        if len(named) != len(self.inputs):
-            raise InputError(f"the network takes {len(self.inputs)} inputs ({self._names()}), got {len(named)}")
-        checked = [_fit(leaf, spec) for (_, leaf), spec in zip(named, self.inputs, strict=True)]
-        if all(fitted is leaf for fitted, (_, leaf) in zip(checked, named, strict=True)):
+        given = rows.leaves
+        if len(given) != len(self.inputs):
+            raise InputError(f"the network takes {len(self.inputs)} inputs ({self._names()}), got {len(given)}")
+        checked = [_fit(leaf, spec) for leaf, spec in zip(given, self.inputs, strict=True)]
+        if all(fitted is leaf for fitted, leaf in zip(checked, given, strict=True)):
             return rows
         left = iter(checked)
         return rows.map(lambda leaf: next(left))
@@ -123,9 +123,9 @@ class Model:
         if sorted(map(str, x)) != sorted(names):
             raise InputError(f"inputs must be named {', '.join(names)}; got {', '.join(map(str, x)) or 'none'}")
         rows = Rows.of({name: x[name] for name in names})
-        leaves = [leaf for _, leaf in rows.named()]
+        leaves = rows.leaves
         by_name = dict(zip(names[self.positional :], leaves[self.positional :], strict=True))
-        return Rows(tuple(leaves[: self.positional]), by_name, rows.count)
+        return Rows(leaves[: self.positional], by_name, rows.count)
 
     def _names(self) -> str:
         return ", ".join(spec.name for spec in self.inputs)

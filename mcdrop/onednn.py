@@ -110,9 +110,12 @@ def _linear_flops(_x: Any, weight: Any, *_: Any, out_shape: Any) -> int:
     return count
 
 
-# What torch's counter of operations does not know of them, by operation.
+_COUNTS: dict[str, Callable[..., int]] = {
+    "_convolution_pointwise": _conv_flops,
+    "_convolution_pointwise_": _conv_flops,
+    "_linear_pointwise": _linear_flops,
+}
+# What torch's counter of operations does not know of them, by operation; a torch without oneDNN has none of them.
 FLOPS: dict[Any, Callable[..., int]] = {
-    torch.ops.mkldnn._convolution_pointwise: _conv_flops,
-    torch.ops.mkldnn._convolution_pointwise_: _conv_flops,
-    torch.ops.mkldnn._linear_pointwise: _linear_flops,
+    getattr(torch.ops.mkldnn, name): count for name, count in _COUNTS.items() if torch.backends.mkldnn.is_available()
 }

@@ -140,7 +140,7 @@ def graph_inputs(backend: OnnxBackend) -> tuple[GraphInput, ...]:
 
 def _placed(rows: Rows, inputs: tuple[GraphInput, ...]) -> Rows:
     """Puts rows that were given by name in the order of the inputs."""
-    names, leaves = [one.name for one in inputs], [leaf for _, leaf in rows.named()]
+    names, leaves = [one.name for one in inputs], [*rows.leaves]
     if rows.kwargs and sorted(rows.kwargs) == sorted(names):
         leaves = [rows.kwargs[name] for name in names]
     if len(leaves) != len(names):

@@ -122,7 +122,7 @@ def stochastic_graph(backend: TorchBackend, rows: Rows, names: Sequence[str], ou
     found = trace(backend.live, few, backend.pick, backend.force)
     if found.rates or found.unclear:
         raise ModelRefused("a draw whose rate or rows are only known while the network runs cannot be part of a graph")
-    leaves = tuple(leaf for _, leaf in few.named())
+    leaves = few.leaves
     count, translations = torch.export.Dim("rows", min=1), _translations()
     # the exporter computes what depends on constants alone, and takes the dropout of a weight for that
     optimize = all(layout is not None for layout in found.layouts)

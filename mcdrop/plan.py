@@ -103,7 +103,7 @@ class Plan:
 def straight(program: Program, masks: Values, rows: Rows, passes: int) -> Tensor:
     """Runs a program from its weights to its outputs (T, N, ...)."""
     weights = program.weights()
-    begun = program.rows(weights, [leaf for _, leaf in rows.named()], rows.count)
+    begun = program.rows(weights, rows.leaves, rows.count)
     return program.passes(weights, masks, begun, passes, rows.count)
 
 
@@ -162,7 +162,7 @@ def _seconds(program: Program, rows: Rows, stacks: Stacks, *, tries: int = _TRIE
     """The shortest time of the part that is run for every chunk of passes."""
     masks = [stack for stack in stacks if stack is not None]
     values, weights = program.masks(masks), program.weights()
-    begun = program.rows(weights, [leaf for _, leaf in rows.named()], rows.count)
+    begun = program.rows(weights, rows.leaves, rows.count)
     times = []
     for _ in range(tries):
         began = time.perf_counter()

@@ -110,7 +110,7 @@ def _exact(captured: Captured, plan: Plan, rows: Rows) -> Program | None:
         exact = Program(captured, dtype=plan.program.dtype, exact=plan.on)
     except NotCaptured:
         return None
-    stacks = [expected_stack(site, next(leaf for _, leaf in rows.named()).device) for site in plan.on]
+    stacks = [expected_stack(site, rows.leaves[0].device) for site in plan.on]
     try:
         with torch.no_grad():
             expected = straight(plan.program, plan.program.masks(stacks), rows, 1)

@@ -151,7 +151,7 @@ def _check(run: Callable[[list[Array]], dict[str, Array]], model: Model, options
     """Runs what is to be written, on the example's rows and on one of them, against ``predict``."""
     bare = replace(model, screen=None, calibration=None)
     for rows in (model.example, model.example.take(slice(0, 1))):
-        found = run([_array(leaf) for _, leaf in rows.named()])
+        found = run([_array(leaf) for leaf in rows.leaves])
         expected = predict(
             bare, rows, passes=options.passes, level=options.level, interval=options.interval,
             seed=options.seed, sampler=options.sampler,

@@ -113,7 +113,7 @@ def posterior_program(backend: Backend, rows: Rows, plan: PassPlan, *, task: str
     if found.unclear:
         raise ModelRefused("a draw whose rows are only known while the network runs cannot be part of a program")
     asked = {"task": task, "passes": plan.passes, "sampler": plan.sampler, "level": level, "interval": interval}
-    leaves, buffer = tuple(leaf for _, leaf in few.named()), io.BytesIO()
+    leaves, buffer = few.leaves, io.BytesIO()
     count = torch.export.Dim("rows", min=1)
     module = _Posterior(backend, found, few, plan, asked)
     with torch.no_grad():

@@ -56,7 +56,7 @@ class Program:
 
     def weights(self) -> Values:
         """Gives what follows from the weights of today."""
-        tensors = [tensor for one in self._captured.places if (tensor := one.now()) is not None]
+        tensors = [tensor for tensor in self._captured.now() if tensor is not None]
         if self.dtype is not None:
             tensors = [t.to(self.dtype) if t.is_floating_point() else t for t in tensors]
         return *self._run("weights", *tensors), *self._run("folded", *tensors)
@@ -112,7 +112,7 @@ def _alone(run: Callable[..., Values]) -> Callable[..., Values]:
 
 def _facts(captured: Captured) -> list[Any]:
     """What a graph takes for granted of the weights: which are there, their shapes and types, and which are one."""
-    tensors = [one.now() for one in captured.places]
+    tensors = captured.now()
     facts: list[Any] = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     seen = [id(tensor) for tensor in tensors if tensor is not None]
     return facts if len(set(seen)) == len(seen) else [*facts, [seen.index(one) for one in seen]]

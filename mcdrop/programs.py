@@ -70,7 +70,7 @@ def exported(backend: Backend, rows: Rows) -> bytes:
     if not isinstance(backend, TorchBackend):
         raise ModelRefused("an ONNX graph cannot be saved as .pt2; save it with format='onnx'")
     few = to_tensors(repeat_rows(rows, _ROWS), backend.live)
-    leaves = tuple(leaf for _, leaf in few.named())
+    leaves = few.leaves
     buffer, count = io.BytesIO(), torch.export.Dim("rows", min=1)
     try:
         with quiet(), torch.no_grad():

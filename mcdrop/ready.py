@@ -148,7 +148,7 @@ class Ready:
         with torch.no_grad(), self._plans.arithmetic(), said_of(self._tensors):
             if self._begun is None:
                 weights = program.weights()
-                self._begun = weights, program.rows(weights, [leaf for _, leaf in self._tensors.named()], count)
+                self._begun = weights, program.rows(weights, self._tensors.leaves, count)
             values = self._plans.values(self._plan, span, ride=ride)
             outputs = as_numpy(program.passes(self._begun[0], values, self._begun[1], span.passes + ride, count))
         if ride:

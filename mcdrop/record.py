@@ -241,7 +241,7 @@ def record(
 ) -> tuple[Recorder, Spy]:
     """Runs one pass and gives what it drew, and what the spy saw."""
     paths = module_paths(module)
-    leaf = next(leaf for _, leaf in rows.named())
+    leaf = rows.leaves[0]
     source = Recorder(paths, leaf.device, seed=seed, force=force)
     spy = Spy(paths, watched(module), drawn=lambda: bool(source.draws))
     with own_generator():

@@ -53,6 +53,11 @@ class Rows:
             raise InputError("inputs hold no rows; give at least one")
         return cls(args, kwargs, count)
 
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """All leaves, the positional ones first."""
+        return (*self.args, *self.kwargs.values())
+
     def named(self) -> Iterator[tuple[str, Any]]:
         """Walks over (name, leaf); positional leaves are named by their position."""
         yield from ((str(i), leaf) for i, leaf in enumerate(self.args))

@@ -81,7 +81,7 @@ def widened(found: Trace, other: Trace) -> Trace:
 
 def repeat_rows(rows: Rows, count: int) -> Rows:
     """Gives ``count`` rows, the given ones over and over."""
-    return rows.take(torch.arange(count, device=next(leaf for _, leaf in rows.named()).device) % rows.count)
+    return rows.take(torch.arange(count, device=rows.leaves[0].device) % rows.count)
 
 
 def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool] = nowhere) -> Trace:
