@@ -7,7 +7,7 @@ calibrations and rows. To add a method, add one function and one line to ``INTER
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +31,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-_BLOCK = 2**22  # entries of the passes that a mixture is solved for at a time
+_BLOCK = 2**22  # entries of the passes that are ordered, or a mixture is solved for, at a time
 _STEPS = 100
 _TINY = float(np.finfo(np.float64).tiny)
 
@@ -130,8 +130,19 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
             "raise passes or choose 'student_t'"
         )
     assert summary.samples is not None, "the plan of a method that needs samples keeps them"
-    ordered = np.partition(summary.samples, (rank - 1, passes - rank), axis=0)
-    return ordered[rank - 1].astype(np.float64), ordered[passes - rank].astype(np.float64)
+    samples = summary.samples.reshape(passes, -1)
+    lower, upper = np.empty(samples.shape[1]), np.empty(samples.shape[1])
+    for part in _blocks(samples):
+        columns = np.ascontiguousarray(samples[:, part].T)
+        columns.partition((rank - 1, passes - rank), axis=1)
+        lower[part], upper[part] = columns[:, rank - 1], columns[:, passes - rank]
+    return lower.reshape(summary.mean.shape), upper.reshape(summary.mean.shape)
+
+
+def _blocks(samples: NDArray[np.float32]) -> Iterator[slice]:
+    """Walks over the columns of passes (T, C), so many at a time that what is made of them stays small."""
+    size = max(1, _BLOCK // len(samples))
+    yield from (slice(start, start + size) for start in range(0, samples.shape[1], size))
 
 
 def _conformal(summary: Summary, level: float, calibration: Calibrated | None) -> tuple[Array, Array]:
@@ -161,9 +172,7 @@ def predictive_bounds(summary: Summary, level: float) -> tuple[Array, Array]:
     samples = summary.samples.reshape(len(summary.samples), -1)
     spread = np.sqrt(np.maximum(noise, _TINY)).astype(np.float64).reshape(len(noise), -1)
     lower, upper = np.empty(samples.shape[1]), np.empty(samples.shape[1])
-    size = max(1, _BLOCK // len(samples))
-    for start in range(0, samples.shape[1], size):
-        part = slice(start, start + size)
+    for part in _blocks(samples):
         centres = samples[:, part].astype(np.float64)
         lower[part] = _mixture_quantile(centres, spread[:, part], tail)
         upper[part] = _mixture_quantile(centres, spread[:, part], 1 - tail)

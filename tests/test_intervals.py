@@ -1,5 +1,6 @@
 """Intervals against scipy, their claims by simulation, and what is refused."""
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_quantile_bounds_are_passes_of_the_stated_rank(passes: int, seed: int) -
     rank = (passes + 1) // 40  # floor((T + 1) * 0.025), in whole numbers
     np.testing.assert_array_equal(found.lower, ordered[rank - 1])
     np.testing.assert_array_equal(found.upper, ordered[passes - rank])
+
+
+def test_quantiles_of_many_rows_are_ordered_a_part_at_a_time() -> None:
+    """Of 100 MB of passes: what is taken besides stays below half of that, and is the same as all at once."""
+    draws = np.random.default_rng(0).standard_normal((500, 50_000, 1), np.float32)
+    passes = replace(of_passes(np.ones((2, 1, 1))), passes=np.array([500]), mean=draws[0], samples=draws)
+    tracemalloc.start()
+    lower, upper = INTERVALS["quantile"].bounds(passes, 0.9)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < draws.nbytes / 2
+    ordered = np.sort(draws, axis=0)
+    np.testing.assert_array_equal(lower, ordered[24])  # the 25th of 500, floor(501 * 0.05)
+    np.testing.assert_array_equal(upper, ordered[475])
 
 
 # -- laws of all -------------------------------------------------------------------------------------------------------
