@@ -54,7 +54,7 @@ def test_two_threads_in_it_leave_the_filters_of_warnings_as_they_were() -> None:
 def test_networks_wrapped_by_several_threads_leave_torch_as_it_was() -> None:
     """torch notes in one variable of the process that it traces, and refuses to compile as long as it says so."""
 
-    nets = [nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 2)).eval() for _ in range(24)]
+    nets = [nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 2)).eval() for _ in range(12)]
     with ThreadPoolExecutor(8) as pool:
         tiers = pool.map(lambda net: mcdrop.wrap(net, example=torch.ones(4, 4)).audit.tier, nets)
         assert set(tiers) == {"captured"}
