@@ -13,15 +13,6 @@ Array = NDArray[np.float64]
 FEWEST_BLOCKS = 4  # fewer block means say too little about their own spread
 
 
-def _sums(blocks: Array) -> Array:
-    """Sums over the second axis by halves: four times as fast as numpy's own sum where rows are short."""
-    while blocks.shape[1] % 2 == 0:
-        half = blocks.shape[1] // 2
-        blocks = blocks[:, :half] + blocks[:, half:]
-    sums: Array = np.add.reduce(blocks, axis=1)
-    return sums
-
-
 @dataclass(frozen=True)
 class Gathered:
     """Sums over passes, and for passes that come in balanced blocks sums over the blocks.
@@ -67,7 +58,7 @@ class Gathered:
                 closed, closed_squares, opened = closed + opened, closed_squares + opened**2, 0.0
         blocks = len(apart) // block
         if blocks:
-            by_block = _sums(apart[: blocks * block].reshape(blocks, block, *apart.shape[1:]))
+            by_block = np.add.reduce(apart[: blocks * block].reshape(blocks, block, *apart.shape[1:]), axis=1)
             closed = closed + np.add.reduce(by_block, axis=0)
             closed_squares = closed_squares + np.add.reduce(by_block * by_block, axis=0)
         if len(apart) % block:
