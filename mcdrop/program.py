@@ -1,6 +1,5 @@
 """The passes of one input signature as a program: run in stages, each no oftener than what it reads changes."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,18 +23,18 @@ class Program:
 
     def __init__(
         self, captured: Captured, *, dtype: torch.dtype | None = None, exact: Sequence[Site] | None = None,
-        kept: bool = False,
+        kept: bool = False, fused: bool = True,
     ) -> None:  # fmt: skip
         """Takes a captured graph, and the type that weights and inputs are to be given in (None: their own).
 
         With ``exact``, the sites of its masks, outputs are mean and variance over the last mask, (T, N, ..., 2 D);
-        with ``kept`` each pass computes with the units that it keeps.
+        with ``kept`` each pass computes with the units that it keeps. Layers are ``fused`` with what follows them.
         """
         self._captured = captured
         self.dtype = dtype
         self._facts = _facts(captured)
         self._held: dict[tuple[int, int], bool] = {}
-        self._stages = make_stages(captured, exact, kept)
+        self._stages = make_stages(captured, exact, kept, fused)
         self.plain = self  # the same before it was compiled
         self.fewest_rows = 1  # that it was proved for
 
@@ -82,17 +81,18 @@ class Program:
         Raises:
             NotCaptured: torch cannot compile here.
         """
-        other = copy.copy(self)
+        other = Program(self._captured, dtype=self.dtype, fused=False)  # which the compiler does by itself
+        other.plain, other.fewest_rows = self, self.fewest_rows
         mode = (
             "reduce-overhead"
             if any(fact[2].type == "cuda" for fact in self._facts if isinstance(fact, tuple))
             else None
         )
         compiled = {
-            name: _alone(torch.compile(self._stages[name], fullgraph=True, dynamic=True, mode=mode))
+            name: _alone(torch.compile(other._stages[name], fullgraph=True, dynamic=True, mode=mode))
             for name in ("rows", "passes")
         }
-        other._stages = {**self._stages, **compiled}
+        other._stages |= compiled
         return other
 
     def _run(self, stage: str, *values: Any) -> Values:

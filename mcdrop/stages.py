@@ -33,7 +33,9 @@ _ARITHMETIC = (operator.add, operator.mul)  # of sizes, which every stage does f
 _ORDER = {"weights": (0, _WEIGHTS), "masks": (_MASKS,), "rows": (_ROWS, _ROWS | _WEIGHTS)}
 
 
-def make_stages(captured: Captured, exact: Sequence[Site] | None, kept: bool) -> dict[str, Callable[..., Values]]:
+def make_stages(
+    captured: Captured, exact: Sequence[Site] | None, kept: bool, fused: bool
+) -> dict[str, Callable[..., Values]]:
     """Rewrites a graph and cuts it; each stage is a function of values.
 
     Raises:
@@ -55,7 +57,8 @@ def make_stages(captured: Captured, exact: Sequence[Site] | None, kept: bool) ->
         raise NotCaptured("it has no linear layers between dropouts")
     graph.eliminate_dead_code()  # before anything is written in place, which counts as being used
     split_linear(graph, passes, captured.symbols)
-    fuse(graph)
+    if fused:
+        fuse(graph)
     channels_last(graph)
     return _cut(graph, given, output)
 

@@ -45,6 +45,18 @@ def test_compiled_passes_are_those_of_the_loop(device: str, recwarn: pytest.Warn
     assert [str(warning.message) for warning in recwarn.list] == []
 
 
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=_cpu), pytest.param("cuda", marks=_cuda)])
+def test_convolutions_before_the_first_draw_are_compiled(device: str) -> None:
+    torch.manual_seed(0)
+    layers = [layer for a in (2, 4, 4, 4) for layer in (nn.Conv2d(a, 4, 3, padding=1), nn.ReLU())]
+    trunk = (*layers[:4], nn.MaxPool2d(2), *layers[4:], nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    net = nn.Sequential(*trunk, nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.4), nn.Linear(4, 2))
+    net, x = net.eval().to(device), torch.randn(9, 2, 8, 8, device=device)
+    model = mcdrop.wrap(net, example=x[:4], compile=True)
+    for rows, count in ((4, 3), (9, 5)):
+        assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5, (rows, count)
+
+
 class ByValue(nn.Module):
     def __init__(self) -> None:
         super().__init__()
