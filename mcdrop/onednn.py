@@ -50,34 +50,24 @@ def conv(
     return folded(x, _IMAGE, run)
 
 
-def conv_add_relu(
-    other: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    """A convolution, added to a tensor of its output's shape and cut off below 0."""
-
-    def run(x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-            _channels_last(x), _flat(other), weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
-        )
-        return output
-
-    return folded(x, _IMAGE, run)
+def conv_add_relu(other: Tensor, x: Tensor, *how: Any) -> Tensor:
+    """A convolution as in ``conv``, added to a tensor of its output's shape and cut off below 0."""
+    run = torch.ops.mkldnn._convolution_pointwise.binary
+    return folded(x, _IMAGE, lambda flat: run(_channels_last(flat), _flat(other), *_sum(*how)))
 
 
-def conv_add_relu_(
-    other: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
+def conv_add_relu_(other: Tensor, x: Tensor, *how: Any) -> Tensor:
     """The same, written over the other tensor."""
+    run = torch.ops.mkldnn._convolution_pointwise_.binary
+    return folded(x, _IMAGE, lambda flat: run(_flat(other), _channels_last(flat), *_sum(*how)))
 
-    def run(x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
-            _flat(other), _channels_last(x), weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
-        )
-        return output
 
-    return folded(x, _IMAGE, run)
+def _sum(
+    weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    groups: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What both are asked for besides, in oneDNN's order."""
+    return weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:

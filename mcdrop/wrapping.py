@@ -169,7 +169,7 @@ def wrap_graph(
     rows = None if example is None else Rows.of(example).take(slice(0, _EXAMPLE_ROWS))
     found = discover_graph(source, rows, output=output, inject=inject, digest=digest)
     TASKS[task].statistics.of(found.backend.deterministic(found.rows).astype(np.float64)[None])
-    leaves = [*found.rows.leaves]
+    leaves = found.rows.leaves
     pairs = zip(found.inputs, leaves, strict=True)
     inputs = (InputSpec(one.name, one.dtype, (-1, *leaf.shape[1:])) for one, leaf in pairs)
     return Model(

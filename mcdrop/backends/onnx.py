@@ -236,7 +236,7 @@ class OnnxBackend:
         return single[..., None] if single.ndim == 2 else single
 
     def _feeds(self, rows: Rows) -> Feeds:
-        leaves = [*rows.leaves]
+        leaves = rows.leaves
         arrays = [leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else np.asarray(leaf) for leaf in leaves]
         types = [onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type) for info in self.inputs]
         named = zip(self.inputs, arrays, types, strict=True)
