@@ -72,7 +72,9 @@ class Plans:
         if latest is not None and latest[0]() is rows and latest[1] == place and latest[3] is self._plans:
             found: Plan = latest[2]
             return found
-        signature = (*((name, leaf.shape[1:], leaf.dtype) for name, leaf in rows.named()), place)
+        # of arrays and tensors alike: they are run as the same tensors
+        kinds = ((name, tuple(leaf.shape[1:]), str(leaf.dtype).removeprefix("torch.")) for name, leaf in rows.named())
+        signature = (*kinds, place)
         plans = self._plans
         # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
         plan = plans.get(signature) or plans.get((signature, rows.count))

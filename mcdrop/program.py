@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 
 from mcdrop.capture import Captured
 from mcdrop.masks import Site
@@ -68,6 +69,10 @@ class Program:
         """Gives what comes before the first draw, for a block of rows."""
         if self.dtype is not None:
             leaves = [leaf.to(self.dtype) if leaf.is_floating_point() else leaf for leaf in leaves]
+        if (
+            self.plain is not self
+        ):  # a compiled stage tells a part of another tensor from a whole one, and compiles anew
+            leaves = [leaf.clone() for leaf in leaves]
         return self._run("rows", *weights, *leaves, count)
 
     def passes(self, weights: Values, masks: Values, rows: Values, passes: int, count: int) -> Tensor:
@@ -104,7 +109,8 @@ def _alone(run: Callable[..., Values]) -> Callable[..., Values]:
     """A compiled function that no other thread traces beside: it refuses to run then, and may have to compile anew."""
 
     def guarded(*values: Any) -> Values:
-        with ALONE:
+        # sizes that happen to be equal, such as rows and units, are not the same size: else other rows compile anew
+        with ALONE, _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return run(*values)
 
     return guarded

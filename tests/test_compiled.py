@@ -6,6 +6,7 @@ import pytest
 import torch
 from captures import apart, loop, passes
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import mcdrop
 from mcdrop.errors import ModelRefused
@@ -55,6 +56,21 @@ def test_convolutions_before_the_first_draw_are_compiled(device: str) -> None:
     model = mcdrop.wrap(net, example=x[:4], compile=True)
     for rows, count in ((4, 3), (9, 5)):
         assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5, (rows, count)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=_cpu), pytest.param("cuda", marks=_cuda)])
+def test_no_request_waits_for_the_compiler(device: str) -> None:
+    """All is compiled at wrap, also where rows and units are equally many; rows may be a part of another tensor."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 2)).eval().to(device)
+    x = torch.randn(300, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:8], compile=True)
+    before = counters["stats"]["unique_graphs"]
+    assert before > 0
+    for rows, count in ((8, 100), (1, 100), (40, 64), (32, 32), (1, 7), (300, 20)):
+        mcdrop.predict(model, x[:rows], passes=count)
+        mcdrop.predict(model, x[:rows].cpu().numpy(), passes=count)
+    assert counters["stats"]["unique_graphs"] == before
 
 
 class ByValue(nn.Module):

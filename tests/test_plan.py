@@ -105,3 +105,12 @@ def test_running_again_draws_no_random_number() -> None:
     again = {key: value[0] for key, value in backend_of(model).plans._values.held.items()}
     assert held.keys() == again.keys()
     assert all(again[key] is value for key, value in held.items())
+
+
+def test_arrays_and_tensors_share_a_plan() -> None:
+    """Else a network that was wrapped with one would be captured again for the other."""
+    net, x = made("mlp")
+    model = mcdrop.wrap(net, example=x[:4])
+    backend = backend_of(model)
+    assert backend.plan(model.rows(x.numpy())) is backend.plan(model.rows(x))
+    assert len(backend.plans._plans) == 1
