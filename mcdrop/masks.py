@@ -26,6 +26,10 @@ __all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "sample_masks"]
 
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
+_SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
+_AT_ONCE = (
+    2**18
+)  # numbers that are stratified together: few calls where units are few, little memory where they are many
 
 Masks = dict[str, NDArray[np.float32]]
 Words = NDArray[np.uint32]
@@ -113,15 +117,46 @@ def _balanced(key: str, start: int, passes: int, units: int) -> Words:
     """Passes stratified in blocks of 16: within a block each unit's numbers fall once in every 16th of [0, 1).
 
     A unit with drop rate p is so dropped floor(16 p) or ceil(16 p) times a block, while each single pass stays exactly
-    Bernoulli with independent units (Latin hypercube sampling, McKay, Beckman and Conover 1979, along the passes).
+    Bernoulli with independent units (Latin hypercube sampling, McKay, Beckman and Conover 1979, along the passes). From
+    pass 64 on, four such blocks make one of 64, whose numbers fall once in every 64th (nested strata, Owen 1995): few
+    passes have enough blocks to tell their error by, and many have a smaller one.
     """
-    size = BLOCKS["balanced"]
-    first, last = start // size, -(-(start + passes) // size)
-    begin, count = first * size, (last - first) * size
-    order = _philox(f"{key}/order", begin, count, units).reshape(last - first, size, units)
-    inside = _philox(f"{key}/inside", begin, count, units)
-    words = (_ranks(order).reshape(count, units).astype(np.uint32) << np.uint32(28)) | (inside >> np.uint32(4))
-    return words[start - begin : start - begin + passes]
+    words = np.empty((passes, units), np.uint32)
+    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * units))
+    for begin in range(start - start % stretch, start + passes, stretch):
+        low, high = max(start, begin), min(start + passes, begin + stretch)
+        words[low - start : high - start] = _stratified(key, low, high, units)
+    return words
+
+
+def _stratified(key: str, low: int, high: int, units: int) -> Words:
+    """Gives the balanced words of passes ``low`` to ``high``."""
+    blocks = np.arange(low // _SMALL, -(-high // _SMALL))
+    begin, count = blocks[0] * _SMALL, len(blocks) * _SMALL
+    sixteenth = _ranks(_philox(f"{key}/order", begin, count, units).reshape(len(blocks), _SMALL, units))
+    strata = sixteenth.reshape(count, units).astype(np.uint32) << np.uint32(28)
+    inside = _philox(f"{key}/inside", begin, count, units) >> np.uint32(4)
+    nested = blocks * _SMALL >= _LARGE
+    if nested.any():
+        place = slice(count - nested.sum() * _SMALL, None)
+        quarter = _quarters(key, blocks[nested], sixteenth[nested])
+        inside[place] = (inside[place] >> np.uint32(2)) | (quarter.reshape(-1, units) << np.uint32(26))
+    return (strata | inside)[low - begin : high - begin]
+
+
+def _quarters(key: str, blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8]) -> Words:
+    """Gives each of the passes of a large block that share a 16th a quarter of it, (blocks, 16, units)."""
+    whole, place = np.divmod(blocks, _LARGE // _SMALL)
+    wholes, units = whole[-1] + 1 - whole[0], sixteenth.shape[-1]
+    words = _philox(f"{key}/quarter", whole[0] * _SMALL, wholes * _SMALL, units).reshape(wholes, _SMALL, units)
+    chance = np.take_along_axis(words[whole - whole[0]], sixteenth.astype(np.intp), axis=1)
+    orders = np.take(_ORDERS, (chance >> np.uint32(2)) % np.uint32(len(_ORDERS)))
+    quarter: Words = ((orders >> (2 * place[:, None, None]).astype(np.uint32)) ^ chance) & np.uint32(3)
+    return quarter
+
+
+# The orders of four things that leave the first in its place, two bits for each; shifted by xor they are all orders.
+_ORDERS = np.array([sum(x << 2 * (i + 1) for i, x in enumerate(o)) for o in itertools.permutations((1, 2, 3))], "u4")
 
 
 def _ranks(order: Words) -> NDArray[np.uint8]:
@@ -153,7 +188,8 @@ def _normal(words: Words, p: float) -> NDArray[np.float32]:
     return ndtri((words + 0.5) * 2.0**-32).astype(np.float32)
 
 
-BLOCKS = {"balanced": 16, "iid": 1}  # passes that depend on one another
+# Passes that depend on one another: sizes of blocks, and the pass with which the first of each size begins.
+BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
 SAMPLERS: dict[str, Callable[[str, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
 KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
     "bernoulli": _bernoulli,

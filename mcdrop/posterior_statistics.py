@@ -21,6 +21,8 @@ __all__ = ["BOUNDS", "BY_PLACE", "READERS", "Operators", "statistics"]
 
 BY_PLACE = ("entropy", "expected_entropy", "label", "mutual_information", "variation_ratio")  # not one for each class
 
+Blocks = tuple[tuple[int, int], ...]  # as masks.BLOCKS
+
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -87,25 +89,32 @@ def statistics(
     return {**head, "standard_error": gathered.standard_error, **read.more}
 
 
-def _gather(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Gathered:
-    """Moments over the passes as ``moments.Gathered`` has them."""
+def _gather(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, blocks: Blocks) -> _Gathered:
+    """Moments over the passes as ``moments.Gathered`` has them, for such blocks."""
     mean = _mean_of(builder, values, 0)
     squares = builder.node("ReduceSumSquare", builder.node("Sub", values, mean), builder.whole(0), keepdims=0)
-    blocks = passes // block
-    independent = _times(builder, squares, 1 / (passes - 1))
-    if block == 1 or blocks < FEWEST_BLOCKS:
-        error, degrees = _times(builder, independent, 1 / passes), passes - 1
-    else:
-        closed, axis = blocks * block, builder.whole(0)
-        whole_blocks = builder.node("Slice", values, builder.whole(0), builder.whole(closed), axis)
-        means = _mean_of(builder, builder.reshaped(whole_blocks, blocks, block, -1, *shape), 1)
-        off = builder.node("Sub", means, _mean_of(builder, means, 0))
-        spread = builder.node("ReduceSumSquare", off, axis, keepdims=0)
-        error = _times(builder, spread, (closed / passes) ** 2 / (blocks - 1) / blocks)
-        error = builder.node("Add", error, _times(builder, independent, (passes - closed) / passes**2))
-        degrees = blocks - 1
+    errors, left, degrees = [], passes, passes - 1
+    for size, begin in reversed(blocks):
+        whole = (passes - begin) // size
+        if whole >= FEWEST_BLOCKS:
+            number, rest = (whole, left - whole * size) if left == passes else divmod(left, size)
+            degrees, left = whole - 1 if left == passes else degrees, rest
+            spread = _spread(builder, values, shape, whole, size, begin)
+            errors.append(_times(builder, spread, number / (whole - 1) * (size / passes) ** 2))
+    if left:
+        errors.append(_times(builder, squares, left / (passes - 1) / passes**2))
+    error = errors[0] if len(errors) == 1 else builder.node("Sum", *errors)
     variance = builder.node("Add", _times(builder, squares, 1 / passes), error)
     return _Gathered(values, mean, variance, builder.node("Sqrt", error), degrees, passes)
+
+
+def _spread(builder: Operators, values: Any, shape: tuple[int, ...], whole: int, size: int, begin: int) -> Any:
+    """Summed squared deviations of the means of whole blocks from their mean."""
+    axis, end = builder.whole(0), builder.whole(begin + whole * size)
+    members = builder.node("Slice", values, builder.whole(begin), end, axis)
+    means = _mean_of(builder, builder.reshaped(members, whole, size, -1, *shape), 1)
+    off = builder.node("Sub", means, _mean_of(builder, means, 0))
+    return builder.node("ReduceSumSquare", off, axis, keepdims=0)
 
 
 def _mean_of(builder: Operators, value: Any, axis: int) -> Any:
@@ -128,28 +137,28 @@ class _Read:
     support: tuple[float, float] | None = None
 
 
-def _regression(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Read:
-    return _Read(_gather(builder, values, shape, passes, block), {})
+def _regression(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, blocks: Blocks) -> _Read:
+    return _Read(_gather(builder, values, shape, passes, blocks), {})
 
 
-def _gaussian(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+def _gaussian(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, blocks: Blocks) -> _Read:
     """Means and log-variances are the halves of axis 2 of (T, N, 2 D, ...)."""
     half = shape[0] // 2
     ends = [builder.whole(0), builder.whole(half), builder.whole(2 * half)]
     first = builder.node("Slice", values, ends[0], ends[1], builder.whole(2))
     second = builder.node("Slice", values, ends[1], ends[2], builder.whole(2))
-    gathered = _gather(builder, first, (half, *shape[1:]), passes, block)
+    gathered = _gather(builder, first, (half, *shape[1:]), passes, blocks)
     noise = _mean_of(builder, builder.node("Exp", second), 0)
     return _Read(gathered, {"epistemic": gathered.variance, "aleatoric": noise})
 
 
-def _classification(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, block: int) -> _Read:
+def _classification(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, blocks: Blocks) -> _Read:
     """Logits (T, N, C, ...) to probabilities, their entropies and votes."""
     if len(shape) > 1:
         order = [0, 1, *range(3, len(shape) + 2), 2]
         values, shape = builder.node("Transpose", values, perm=order), (*shape[1:], shape[0])
     chances = builder.node("Softmax", values, axis=-1)
-    gathered = _gather(builder, chances, shape, passes, block)
+    gathered = _gather(builder, chances, shape, passes, blocks)
     entropy = _entropy(builder, gathered.mean)
     expected = _mean_of(builder, _entropy(builder, chances), 0)
     votes = builder.node(
@@ -174,7 +183,7 @@ def _entropy(builder: Operators, chances: Any) -> Any:
     return builder.node("Neg", total)
 
 
-READERS: dict[str, Callable[[Operators, Any, tuple[int, ...], int, int], _Read]] = {
+READERS: dict[str, Callable[[Operators, Any, tuple[int, ...], int, Blocks], _Read]] = {
     "classification": _classification,
     "gaussian": _gaussian,
     "regression": _regression,

@@ -46,6 +46,7 @@ _OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Softmax": lambda x, axis: x.softmax(axis),
     "Sqrt": torch.sqrt,
     "Sub": torch.sub,
+    "Sum": lambda *parts: sum(parts),
     "Transpose": lambda x, perm: x.permute(perm),
 }
 

@@ -29,8 +29,8 @@ class Span:
     sampler: str
 
     def blocks(self) -> "list[Span] | None":
-        """Gives the blocks of dependent passes that these belong to; None where they are not fewer than one of them."""
-        size = BLOCKS[self.sampler]
+        """Gives the blocks of passes that are drawn together; None where these are not fewer than one of them."""
+        size = BLOCKS[self.sampler][0][0] if BLOCKS[self.sampler] else 1
         if self.passes >= size:
             return None
         first, last = self.start // size, (self.start + self.passes - 1) // size

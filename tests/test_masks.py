@@ -153,7 +153,8 @@ def test_units_drop_at_exactly_p(sampler: str, p: float) -> None:
 @pytest.mark.statistical
 def test_units_of_one_pass_are_independent(sampler: str) -> None:
     """The correlation of any two of 60 units over 4000 blocks' first passes, largest of 1770 pairs."""
-    kept = masks((60,), 4000 * BLOCKS[sampler], p=0.3, sampler=sampler)[:: BLOCKS[sampler]]
+    apart = max((size for size, _ in BLOCKS[sampler]), default=1)
+    kept = masks((60,), 4000 * apart, p=0.3, sampler=sampler)[::apart]
     correlation = np.asarray(np.corrcoef(kept.T))[np.triu_indices(60, 1)] * np.sqrt(len(kept))
     assert np.abs(correlation).max() < stats.norm.isf(1e-3 / len(correlation))
     assert stats.kstest(correlation, "norm").pvalue > 1e-3
@@ -195,31 +196,49 @@ def test_numbers_are_uniform_or_normal(sampler: str) -> None:
 # -- balanced masks ----------------------------------------------------------------------------------------------------
 
 
+every_block = pytest.mark.parametrize(("size", "begin"), BLOCKS["balanced"])
+
+
+@every_block
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.2, 0.25, 0.5, 0.9375])
-def test_balanced_masks_drop_each_unit_equally_often_in_every_block(p: float) -> None:
-    """Floor or ceil of 16 p times in 16 passes, for each unit, in every whole block."""
-    dropped = 16 - masks((300,), 160, p=p, sampler="balanced").reshape(10, 16, 300).sum(axis=1)
-    assert set(np.unique(dropped)) <= {np.floor(16 * p), np.ceil(16 * p)}
+def test_balanced_masks_drop_each_unit_equally_often_in_every_block(p: float, size: int, begin: int) -> None:
+    """Floor or ceil of 16 p times in 16 passes, of 64 p times in 64, for each unit, in every whole block."""
+    dropped = size - masks((300,), 192, p=p, sampler="balanced")[begin:].reshape(-1, size, 300).sum(axis=1)
+    assert set(np.unique(dropped)) <= {np.floor(size * p), np.ceil(size * p)}
 
 
-def test_balanced_numbers_fall_once_in_each_sixteenth() -> None:
-    numbers = masks((100,), 32, kind="uniform", sampler="balanced").reshape(2, 16, 100)
-    strata = np.sort(np.floor(numbers * 16), axis=1)
-    np.testing.assert_array_equal(strata, np.broadcast_to(np.arange(16)[:, None], (2, 16, 100)))
+@every_block
+def test_balanced_numbers_fall_once_in_each_stratum(size: int, begin: int) -> None:
+    numbers = masks((100,), 192, kind="uniform", sampler="balanced")[begin:].reshape(-1, size, 100)
+    strata = np.sort(np.floor(numbers * size), axis=1)
+    np.testing.assert_array_equal(strata, np.broadcast_to(np.arange(size)[:, None], strata.shape))
 
 
 @pytest.mark.statistical
 def test_every_place_in_a_balanced_block_is_bernoulli() -> None:
-    """Each of the 16 passes drops at p over 40000 units (4 binomial standard errors), so no pass is special."""
-    share = 1 - masks((40_000,), 16, p=0.1, sampler="balanced").mean(axis=1)
+    """Each of 128 passes drops at p over 40000 units (4 binomial standard errors), so no pass is special."""
+    share = 1 - masks((40_000,), 128, p=0.1, sampler="balanced").mean(axis=1)
     np.testing.assert_allclose(share, 0.1, atol=4 * np.sqrt(0.1 * 0.9 / 40_000))
+
+
+@every_block
+@pytest.mark.statistical
+def test_numbers_of_a_balanced_block_are_independent_within_their_strata(size: int, begin: int) -> None:
+    """The sum of n numbers, one in each of n strata of width 1 / n, then has the variance 1 / (12 n).
+
+    Over 40000 units, within 4 standard errors.
+    """
+    numbers = masks((40_000,), begin + size, kind="uniform", sampler="balanced")[begin:].astype(np.float64) - 0.5
+    squares = np.square(numbers.sum(axis=0))
+    assert abs(squares.mean() - 1 / (12 * size)) < 4 * squares.std() / squares.size**0.5
 
 
 @pytest.mark.statistical
 def test_balanced_blocks_are_independent_of_one_another() -> None:
-    kept = masks((4000,), 48, p=0.3, sampler="balanced")
-    across = np.asarray(np.corrcoef(kept[:16], kept[16:32]))[:16, 16:].ravel() * np.sqrt(4000)
-    assert np.abs(across).max() < stats.norm.isf(1e-3 / len(across))
+    kept = masks((4000,), 192, p=0.3, sampler="balanced")
+    for one, other in ((kept[:16], kept[16:32]), (kept[:64], kept[64:128]), (kept[64:128], kept[128:])):
+        across = np.asarray(np.corrcoef(one, other))[: len(one), len(one) :].ravel() * np.sqrt(4000)
+        assert np.abs(across).max() < stats.norm.isf(1e-3 / len(across))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def read(outputs: Array, task: str) -> Summary:
     """The summary of given passes (T, N, D), as the engine would make it."""
     statistics = TASKS[task].statistics
     values = statistics.of(outputs)
-    gathered = Gathered(1)
+    gathered = Gathered()
     for part in np.array_split(values, 3):
         gathered = gathered.add(part) if len(part) else gathered
     kept = values[..., : statistics.kept(values.shape[-1])].astype(np.float32)
