@@ -23,9 +23,10 @@ from mcdrop.kernel_rules import KERNEL_RULES
 from mcdrop.outputs import Pick
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
+from mcdrop.standing import Standing, State, state_of
 from mcdrop.trace import Trace, one_pass
 
-__all__ = ["Captured", "NotCaptured", "State", "capture", "state_of"]
+__all__ = ["Captured", "NotCaptured", "capture"]
 
 _PASSES, _ROWS = 5, 3  # of the stand-ins: unequal primes, so that no axis is taken for another
 
@@ -38,51 +39,25 @@ class NotCaptured(Exception):
 
 
 @dataclass(frozen=True)
-class State:
-    """Where a weight or buffer stands: the module's own dict, so that the tensor of today is read."""
-
-    tensors: dict[str, Tensor | None]
-    name: str
-
-    def now(self) -> Tensor | None:
-        """Gives the tensor that stands there now."""
-        return self.tensors.get(self.name)
-
-
-@dataclass(frozen=True)
 class Captured:
     """A graph from (weights, inputs, masks) to the outputs (T, N, ...).
 
-    ``weights``, ``leaves`` and ``masks`` are its placeholders, one weight for each of ``places`` where one stands;
-    ``symbols`` maps each symbol to "T" or "N".
+    ``weights``, ``leaves`` and ``masks`` are its placeholders, one weight for each that is ``standing``; ``symbols``
+    maps each symbol to "T" or "N".
     """
 
     graph: fx.Graph
     weights: tuple[fx.Node, ...]
     leaves: tuple[fx.Node, ...]
     masks: tuple[fx.Node, ...]
-    places: tuple[State, ...]
+    standing: Standing
     symbols: dict[Any, str]
     guards: tuple[Any, ...]
-
-    def now(self) -> list[Tensor | None]:
-        """Gives the tensors that stand in the places now."""
-        return [one.now() for one in self.places]
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether the network's own code would go the same way with so many passes and rows."""
         sizes = {symbol: passes if axis == "T" else rows for symbol, axis in self.symbols.items()}
         return all(bool(guard.subs(sizes)) for guard in self.guards)
-
-
-def state_of(module: nn.Module) -> tuple[State, ...]:
-    """Lists the places of a module's weights and buffers, also those where none stands, such as a missing bias."""
-    return tuple(
-        State(tensors, name)
-        for child in module.modules()
-        for tensors in (child.__dict__["_parameters"], child.__dict__["_buffers"])
-        for name in tensors
-    )
 
 
 @quiet(logging.ERROR)
@@ -134,7 +109,7 @@ def capture(
         raise NotCaptured("its operations are tied to the number of rows or passes")
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
     weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
-    return Captured(graph, weights, leaves, stacks, places, symbols, _guards(env, symbols))
+    return Captured(graph, weights, leaves, stacks, Standing(places), symbols, _guards(env, symbols))
 
 
 def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

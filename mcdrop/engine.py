@@ -114,13 +114,13 @@ class PassResult:
         cls, gathered: Gathered, deterministic: Array, samples: NDArray[np.float32] | None, plan: PassPlan
     ) -> "PassResult":
         """Reads what was gathered for rows that all had the same passes."""
-        mean = gathered.mean
+        found = gathered.read()
         return cls(
-            passes=np.full(len(mean), gathered.count, np.int64),
-            mean=mean,
-            variance=gathered.variance,
-            standard_error=np.sqrt(gathered.error_squared),
-            degrees=np.full(len(mean), gathered.degrees, np.int64),
+            passes=np.full(len(found.mean), gathered.count, np.int64),
+            mean=found.mean,
+            variance=found.variance,
+            standard_error=np.sqrt(found.error_squared),
+            degrees=np.full(len(found.mean), found.degrees, np.int64),
             deterministic=deterministic,
             samples=samples,
             plan=plan,
@@ -200,8 +200,9 @@ def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statisti
         stop = min(start + _ROUND, plan.passes)
         gathered = _gather(gathered, block, plan, statistics, (start, stop))
         # with few blocks the error is itself uncertain: widened as its t quantile is over the normal one
-        wide = special.stdtrit(gathered.degrees, _CHECKED_AT) / special.ndtri(_CHECKED_AT)
-        error = wide * np.sqrt(gathered.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)
+        found = gathered.read()
+        wide = special.stdtrit(found.degrees, _CHECKED_AT) / special.ndtri(_CHECKED_AT)
+        error = wide * np.sqrt(found.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)
         finished = (error <= plan.tolerance) | (stop == plan.passes)
         if finished.any():
             done.append(_of(gathered.take(finished), deterministic[active[finished]], None, plan))

@@ -45,12 +45,18 @@ def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
 
     What runs a network gives it a copy, since a network may write to its input: see ``forward``.
     """
+    if all(isinstance(leaf, Tensor) and _right(leaf, device, dtype) for leaf in rows.leaves):
+        return rows
 
     def convert(leaf: Any) -> Tensor:
         tensor = leaf if isinstance(leaf, Tensor) else torch.from_numpy(_plain(leaf))
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
     return rows.map(convert)
+
+
+def _right(leaf: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
+    return leaf.device == device and (leaf.dtype == dtype or not leaf.is_floating_point())
 
 
 def forward(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
@@ -87,15 +93,28 @@ def draws_off(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
         return forward(module, rows, pick)
 
 
-@contextmanager
-def said_of(rows: Rows) -> Iterator[None]:
-    """Turns a network's own error into one that says what it was given."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+class said_of:
+    """Turns a network's own error into one that says what it was given.
+
+    A class, because every chunk of passes enters it, and a generator would cost twice as much.
+    """
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, rows: Rows) -> None:
+        """Takes what the network is given."""
+        self._rows = rows
+
+    def __enter__(self) -> None:
+        """Begins."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Says what was given, where the error is the network's."""
+        if not isinstance(error, RuntimeError | ValueError | TypeError | IndexError):
+            return
         if isinstance(error, InputError) or out_of_memory(error):
-            raise
-        shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in rows.named())
+            return
+        shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in self._rows.named())
         raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error
 
 

@@ -97,7 +97,7 @@ class Plan:
         if not ride:
             return values
         expected = self.program.masks([expected_stack(site, present[0].device) for site in self.on])
-        return tuple(torch.cat([value, last]) for value, last in zip(values, expected, strict=True))
+        return self.program.more(values, expected)
 
 
 def straight(program: Program, masks: Values, rows: Rows, passes: int) -> Tensor:

@@ -5,13 +5,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mcdrop.capture import state_of
 from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
@@ -19,6 +19,7 @@ from mcdrop.planning import make_plan
 from mcdrop.program import Values
 from mcdrop.rows import Rows
 from mcdrop.stacks import Kept, Span, expected_stack, stack
+from mcdrop.standing import state_of
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
 from mcdrop.trace import Trace, trace, widened
 
@@ -54,14 +55,20 @@ class Plans:
 
     def prepare(self, rows: Rows) -> tuple[Plan, Rows]:
         """Gives how passes of such rows are run, and the rows as tensors."""
+        return self.current(rows)[:2]
+
+    def current(self, rows: Rows) -> tuple[Plan, Rows, list[Tensor] | None]:
+        """Gives the same, and the weights of today where the network is captured."""
         place = self._place()
         plan = self._at(rows, place)
-        if plan.program is not None and not plan.program.fits():
+        weights = plan.program.today() if plan.program is not None else None
+        if weights is None and plan.program is not None:  # they have other shapes now
             with self._lock:
                 self._plans = {}
                 self._eager_tiers.clear()
             plan = self._at(rows, place)
-        return plan, placed(rows, *place)
+            weights = plan.program.today() if plan.program is not None else None
+        return plan, placed(rows, *place), weights
 
     def plan(self, rows: Rows) -> Plan:
         """Gives how passes of rows of such shapes are run; traced and checked when they are first seen."""
@@ -73,8 +80,7 @@ class Plans:
             found: Plan = latest[2]
             return found
         # of arrays and tensors alike: they are run as the same tensors
-        kinds = ((name, tuple(leaf.shape[1:]), str(leaf.dtype).removeprefix("torch.")) for name, leaf in rows.named())
-        signature = (*kinds, place)
+        signature = (*((leaf.shape[1:], _name(leaf.dtype)) for leaf in rows.leaves), *rows.kwargs, place)
         plans = self._plans
         # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
         plan = plans.get(signature) or plans.get((signature, rows.count))
@@ -102,7 +108,7 @@ class Plans:
         def some(found: Trace, passes: int) -> Stacks:
             return self.stacks(Plan(found, self.off, "loop", ""), Span(passes, 0, 0, "iid"))
 
-        with said_of(tensors), self.arithmetic():
+        with said_of(tensors), self.arithmetic(tensors):
             plan = make_plan(
                 self.live, self.plain, tensors, self.pick, found, self.off, some,
                 precision=self.precision, compiled=self.compiled, tuning=self.tuning,
@@ -192,9 +198,14 @@ class Plans:
             self._plans = {key: wide if kept is plan else kept for key, kept in self._plans.items()}
         return wide
 
-    def arithmetic(self) -> AbstractContextManager[None]:
+    def arithmetic(self, rows: Rows) -> AbstractContextManager[None]:
         """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says."""
-        return _in_tf32(self.precision == "tf32") if self._place()[0].type == "cuda" else _AS_IT_IS
+        return _in_tf32(self.precision == "tf32") if rows.leaves[0].is_cuda else _AS_IT_IS
+
+
+@cache
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The passes of one input signature as a program: run in stages, each no oftener than what it reads changes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,9 +34,11 @@ class Program:
         """
         self._captured = captured
         self.dtype = dtype
-        self._facts = _facts(captured)
         self._held: dict[tuple[int, int], bool] = {}
-        self._stages = make_stages(captured, exact, kept, fused)
+        made = make_stages(captured, exact, kept, fused)
+        self._stages, self._per_pass = made.run, made.per_pass
+        self._only_looks = made.only_looks and dtype is None
+        self._looked: tuple[list[Tensor], Values] | None = None
         self.plain = self  # the same before it was compiled
         self.fewest_rows = 1  # that it was proved for
 
@@ -50,28 +53,39 @@ class Program:
             self._held[key] = self._captured.holds(passes, rows)
         return self._held[key]
 
-    def fits(self) -> bool:
-        """Whether today's weights are there, shaped, typed and shared as those that it was captured with."""
-        return _facts(self._captured) == self._facts
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """In which it is run fastest; a compiled one knows tensors by whether they could have gradients."""
+        return torch.inference_mode() if self.plain is self else torch.no_grad()
 
-    def weights(self) -> Values:
-        """Gives what follows from the weights of today."""
-        tensors = [tensor for tensor in self._captured.now() if tensor is not None]
-        if self.dtype is not None:
-            tensors = [t.to(self.dtype) if t.is_floating_point() else t for t in tensors]
-        return *self._run("weights", *tensors), *self._run("folded", *tensors)
+    def today(self) -> list[Tensor] | None:
+        """Gives the weights of today; None where they are not there, shaped, typed and shared as at capture."""
+        return self._captured.standing.now()
+
+    def weights(self, tensors: list[Tensor] | None = None) -> Values:
+        """Gives what follows from weights that ``today`` gave, or from those of now."""
+        tensors = tensors or self.today() or []
+        if not self._only_looks:
+            typed = [t.to(self.dtype) if t.is_floating_point() else t for t in tensors] if self.dtype else tensors
+            return *self._run("weights", *typed), *self._run("folded", *typed)
+        looked = self._looked
+        if looked is None or looked[0] is not tensors:
+            self._looked = looked = tensors, self._run("weights", *tensors)
+        return *looked[1], *self._run("folded", *tensors)
 
     def masks(self, stacks: Sequence[Tensor]) -> Values:
         """Gives what follows from the masks, one stack (T, ...) a draw."""
         return self._run("masks", *stacks, len(stacks[0]))
 
+    def more(self, masks: Values, others: Values) -> Values:
+        """Gives what follows from masks and further ones together."""
+        each = zip(masks, others, self._per_pass, strict=True)
+        return tuple(torch.cat([one, other]) if per_pass else one for one, other, per_pass in each)
+
     def rows(self, weights: Values, leaves: Sequence[Tensor], count: int) -> Values:
         """Gives what comes before the first draw, for a block of rows."""
         if self.dtype is not None:
             leaves = [leaf.to(self.dtype) if leaf.is_floating_point() else leaf for leaf in leaves]
-        if (
-            self.plain is not self
-        ):  # a compiled stage tells a part of another tensor from a whole one, and compiles anew
+        if self.plain is not self:  # compiled: it tells a part of another tensor from a whole one, and compiles anew
             leaves = [leaf.clone() for leaf in leaves]
         return self._run("rows", *weights, *leaves, count)
 
@@ -88,11 +102,7 @@ class Program:
         """
         other = Program(self._captured, dtype=self.dtype, fused=False)  # which the compiler does by itself
         other.plain, other.fewest_rows = self, self.fewest_rows
-        mode = (
-            "reduce-overhead"
-            if any(fact[2].type == "cuda" for fact in self._facts if isinstance(fact, tuple))
-            else None
-        )
+        mode = "reduce-overhead" if any(tensor.is_cuda for tensor in self.today() or ()) else None
         compiled = {
             name: _alone(torch.compile(other._stages[name], fullgraph=True, dynamic=True, mode=mode))
             for name in ("rows", "passes")
@@ -114,11 +124,3 @@ def _alone(run: Callable[..., Values]) -> Callable[..., Values]:
             return run(*values)
 
     return guarded
-
-
-def _facts(captured: Captured) -> list[Any]:
-    """What a graph takes for granted of the weights: which are there, their shapes and types, and which are one."""
-    tensors = captured.now()
-    facts: list[Any] = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-    seen = [id(tensor) for tensor in tensors if tensor is not None]
-    return facts if len(set(seen)) == len(seen) else [*facts, [seen.index(one) for one in seen]]

@@ -60,7 +60,7 @@ class Ready:
     def __init__(self, plans: Plans, rows: Rows, room: Room, *, exact_last: bool) -> None:
         """Takes the plans of a network, the rows, and the memory that there is for them."""
         self._plans, self._rows, self._room, self._exact_last = plans, rows, room, exact_last
-        self._plan, self._tensors = plans.prepare(rows)
+        self._plan, self._tensors, self._weights = plans.current(rows)
         self._whole = self._plan  # the passes of all units and draws, of which the deterministic output is one
         if exact_last:
             if self._plan.exact is None:
@@ -68,7 +68,7 @@ class Ready:
                     "exact_last needs a captured network whose output is a linear layer straight after dropout; "
                     f"this one runs by {self._plan.tier!r} ({self._plan.reason})"
                 )
-            self._plan = replace(self._plan, program=self._plan.exact, rides=False)
+            self._plan = replace(self._plan, program=self._plan.exact)
         elif self._plan.kept_from is not None and rows.count >= self._plan.kept_from:
             self._plan = replace(self._plan, program=self._plan.kept, rides=False)
         self._begun: tuple[Values, Values] | None = None
@@ -113,7 +113,7 @@ class Ready:
     def _expected(self, program: Program) -> Outputs:
         """Runs one pass whose masks hold their expectations."""
         values = self._plans.expected_values(self._whole)
-        with torch.no_grad(), self._plans.arithmetic(), said_of(self._tensors):
+        with torch.no_grad(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
             return as_numpy(straight(program, values, self._tensors, 1)[0])
 
     def _forward(self, span: Span) -> Outputs:
@@ -132,7 +132,7 @@ class Ready:
         """Runs the network's own code, as where a captured graph does not hold for so many rows."""
         plan, plans = replace(self._plan, program=None), self._plans
         stacks = plans.stacks(plan, span)
-        with torch.no_grad(), plans.turn, plans.arithmetic():
+        with torch.no_grad(), plans.turn, plans.arithmetic(self._tensors):
             if plan.tier == CAPTURED:
                 # another way of the network's than the one that its tiers were proved on, and the loop takes them all
                 with suppress(InputError), said_of(self._tensors):
@@ -145,18 +145,20 @@ class Ready:
         """Runs the program: it keeps nothing on itself, so other threads may run it meanwhile."""
         count = self._rows.count
         ride = self._plan.rides and span.start == 0 and self._off is None
-        with torch.no_grad(), self._plans.arithmetic(), said_of(self._tensors):
+        with program.without_gradients(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
             if self._begun is None:
-                weights = program.weights()
+                weights = program.weights(self._weights)
                 self._begun = weights, program.rows(weights, self._tensors.leaves, count)
             values = self._plans.values(self._plan, span, ride=ride)
             outputs = as_numpy(program.passes(self._begun[0], values, self._begun[1], span.passes + ride, count))
         if ride:
-            self._off = outputs[-1]
+            off = outputs[-1]
+            self._off = off[..., : off.shape[-1] // 2] if self._exact_last else off  # the mean alone
         return outputs[: span.passes]
 
 
 def as_numpy(output: Tensor) -> Outputs:
     """Gives outputs as an array."""
-    array: Outputs = output.detach().to("cpu", torch.float32).numpy()
+    there = output.dtype == torch.float32 and output.is_cpu
+    array: Outputs = (output if there else output.to("cpu", torch.float32)).detach().numpy()
     return array

@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ _ALIGNED = 64
 _EXPECTED = {"uniform": 0.5, "normal": 0.0}
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Which passes: ``start`` to ``start + passes`` of a seed and a sampler."""
 
     passes: int

@@ -9,6 +9,7 @@ import ctypes
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,9 @@ from mcdrop.exact import make_exact, sources
 from mcdrop.fuse import fuse
 from mcdrop.kept import make_kept
 from mcdrop.masks import Site
-from mcdrop.rewrites import REWRITES, channels_last, is_view, lower, split_linear, write_in_place
+from mcdrop.rewrites import REWRITES, channels_last, is_view, lower, sizes, split_linear, write_in_place
 
-__all__ = ["Values", "make_stages"]
+__all__ = ["Stages", "Values", "make_stages"]
 
 Values = tuple[Any, ...]
 
@@ -33,10 +34,21 @@ _ARITHMETIC = (operator.add, operator.mul)  # of sizes, which every stage does f
 _ORDER = {"weights": (0, _WEIGHTS), "masks": (_MASKS,), "rows": (_ROWS, _ROWS | _WEIGHTS)}
 
 
-def make_stages(
-    captured: Captured, exact: Sequence[Site] | None, kept: bool, fused: bool
-) -> dict[str, Callable[..., Values]]:
-    """Rewrites a graph and cuts it; each stage is a function of values.
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a graph, each a function of values.
+
+    ``per_pass`` says which of the values that follow from masks have the passes as their first axis; ``only_looks``
+    whether the stage of the weights gives nothing but their memory, so that what it gave shows their numbers of today.
+    """
+
+    run: dict[str, Callable[..., Values]]
+    per_pass: tuple[bool, ...]
+    only_looks: bool
+
+
+def make_stages(captured: Captured, exact: Sequence[Site] | None, kept: bool, fused: bool) -> Stages:
+    """Rewrites a graph and cuts it.
 
     Raises:
         NotCaptured: a size is not made of the numbers of rows and passes, or what is asked for is not there.
@@ -60,10 +72,10 @@ def make_stages(
     if fused:
         fuse(graph)
     channels_last(graph)
-    return _cut(graph, given, output)
+    return _cut(graph, given, output, {symbol for symbol, axis in captured.symbols.items() if axis == "T"})
 
 
-def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node) -> dict[str, Callable[..., Values]]:
+def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, passes: set[Any]) -> Stages:
     depends = _dependences(graph, given)
     home: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -91,7 +103,8 @@ def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node) -> d
     stages = {name: _function(graph, inputs[name], placed[name], ends[name]) for name in placed}
     read = [any(home.get(user) == "folded" for user in node.users) for node in given["weights"]]
     stages["folded"] = _Remembered(stages["folded"], [place for place, it in enumerate(read) if it])
-    return stages
+    per_pass = tuple((sizes(node) or (None,))[0] in passes for node in ends["masks"])
+    return Stages(stages, per_pass, all(is_view(node) for node in placed["weights"]))
 
 
 def _computed(graph: fx.Graph, weights: list[fx.Node], home: dict[fx.Node, str]) -> list[fx.Node]:

@@ -34,38 +34,40 @@ def test_a_small_spread_on_a_large_mean_keeps_its_digits(blocks: Blocks, first: 
     values[0] = first
     state = gathered(values, blocks, cuts=tuple(range(1, 1600)))
     means = values.reshape(-1, blocks[-1][0] if blocks else 1).mean(axis=1)
-    np.testing.assert_allclose(state.variance, values.var(axis=0, ddof=1), rtol=1e-3)
-    np.testing.assert_allclose(state.error_squared, means.var(ddof=1) / len(means), rtol=1e-2)
+    np.testing.assert_allclose(state.read().variance, values.var(axis=0, ddof=1), rtol=1e-3)
+    np.testing.assert_allclose(state.read().error_squared, means.var(ddof=1) / len(means), rtol=1e-2)
 
 
 def test_a_first_pass_far_from_all_others_costs_no_digits() -> None:
     """The worst case for sums around the first pass: the others are alike."""
     values = np.random.default_rng(0).normal(0, 1e-3, (100_000, 1))
     values[0] = 1e6
-    np.testing.assert_allclose(gathered(values, cuts=(1, 77)).variance, values.var(axis=0, ddof=1), rtol=1e-9)
+    np.testing.assert_allclose(gathered(values, cuts=(1, 77)).read().variance, values.var(axis=0, ddof=1), rtol=1e-9)
 
 
 @every_kind
 def test_equal_passes_have_no_spread_at_all(blocks: Blocks) -> None:
     state = gathered(np.full((50, 2), 0.1), blocks, cuts=(3, 9))
-    np.testing.assert_array_equal([state.variance, state.error_squared, state.mean - 0.1], np.zeros((3, 2)))
+    np.testing.assert_array_equal(
+        [state.read().variance, state.read().error_squared, state.read().mean - 0.1], np.zeros((3, 2))
+    )
 
 
 @every_kind
 def test_one_value_has_no_variance(blocks: Blocks) -> None:
     state = gathered(np.array([[1.0, 2.0]]), blocks)
-    np.testing.assert_array_equal(state.mean, [1.0, 2.0])
-    assert np.isnan(state.variance).all()
-    assert np.isnan(state.error_squared).all()
+    np.testing.assert_array_equal(state.read().mean, [1.0, 2.0])
+    assert np.isnan(state.read().variance).all()
+    assert np.isnan(state.read().error_squared).all()
 
 
 @every_kind
 def test_passes_in_float32_are_gathered_in_float64(blocks: Blocks) -> None:
     values = np.random.default_rng(0).normal(1, 1e-3, (64, 3)).astype(np.float32)
     single, double = gathered(values, blocks), gathered(values.astype(np.float64), blocks)  # type: ignore[arg-type]
-    assert single.mean.dtype == np.float64
-    np.testing.assert_array_equal(single.mean, double.mean)
-    np.testing.assert_array_equal(single.error_squared, double.error_squared)
+    assert single.read().mean.dtype == np.float64
+    np.testing.assert_array_equal(single.read().mean, double.read().mean)
+    np.testing.assert_array_equal(single.read().error_squared, double.read().error_squared)
 
 
 @every_kind
@@ -73,10 +75,10 @@ def test_some_rows_can_be_taken(blocks: Blocks) -> None:
     values = np.random.default_rng(0).normal(size=(20, 5, 2))
     which = np.array([True, False, True, False, True])
     taken, alone = gathered(values, blocks).take(which), gathered(values[:, which], blocks)
-    np.testing.assert_array_equal(taken.error_squared, alone.error_squared)
-    np.testing.assert_array_equal(taken.variance, alone.variance)
+    np.testing.assert_array_equal(taken.read().error_squared, alone.read().error_squared)
+    np.testing.assert_array_equal(taken.read().variance, alone.read().variance)
     more = np.random.default_rng(1).normal(size=(7, 3, 2))
-    np.testing.assert_array_equal(taken.add(more).error_squared, alone.add(more).error_squared)
+    np.testing.assert_array_equal(taken.add(more).read().error_squared, alone.add(more).read().error_squared)
 
 
 @given(
@@ -87,35 +89,35 @@ def test_chunks_do_not_change_what_is_gathered(values: Array, blocks: Blocks, cu
     scale = float(np.abs(values).max()) + 1e-300
     once, cut = gathered(values, blocks), gathered(values, blocks, cuts=tuple(c for c in cuts if c < len(values)))
     assert once.count == cut.count == len(values)
-    assert once.degrees == cut.degrees
-    np.testing.assert_allclose(cut.mean, values.mean(axis=0), rtol=0, atol=1e-13 * scale)
-    np.testing.assert_allclose(cut.error_squared, once.error_squared, rtol=1e-9, atol=1e-12 * scale**2)
-    np.testing.assert_allclose(cut.variance, once.variance, rtol=1e-9, atol=1e-12 * scale**2)
+    assert once.read().degrees == cut.read().degrees
+    np.testing.assert_allclose(cut.read().mean, values.mean(axis=0), rtol=0, atol=1e-13 * scale)
+    np.testing.assert_allclose(cut.read().error_squared, once.read().error_squared, rtol=1e-9, atol=1e-12 * scale**2)
+    np.testing.assert_allclose(cut.read().variance, once.read().variance, rtol=1e-9, atol=1e-12 * scale**2)
 
 
 @given(draws)
 def test_independent_passes_give_the_textbook_values(values: Array) -> None:
     state = gathered(values)
     scale = float(np.abs(values).max()) + 1e-300
-    assert state.degrees == len(values) - 1
+    assert state.read().degrees == len(values) - 1
     textbook = values.var(axis=0, ddof=1)
-    np.testing.assert_allclose(state.variance, textbook, rtol=1e-9, atol=1e-12 * scale**2)
-    np.testing.assert_allclose(state.error_squared, textbook / len(values), rtol=1e-9, atol=1e-12 * scale**2)
+    np.testing.assert_allclose(state.read().variance, textbook, rtol=1e-9, atol=1e-12 * scale**2)
+    np.testing.assert_allclose(state.read().error_squared, textbook / len(values), rtol=1e-9, atol=1e-12 * scale**2)
 
 
 def test_whole_blocks_give_the_error_of_the_mean_of_block_means() -> None:
     values = np.random.default_rng(0).normal(size=(96, 3))
     means = values.reshape(6, 16, 3).mean(axis=1)
     state = gathered(values, ((16, 0),), cuts=(5, 40, 41))
-    assert state.degrees == 5
-    np.testing.assert_allclose(state.error_squared, means.var(axis=0, ddof=1) / 6, rtol=1e-12)
+    assert state.read().degrees == 5
+    np.testing.assert_allclose(state.read().error_squared, means.var(axis=0, ddof=1) / 6, rtol=1e-12)
 
 
 def test_too_few_blocks_fall_back_on_independent_passes() -> None:
     values = np.random.default_rng(0).normal(size=(16 * FEWEST_BLOCKS - 1, 3))
     state = gathered(values, ((16, 0),))
-    assert state.degrees == len(values) - 1
-    np.testing.assert_allclose(state.error_squared, values.var(axis=0, ddof=1) / len(values), rtol=1e-12)
+    assert state.read().degrees == len(values) - 1
+    np.testing.assert_allclose(state.read().error_squared, values.var(axis=0, ddof=1) / len(values), rtol=1e-12)
 
 
 def test_each_size_of_blocks_has_an_error_of_its_own() -> None:
@@ -124,8 +126,8 @@ def test_each_size_of_blocks_has_an_error_of_its_own() -> None:
     state = gathered(values, ((4, 0), (8, 8)), cuts=(1, 9, 22, 46))
     fours, eights = values[:52].reshape(13, 4, 3).sum(axis=1), values[8:48].reshape(5, 8, 3).sum(axis=1)
     variance = 5 * eights.var(axis=0, ddof=1) + 3 * fours.var(axis=0, ddof=1) + 3 * values.var(axis=0, ddof=1)
-    assert state.degrees == 4
-    np.testing.assert_allclose(state.error_squared, variance / 55**2, rtol=1e-12)
+    assert state.read().degrees == 4
+    np.testing.assert_allclose(state.read().error_squared, variance / 55**2, rtol=1e-12)
 
 
 @pytest.mark.statistical
@@ -139,15 +141,15 @@ def test_variance_and_error_of_stratified_passes_are_unbiased(passes: int) -> No
     site = Site("drop", (20_000,), kind="uniform")
     u = sample_masks([site], passes, seed=5, sampler="balanced")["drop"].astype(np.float64)
     state = gathered(u + (u > 0.3), BLOCKS["balanced"])
-    truth, spread = 1 / 12 + 0.3 * 0.7 + 2 * 0.5 * 0.3 * 0.7, (state.mean - (0.5 + 0.7)) ** 2
+    truth, spread = 1 / 12 + 0.3 * 0.7 + 2 * 0.5 * 0.3 * 0.7, (state.read().mean - (0.5 + 0.7)) ** 2
 
     def error(values: Array) -> float:
         return float(values.std() / np.sqrt(values.size))
 
-    bias = float(state.error_squared.mean() - spread.mean())
-    assert bias > -4 * error(state.error_squared - spread)
+    bias = float(state.read().error_squared.mean() - spread.mean())
+    assert bias > -4 * error(state.read().error_squared - spread)
     if passes in (64, 320):  # enough blocks of 16 and of 64, and nothing left
-        assert abs(bias) < 4 * error(state.error_squared - spread)
-        assert abs(float(state.variance.mean()) - truth) < 4 * error(state.variance)
+        assert abs(bias) < 4 * error(state.read().error_squared - spread)
+        assert abs(float(state.read().variance.mean()) - truth) < 4 * error(state.read().variance)
     else:  # from above, by less than 1 / passes of the truth
-        assert -4 * error(state.variance) < float(state.variance.mean()) - truth < truth / passes
+        assert -4 * error(state.read().variance) < float(state.read().variance.mean()) - truth < truth / passes

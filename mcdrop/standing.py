@@ -1,0 +1,70 @@
+"""What stands in the places of a network's weights and buffers: looked at anew for every run."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Standing", "State", "state_of"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a weight or buffer stands: the module's own dict, so that the tensor of today is read."""
+
+    tensors: dict[str, Tensor | None]
+    name: str
+
+    def now(self) -> Tensor | None:
+        """Gives the tensor that stands there now."""
+        return self.tensors.get(self.name)
+
+
+class Standing:
+    """The tensors in some places, which a graph was captured with."""
+
+    def __init__(self, places: Sequence[State]) -> None:
+        """Takes the places, and keeps what a graph takes for granted of what stands there."""
+        self._places = places
+        found = [one.now() for one in places]
+        self._facts = _facts(found)
+        self._latest = found, _stamps(found), [tensor for tensor in found if tensor is not None]
+
+    def now(self) -> list[Tensor] | None:
+        """Gives the tensors that stand there now; None where they are no longer there, shaped, typed and shared alike.
+
+        It is the same list as before while each is the same tensor, in the same memory: numbers may have changed.
+        """
+        found = [one.now() for one in self._places]
+        before, stamps, tensors = self._latest
+        today = _stamps(found)
+        if all(map(operator.is_, found, before)) and today == stamps:
+            return tensors
+        if _facts(found) != self._facts:
+            return None
+        self._latest = latest = found, today, [tensor for tensor in found if tensor is not None]
+        return latest[2]
+
+
+def state_of(module: nn.Module) -> tuple[State, ...]:
+    """Lists the places of a module's weights and buffers, also those where none stands, such as a missing bias."""
+    return tuple(
+        State(tensors, name)
+        for child in module.modules()
+        for tensors in (child.__dict__["_parameters"], child.__dict__["_buffers"])
+        for name in tensors
+    )
+
+
+def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Where each lies in memory, and how: ``.data`` gives a tensor other memory without making it another tensor."""
+    return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+
+
+def _facts(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Which are there, their shapes, types and devices, and which are one."""
+    facts: list[Any] = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    seen = [id(tensor) for tensor in tensors if tensor is not None]
+    return facts if len(set(seen)) == len(seen) else [*facts, [seen.index(one) for one in seen]]
