@@ -166,7 +166,8 @@ def _deterministic(block: Block, statistics: Statistics) -> Array:
 def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics) -> PassResult:
     kept: list[NDArray[np.float32]] | None = [] if plan.keep_samples else None
     block = backend.block(rows, exact_last=plan.exact_last)
-    gathered = _gather(Gathered(BLOCKS[plan.sampler]), block, plan, statistics, (0, plan.passes), kept)
+    gathered = Gathered(BLOCKS[plan.sampler])
+    _gather(gathered, block, plan, statistics, (0, plan.passes), kept)
     samples = np.concatenate(kept) if kept else None
     return _of(gathered, _deterministic(block, statistics), samples, plan)
 
@@ -174,7 +175,7 @@ def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics)
 def _gather(
     gathered: Gathered, block: Block, plan: PassPlan, statistics: Statistics, span: tuple[int, int],
     kept: list[NDArray[np.float32]] | None = None,
-) -> Gathered:  # fmt: skip
+) -> None:  # fmt: skip
     """Runs the passes of a span in chunks of equal size, and adds them to what was gathered."""
     chunks = -(-(span[1] - span[0]) // block.most)
     chunk = -(-(span[1] - span[0]) // chunks)
@@ -182,10 +183,9 @@ def _gather(
         count = min(chunk, span[1] - start)
         outputs = block.forward(count, seed=plan.seed, start=start, sampler=plan.sampler)
         values = statistics.of(outputs.astype(np.float64))
-        gathered = gathered.add(values)
         if kept is not None:  # in the network's own precision
             kept.append(values[..., : statistics.kept(values.shape[-1])].astype(np.float32))
-    return gathered
+        gathered.add(values)
 
 
 def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics) -> PassResult:
@@ -198,7 +198,7 @@ def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statisti
     gathered, done, order = Gathered(BLOCKS[plan.sampler]), [], []
     for start in range(0, plan.passes, _ROUND):
         stop = min(start + _ROUND, plan.passes)
-        gathered = _gather(gathered, block, plan, statistics, (start, stop))
+        _gather(gathered, block, plan, statistics, (start, stop))
         # with few blocks the error is itself uncertain: widened as its t quantile is over the normal one
         found = gathered.read()
         wide = special.stdtrit(found.degrees, _CHECKED_AT) / special.ndtri(_CHECKED_AT)

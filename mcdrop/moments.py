@@ -11,6 +11,8 @@ Array = NDArray[np.float64]
 
 FEWEST_BLOCKS = 4  # fewer block means say too little about their own spread
 
+_FEW = 32  # numbers of one pass
+
 
 class Found(NamedTuple):
     """Mean and variance of one pass, the squared standard error of the mean, and its degrees of freedom."""
@@ -24,32 +26,32 @@ class Found(NamedTuple):
 class _Sums(NamedTuple):
     """Sums over blocks of one size: of whole blocks, of their squares, and of what has come of the one that is not."""
 
-    closed: Array | float = 0.0
-    squares: Array | float = 0.0
-    open: Array | float = 0.0
+    closed: Array | None = None
+    squares: Array | None = None
+    open: Array | None = None
 
     def add(self, parts: Array, begun: int, size: int) -> "tuple[_Sums, Array | None]":
         """Gives the state after further parts (t, ...) of blocks of so many parts, and the sums that became whole."""
-        opened, sums = self.open, None
+        opened, closing = self.open, None
         if begun:
-            closing = min(size - begun, len(parts))
-            opened, parts = opened + np.add.reduce(parts[:closing], axis=0), parts[closing:]
-            if begun + closing < size:
+            missing = min(size - begun, len(parts))
+            opened, parts = _plus(opened, np.add.reduce(parts[:missing], axis=0)), parts[missing:]
+            if begun + missing < size:
                 return self._replace(open=opened), None
-            sums, opened = opened[None], 0.0
-        whole, left = divmod(len(parts), size)
-        if left:
-            opened = np.add.reduce(parts[whole * size :], axis=0)
-        if whole:
-            found = np.add.reduce(parts[: whole * size].reshape(whole, size, *parts.shape[1:]), axis=1)
-            sums = found if sums is None else np.concatenate([sums, found])
-        if sums is None:
+            closing, opened = opened[None], None
+        sums, left = _block_sums(parts, size)
+        if left is not None:
+            opened = left
+        if closing is not None:
+            sums = np.concatenate([closing, sums])
+        if not len(sums):
             return self._replace(open=opened), None
-        return _Sums(self.closed + np.add.reduce(sums, axis=0), self.squares + _squared(sums), opened), sums
+        closed, squares = np.add.reduce(sums, axis=0), _squared(sums)
+        return _Sums(_plus(self.closed, closed), _plus(self.squares, squares), opened), sums
 
     def take(self, which: NDArray[np.bool_]) -> "_Sums":
         """Gives the state of some rows."""
-        return _Sums(*(_some(sums, which) for sums in self))
+        return _Sums(*(None if sums is None else sums[which] for sums in self))
 
 
 class Gathered:
@@ -68,20 +70,20 @@ class Gathered:
         """
         self.blocks, self.count = blocks, 0
         self._first: Array | None = None
-        self._squares: Array | float = 0.0
+        self._squares: Array | None = None
         self._sums = [_Sums()] * max(1, len(blocks))  # one for each size; of all passes, where they are independent
 
-    def add(self, values: Array) -> "Gathered":
-        """Adds further passes (t, ...), in order, and gives itself.
+    def add(self, values: Array) -> None:
+        """Adds further passes (t, ...), in order.
 
         The values are written over: another array of their size would cost more than all that is done with it.
         """
         if self._first is None:
             self._first = values[0].copy()
         apart = np.subtract(values, self._first, out=values)
-        self._squares = self._squares + _squared(apart)
+        self._squares = _plus(self._squares, _squared(apart))
         if not self.blocks:
-            self._sums[0] = _Sums(open=self._sums[0].open + np.add.reduce(apart, axis=0))
+            self._sums[0] = _Sums(open=_plus(self._sums[0].open, np.add.reduce(apart, axis=0)))
         parts, below = apart, 1
         for k, (size, begin) in enumerate(self.blocks):
             place, ratio = (self.count - begin) // below, size // below  # of the next part, in parts
@@ -91,26 +93,24 @@ class Gathered:
                 break
             parts, below = whole, size
         self.count += len(apart)
-        return self
 
     def take(self, which: NDArray[np.bool_]) -> "Gathered":
         """Gives the state of some rows."""
         assert self._first is not None
+        assert self._squares is not None
         some = Gathered(self.blocks)
-        some.count, some._first = self.count, self._first[which]
-        some._squares = _some(self._squares, which)
+        some.count, some._first, some._squares = self.count, self._first[which], self._squares[which]
         some._sums = [held.take(which) for held in self._sums]
         return some
 
     def _enough(self) -> list[tuple[int, int, _Sums]]:
         """Sizes of blocks of which there are enough, largest first: size, how many there are, and their sums."""
-        each = [(size, (self.count - begin) // size) for size, begin in self.blocks]
-        return [(*each[k], self._sums[k]) for k in reversed(range(len(each))) if each[k][1] >= FEWEST_BLOCKS]
-
-    @property
-    def _total(self) -> Array:
-        """The sum over all passes."""
-        return np.asarray(self._sums[0].closed + self._sums[0].open)
+        found: list[tuple[int, int, _Sums]] = []
+        for (size, begin), held in zip(self.blocks, self._sums, strict=False):  # independent passes have no blocks
+            whole = (self.count - begin) // size
+            if whole >= FEWEST_BLOCKS:
+                found.insert(0, (size, whole, held))
+        return found
 
     def read(self) -> Found:
         """Gives mean, variance and error.
@@ -124,20 +124,33 @@ class Gathered:
         mean; adding the latter back gives the usual T - 1 for independent passes and nearly T for balanced ones.
         """
         assert self._first is not None
+        assert self._squares is not None
         count = left = self.count
-        total, enough = self._total, self._enough()
-        deviations = _around_mean(self._squares, total, count)
-        error: Array | None = None
+        closed, _, opened = self._sums[0]  # of all passes
+        total, enough = opened if closed is None else closed if opened is None else closed + opened, self._enough()
+        assert total is not None
+        deviations, error = _around_mean(self._squares, total, count), None
         for size, whole, held in enough:
+            assert held.squares is not None
+            assert held.closed is not None
             number, left = (whole, left - whole * size) if left == count else divmod(left, size)
-            of_these = _around_mean(held.squares, held.closed, whole) * (number / ((whole - 1) * count**2))
-            error = of_these if error is None else error + of_these
+            share = number / ((whole - 1) * count**2)
+            error = _plus(error, _around_mean(held.squares, held.closed, whole) * share)
         if left:
-            of_these = deviations * (left / ((count - 1) * count**2) if count > 1 else np.nan)
-            error = of_these if error is None else error + of_these
+            error = _plus(error, deviations * (left / ((count - 1) * count**2) if count > 1 else np.nan))
         assert error is not None
         degrees = (enough[0][1] if enough else count) - 1
         return Found(self._first + total / count, deviations / count + error, error, degrees)
+
+
+def _block_sums(parts: Array, size: int) -> tuple[Array, Array | None]:
+    """Gives the sums over whole blocks of parts, and over what is left, where something is."""
+    whole, left = divmod(len(parts), size)
+    if len(parts) and parts[0].size <= _FEW:  # one call instead of two, and short inner loops
+        sums = np.add.reduceat(parts, range(0, len(parts), size), axis=0)
+        return sums[:whole], sums[whole] if left else None
+    sums = np.add.reduce(parts[: whole * size].reshape(whole, size, *parts.shape[1:]), axis=1)
+    return sums, np.add.reduce(parts[whole * size :], axis=0) if left else None
 
 
 def _squared(values: Array) -> Array:
@@ -146,10 +159,10 @@ def _squared(values: Array) -> Array:
     return squares
 
 
-def _around_mean(squares: Array | float, total: Array | float, count: int) -> Array:
+def _around_mean(squares: Array, total: Array, count: int) -> Array:
     """The sum of squared distances from the mean, of a sum of squares and a sum."""
     return np.maximum(squares - total * total / count, 0.0)
 
 
-def _some(sums: Array | float, which: NDArray[np.bool_]) -> Array | float:
-    return sums[which] if isinstance(sums, np.ndarray) else sums
+def _plus(one: Array | None, other: Array) -> Array:
+    return other if one is None else one + other

@@ -28,7 +28,8 @@ def read(outputs: Array, task: str) -> Summary:
     values = statistics.of(outputs)
     gathered = Gathered()
     for part in np.array_split(values, 3):
-        gathered = gathered.add(part) if len(part) else gathered
+        if len(part):
+            gathered.add(part.copy())
     kept = values[..., : statistics.kept(values.shape[-1])].astype(np.float32)
     plan = PassPlan(len(outputs), sampler="iid", keep_samples=True)
     return TASKS[task].read(PassResult.of(gathered, values[0], kept, plan))
