@@ -115,12 +115,13 @@ class PassResult:
     ) -> "PassResult":
         """Reads what was gathered for rows that all had the same passes."""
         found = gathered.read()
+        zeros = np.zeros(len(found.mean), np.int64)
         return cls(
-            passes=np.full(len(found.mean), gathered.count, np.int64),
+            passes=zeros + gathered.count,
             mean=found.mean,
             variance=found.variance,
             standard_error=np.sqrt(found.error_squared),
-            degrees=np.full(len(found.mean), found.degrees, np.int64),
+            degrees=zeros + found.degrees,
             deterministic=deterministic,
             samples=samples,
             plan=plan,

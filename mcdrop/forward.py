@@ -45,7 +45,11 @@ def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
 
     What runs a network gives it a copy, since a network may write to its input: see ``forward``.
     """
-    if all(isinstance(leaf, Tensor) and _right(leaf, device, dtype) for leaf in rows.leaves):
+    for leaf in rows.leaves:
+        there = isinstance(leaf, Tensor) and leaf.device == device
+        if not there or (leaf.dtype != dtype and leaf.is_floating_point()):
+            break
+    else:
         return rows
 
     def convert(leaf: Any) -> Tensor:
@@ -53,10 +57,6 @@ def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
     return rows.map(convert)
-
-
-def _right(leaf: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
-    return leaf.device == device and (leaf.dtype == dtype or not leaf.is_floating_point())
 
 
 def forward(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:

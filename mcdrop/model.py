@@ -1,5 +1,6 @@
 """A network made ready to be sampled: discovered once, audited, with its task and the shapes of its inputs."""
 
+import operator
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -106,15 +107,15 @@ class Model:
         given = rows.leaves
         if len(given) != len(self.inputs):
             raise InputError(f"the network takes {len(self.inputs)} inputs ({self._names()}), got {len(given)}")
-        checked = [_fit(leaf, spec) for leaf, spec in zip(given, self.inputs, strict=True)]
-        if all(fitted is leaf for fitted, leaf in zip(checked, given, strict=True)):
+        checked = tuple(map(_fit, given, self.inputs))
+        if all(map(operator.is_, checked, given)):
             return rows
         left = iter(checked)
         return rows.map(lambda leaf: next(left))
 
     def _placed(self, x: Any) -> Rows:
         """Puts inputs given by name where the network takes them."""
-        if not isinstance(x, Mapping):
+        if hasattr(x, "shape") or not isinstance(x, Mapping):
             rows = Rows.of(x)
             if rows.kwargs or len(rows.args) == self.positional:
                 return rows

@@ -155,7 +155,11 @@ def _block_sums(parts: Array, size: int) -> tuple[Array, Array | None]:
 
 def _squared(values: Array) -> Array:
     """The sum of squares over the first axis."""
-    squares: Array = np.einsum("t...,t...->...", values, values)
+    squares: Array
+    if len(values) and values[0].size <= _FEW:
+        squares = np.vecdot(values, values, axis=0)  # type: ignore[call-overload]
+    else:
+        squares = np.einsum("t...,t...->...", values, values)
     return squares
 
 

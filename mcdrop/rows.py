@@ -43,9 +43,7 @@ class Rows:
     @classmethod
     def _counted(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Rows":
         """Puts leaves of equally many rows together."""
-        if len(args) == 1 and not kwargs and len(args[0]):
-            return cls(args, kwargs, len(args[0]))
-        counts = {len(leaf) for leaf in (*args, *kwargs.values())}
+        counts = {leaf.shape[0] for leaf in (*args, *kwargs.values())}
         if not counts:
             raise InputError("no inputs were given")
         if len(counts) > 1:

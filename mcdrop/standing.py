@@ -27,8 +27,8 @@ class Standing:
 
     def __init__(self, places: Sequence[State]) -> None:
         """Takes the places, and keeps what a graph takes for granted of what stands there."""
-        self._places = places
-        found = [one.now() for one in places]
+        self._places = [(one.tensors, one.name) for one in places]
+        found = [tensors.get(name) for tensors, name in self._places]
         self._facts = _facts(found)
         self._latest = found, _stamps(found), [tensor for tensor in found if tensor is not None]
 
@@ -37,7 +37,7 @@ class Standing:
 
         It is the same list as before while each is the same tensor, in the same memory: numbers may have changed.
         """
-        found = [one.now() for one in self._places]
+        found = [tensors.get(name) for tensors, name in self._places]
         before, stamps, tensors = self._latest
         today = _stamps(found)
         if all(map(operator.is_, found, before)) and today == stamps:
