@@ -22,17 +22,16 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, UnknownName
 
-__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "sample_masks"]
+__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Blocks", "Site", "sample_masks"]
 
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
 _SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
-_AT_ONCE = (
-    2**18
-)  # numbers that are stratified together: few calls where units are few, little memory where they are many
+_AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
 
 Masks = dict[str, NDArray[np.float32]]
 Words = NDArray[np.uint32]
+Blocks = tuple[tuple[int, int], ...]  # their sizes, and the pass with which the first of each size begins
 
 
 @dataclass(frozen=True)
@@ -188,8 +187,8 @@ def _normal(words: Words, p: float) -> NDArray[np.float32]:
     return ndtri((words + 0.5) * 2.0**-32).astype(np.float32)
 
 
-# Passes that depend on one another: sizes of blocks, and the pass with which the first of each size begins.
-BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
+# Passes that depend on one another.
+BLOCKS: dict[str, Blocks] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
 SAMPLERS: dict[str, Callable[[str, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
 KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
     "bernoulli": _bernoulli,

@@ -14,14 +14,12 @@ import numpy as np
 from scipy import special
 
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import BLOCKS
+from mcdrop.masks import BLOCKS, Blocks
 from mcdrop.moments import FEWEST_BLOCKS
 
 __all__ = ["BOUNDS", "BY_PLACE", "READERS", "Operators", "statistics"]
 
 BY_PLACE = ("entropy", "expected_entropy", "label", "mutual_information", "variation_ratio")  # not one for each class
-
-Blocks = tuple[tuple[int, int], ...]  # as masks.BLOCKS
 
 _TINY = float(np.finfo(np.float32).tiny)
 

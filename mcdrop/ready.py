@@ -113,7 +113,7 @@ class Ready:
     def _expected(self, program: Program) -> Outputs:
         """Runs one pass whose masks hold their expectations."""
         values = self._plans.expected_values(self._whole)
-        with torch.no_grad(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
+        with program.without_gradients(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
             return as_numpy(straight(program, values, self._tensors, 1)[0])
 
     def _forward(self, span: Span) -> Outputs:
@@ -145,11 +145,11 @@ class Ready:
         """Runs the program: it keeps nothing on itself, so other threads may run it meanwhile."""
         count = self._rows.count
         ride = self._plan.rides and span.start == 0 and self._off is None
+        values = self._plans.values(self._plan, span, ride=ride)  # kept, so made outside of torch's inference mode
         with program.without_gradients(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
             if self._begun is None:
                 weights = program.weights(self._weights)
                 self._begun = weights, program.rows(weights, self._tensors.leaves, count)
-            values = self._plans.values(self._plan, span, ride=ride)
             outputs = as_numpy(program.passes(self._begun[0], values, self._begun[1], span.passes + ride, count))
         if ride:
             off = outputs[-1]

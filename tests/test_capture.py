@@ -217,6 +217,19 @@ def test_new_weights_are_seen_at_once_however_they_came(name: str, device: str) 
         assert backend_of(model).tier(model.rows(x[:5]))[0] == "captured", how
 
 
+def test_a_weight_that_is_turned_where_it_lies_is_seen() -> None:
+    """Another view of the same memory, put in place through ``.data``: the same tensor at the same address."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 6)).eval(), torch.randn(5, 6)
+    model = mcdrop.wrap(net, example=x)
+    for weight in (parameter for parameter in net.parameters() if parameter.dim() == 2):
+        passes(model, x, 3)
+        address = weight.data_ptr()
+        weight.data = weight.data.t()
+        assert weight.data_ptr() == address
+        assert apart(passes(model, x, 3), loop(model, x, 3)) < 1e-5
+
+
 def test_weights_that_were_tied_may_part() -> None:
     """The graph was written down while both layers had one matrix."""
     torch.manual_seed(0)

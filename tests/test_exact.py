@@ -64,6 +64,23 @@ def test_with_one_dropout_mean_and_variance_are_the_closed_form_at_any_number_of
             assert found.samples is None
 
 
+@on_each_device
+def test_the_deterministic_output_comes_with_the_passes_and_is_plain_eval(device: str) -> None:
+    """It is the mean of a pass at the expectation of the other masks: the network itself is not called."""
+    net, calls = two_dropouts().to(device), []
+    model = mcdrop.wrap(net, example=X)
+    mcdrop.predict(model, X, passes=20, exact_last=True)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(X).to(device)).cpu()
+    watch = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = mcdrop.predict(model, X, passes=20, exact_last=True)
+    finally:
+        watch.remove()
+    assert not calls
+    assert apart(found.deterministic, expected) < 1e-6
+
+
 @pytest.mark.statistical
 def test_the_closed_form_is_what_many_passes_tend_to() -> None:
     """Within 5 standard errors for each of 12 means and variances."""
