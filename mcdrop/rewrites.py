@@ -40,12 +40,15 @@ def replace(node: fx.Node, other: fx.Node) -> None:
 
 
 def drop_copies(graph: fx.Graph) -> None:
-    """Takes out copies, and changes of shape that change nothing: a graph without in-place writes needs none."""
+    """Takes out copies, and changes of shape that change nothing: a graph without in-place writes needs none.
+
+    Copies for the order in memory too: what needs another order, such as a reshape, makes a copy of its own.
+    """
     for node in [*graph.nodes]:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if source is None or node.op != "call_function":
             continue
-        copies = node.target in _COPIES and not node.kwargs.get("memory_format")
+        copies = node.target in _COPIES and node.kwargs.get("memory_format") in (None, torch.contiguous_format)
         order = node.args[1] if node.target is aten.permute.default else None
         same = node.target in _SHAPED and sizes(node) == sizes(source)
         if copies or (same and (order is None or [*order] == sorted(order))):
