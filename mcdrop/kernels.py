@@ -106,7 +106,8 @@ def _recurrent(
     name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, both_ways: bool,
     rows_first: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return [tensor.clone() for tensor in _run_recurrent(name, x, initial, weights, bias, both_ways, rows_first)]
+    found = _run_recurrent(name, x, initial, weights, bias, both_ways, rows_first)
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in found]
 
 
 @_recurrent.register_fake

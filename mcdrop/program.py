@@ -36,7 +36,7 @@ class Program:
         self.dtype = dtype
         self._held: dict[tuple[int, int], bool] = {}
         made = make_stages(captured, exact, kept, fused)
-        self._stages, self._per_pass = made.run, made.per_pass
+        self._stages, self._per_pass, self._fixed = made.run, made.per_pass, made.fixed
         self._only_looks = made.only_looks and dtype is None
         self._looked: tuple[list[Tensor], Values] | None = None
         self.plain = self  # the same before it was compiled
@@ -104,7 +104,9 @@ class Program:
         other.plain, other.fewest_rows = self, self.fewest_rows
         mode = "reduce-overhead" if any(tensor.is_cuda for tensor in self.today() or ()) else None
         compiled = {
-            name: _alone(torch.compile(other._stages[name], fullgraph=True, dynamic=True, mode=mode))
+            name: _alone(
+                torch.compile(other._stages[name], fullgraph=True, dynamic=True, mode=mode), other._fixed[name]
+            )
             for name in ("rows", "passes")
         }
         other._stages |= compiled
@@ -115,12 +117,25 @@ class Program:
         return found
 
 
-def _alone(run: Callable[..., Values]) -> Callable[..., Values]:
-    """A compiled function that no other thread traces beside: it refuses to run then, and may have to compile anew."""
+def _alone(run: Callable[..., Values], fixed: Sequence[Sequence[int]]) -> Callable[..., Values]:
+    """A compiled function that no other thread traces beside: it refuses to run then, and may have to compile anew.
+
+    It is told which axes of its values are the same for all rows and passes, and takes no other for fixed.
+    """
 
     def guarded(*values: Any) -> Values:
         # sizes that happen to be equal, such as rows and units, are not the same size: else other rows compile anew
         with ALONE, _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return run(*values)
+            return run(*map(_marked, values, fixed))
 
     return guarded
+
+
+def _marked(value: Any, axes: Sequence[int]) -> Any:
+    """Gives a tensor with a note of its fixed axes; another than the user's own, which gets no note."""
+    if not isinstance(value, Tensor):
+        return value
+    marked = value.detach()
+    for axis in axes:
+        torch._dynamo.mark_static(marked, axis)
+    return marked

@@ -21,7 +21,16 @@ from mcdrop.exact import make_exact, sources
 from mcdrop.fuse import fuse
 from mcdrop.kept import make_kept
 from mcdrop.masks import Site
-from mcdrop.rewrites import REWRITES, channels_last, is_view, lower, sizes, split_linear, write_in_place
+from mcdrop.rewrites import (
+    REWRITES,
+    channels_last,
+    is_view,
+    lower,
+    lower_for_compiler,
+    sizes,
+    split_linear,
+    write_in_place,
+)  # fmt: skip
 
 __all__ = ["Stages", "Values", "make_stages"]
 
@@ -40,9 +49,11 @@ class Stages:
 
     ``per_pass`` says which of the values that follow from masks have the passes as their first axis; ``only_looks``
     whether the stage of the weights gives nothing but their memory, so that what it gave shows their numbers of today.
+    ``fixed`` has, for each stage and each value that it takes, the axes that are the same for all rows and passes.
     """
 
     run: dict[str, Callable[..., Values]]
+    fixed: dict[str, list[list[int]]]
     per_pass: tuple[bool, ...]
     only_looks: bool
 
@@ -69,13 +80,17 @@ def make_stages(captured: Captured, exact: Sequence[Site] | None, kept: bool, fu
         raise NotCaptured("it has no linear layers between dropouts")
     graph.eliminate_dead_code()  # before anything is written in place, which counts as being used
     split_linear(graph, passes, captured.symbols)
-    if fused:
+    if fused:  # else the compiler does both
         fuse(graph)
-    channels_last(graph)
-    return _cut(graph, given, output, {symbol for symbol, axis in captured.symbols.items() if axis == "T"})
+        channels_last(graph)
+    symbols = {symbol for symbol, axis in captured.symbols.items() if axis == "T"}
+    return _cut(graph, given, output, symbols, lower if fused else lower_for_compiler)
 
 
-def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, passes: set[Any]) -> Stages:
+def _cut(
+    graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, passes: set[Any],
+    lowered: Callable[[fx.Graph], None],
+) -> Stages:  # fmt: skip
     depends = _dependences(graph, given)
     home: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -100,11 +115,17 @@ def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, pass
         "rows": [*weights, *given["leaves"], *given["N"]],
         "passes": [*weights, *ends["masks"], *ends["rows"], *given["T"], *given["N"]],
     }
-    stages = {name: _function(graph, inputs[name], placed[name], ends[name]) for name in placed}
+    stages = {name: _function(graph, inputs[name], placed[name], ends[name], lowered) for name in placed}
     read = [any(home.get(user) == "folded" for user in node.users) for node in given["weights"]]
     stages["folded"] = _Remembered(stages["folded"], [place for place, it in enumerate(read) if it])
     per_pass = tuple((sizes(node) or (None,))[0] in passes for node in ends["masks"])
-    return Stages(stages, per_pass, all(is_view(node) for node in placed["weights"]))
+    fixed = {name: [_fixed_axes(node) for node in given] for name, given in inputs.items()}
+    return Stages(stages, fixed, per_pass, all(is_view(node) for node in placed["weights"]))
+
+
+def _fixed_axes(node: fx.Node) -> list[int]:
+    """The axes of a value whose sizes are numbers."""
+    return [axis for axis, size in enumerate(sizes(node) or ()) if isinstance(size, int)]
 
 
 def _computed(graph: fx.Graph, weights: list[fx.Node], home: dict[fx.Node, str]) -> list[fx.Node]:
@@ -145,8 +166,9 @@ def _dependences(graph: fx.Graph, given: dict[str, list[fx.Node]]) -> dict[fx.No
 
 
 def _function(
-    whole: fx.Graph, inputs: list[fx.Node], nodes: list[fx.Node], ends: list[fx.Node]
-) -> Callable[..., Values]:
+    whole: fx.Graph, inputs: list[fx.Node], nodes: list[fx.Node], ends: list[fx.Node],
+    lowered: Callable[[fx.Graph], None],
+) -> Callable[..., Values]:  # fmt: skip
     """Makes a function of the given values out of some nodes of a graph."""
     root = whole.owning_module or nn.Module()
     graph = fx.Graph(whole.owning_module)
@@ -158,7 +180,7 @@ def _function(
         copies[node] = graph.node_copy(node, lambda old: copies[old])
     graph.output(tuple(copies[node] for node in ends))
     write_in_place(graph)
-    lower(graph)
+    lowered(graph)
     run: Callable[..., Values] = fx.GraphModule(root, graph).forward
     return run
 

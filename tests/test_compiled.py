@@ -58,6 +58,45 @@ def test_convolutions_before_the_first_draw_are_compiled(device: str) -> None:
         assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5, (rows, count)
 
 
+class _Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.out = nn.LSTM(3, 8, num_layers=2, dropout=0.4, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps: Tensor = self.layers(x)[0]
+        output: Tensor = self.out(steps[:, -1])
+        return output
+
+
+class _Strided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.long, self.short = nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 6, 1, stride=2)
+        self.drop, self.out = nn.Dropout2d(0.3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.drop(self.norm(self.first(x)).relu())
+        hidden = self.drop((self.long(hidden) + self.short(hidden)).relu())
+        output: Tensor = self.out(hidden.mean((2, 3)))
+        return output
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=_cpu), pytest.param("cuda", marks=_cuda)])
+@pytest.mark.parametrize(("net", "shape"), [(_Steps, (5, 3)), (_Strided, (2, 8, 8))], ids=["steps", "strided"])
+def test_what_the_compiler_does_not_know_by_itself(net: type[nn.Module], shape: tuple[int, ...], device: str) -> None:
+    """Recurrent layers, which it calls as they are, and convolutions with strides, whose sizes it is told."""
+    torch.manual_seed(0)
+    module, x = net().eval().to(device), torch.randn(9, *shape, device=device)
+    model = mcdrop.wrap(module, example=x[:4], compile=True)
+    before = counters["stats"]["unique_graphs"]
+    for rows, count in ((4, 3), (9, 5), (1, 4)):
+        assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5, (rows, count)
+    assert counters["stats"]["unique_graphs"] == before
+    assert not any(hasattr(tensor, "_dynamo_static_indices") for tensor in (*module.parameters(), *module.buffers()))
+
+
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=_cpu), pytest.param("cuda", marks=_cuda)])
 def test_no_request_waits_for_the_compiler(device: str) -> None:
     """All is compiled at wrap, also where rows and units are equally many; rows may be a part of another tensor."""
