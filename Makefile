@@ -2,7 +2,7 @@
 ## make serve PORT=9000  the same on another port
 ## make test             the whole suite; PYTEST_ARGS="-k masks" passes arguments to pytest
 ## make lint             ruff and mypy
-## make bench            how fast passes are on this CPU, beside other libraries; about twenty minutes
+## make bench            how fast passes are on this CPU, beside other libraries; twenty to thirty minutes
 ## make bench-gpu        the same table on a CUDA device
 ## make clean            remove the environments, builds and caches; trained models stay
 ##

@@ -30,7 +30,7 @@ from mcdrop.rewrites import (
     sizes,
     split_linear,
     write_in_place,
-)  # fmt: skip
+)
 
 __all__ = ["Stages", "Values", "make_stages"]
 

@@ -60,7 +60,7 @@ def state_of(module: nn.Module) -> tuple[State, ...]:
 
 def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Where each lies in memory, and how: ``.data`` gives a tensor other memory without making it another tensor."""
-    return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+    return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
 
 def _facts(tensors: Sequence[Tensor | None]) -> list[Any]:

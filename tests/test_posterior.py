@@ -67,6 +67,19 @@ def test_every_interval_that_a_graph_can_hold(interval: str, sampler: str, tmp_p
     _compare(_run(path, x.numpy()), mcdrop.predict(model, x, **given))
 
 
+@pytest.mark.parametrize("passes", [320, 350])
+def test_blocks_of_both_sizes_give_the_error_of_a_graph(passes: int, tmp_path: Path) -> None:
+    """Whole blocks of 64 alone after those of 16, and with a rest that smaller ones and single passes stand for."""
+    module, x = built("mlp")
+    model = mcdrop.wrap(module, example=x)
+    expected = mcdrop.predict(model, x, passes=passes, interval="mean")
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=passes, interval="mean")
+    _compare(_run(path, x.numpy()), expected)
+    path = mcdrop.export_torch(model, tmp_path / "posterior.pt2", passes=passes, interval="mean")
+    with quiet(), torch.no_grad():
+        _compare(torch.export.load(path).module()(x), expected)
+
+
 def test_a_gaussian_head_gives_both_kinds_of_variance(tmp_path: Path) -> None:
     module, example = mlp.gaussian_head.build()
     model = mcdrop.wrap(module, example=example, task="gaussian")
