@@ -22,16 +22,18 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, UnknownName
 
-__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Blocks", "Site", "sample_masks"]
+__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "sample_masks"]
 
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
 _SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
 _AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
 
+# The orders of four things that leave the first in its place, two bits for each; shifted by xor they are all orders.
+_ORDERS = np.array([sum(x << 2 * (i + 1) for i, x in enumerate(o)) for o in itertools.permutations((1, 2, 3))], "u4")
+
 Masks = dict[str, NDArray[np.float32]]
 Words = NDArray[np.uint32]
-Blocks = tuple[tuple[int, int], ...]  # their sizes, and the pass with which the first of each size begins
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,6 @@ def _quarters(key: str, blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8])
     return quarter
 
 
-# The orders of four things that leave the first in its place, two bits for each; shifted by xor they are all orders.
-_ORDERS = np.array([sum(x << 2 * (i + 1) for i, x in enumerate(o)) for o in itertools.permutations((1, 2, 3))], "u4")
-
-
 def _ranks(order: Words) -> NDArray[np.uint8]:
     """Ranks the passes of each block (blocks, 16, units), the earlier first where two are equal.
 
@@ -187,8 +185,8 @@ def _normal(words: Words, p: float) -> NDArray[np.float32]:
     return ndtri((words + 0.5) * 2.0**-32).astype(np.float32)
 
 
-# Passes that depend on one another.
-BLOCKS: dict[str, Blocks] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
+# Passes that depend on one another: sizes of blocks, and the pass with which the first of each size begins.
+BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
 SAMPLERS: dict[str, Callable[[str, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
 KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
     "bernoulli": _bernoulli,

@@ -115,7 +115,7 @@ class Model:
 
     def _placed(self, x: Any) -> Rows:
         """Puts inputs given by name where the network takes them."""
-        if hasattr(x, "shape") or not isinstance(x, Mapping):
+        if not isinstance(x, Mapping):
             rows = Rows.of(x)
             if rows.kwargs or len(rows.args) == self.positional:
                 return rows

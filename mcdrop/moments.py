@@ -5,9 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FEWEST_BLOCKS", "Found", "Gathered"]
+__all__ = ["FEWEST_BLOCKS", "Blocks", "Found", "Gathered", "Share", "shares"]
 
 Array = NDArray[np.float64]
+Blocks = tuple[tuple[int, int], ...]  # their sizes, and the pass with which the first of each size begins
 
 FEWEST_BLOCKS = 4  # fewer block means say too little about their own spread
 
@@ -21,6 +22,36 @@ class Found(NamedTuple):
     variance: Array
     error_squared: Array
     degrees: int
+
+
+class Share(NamedTuple):
+    """Passes whose error the blocks of one size tell: ``number`` of the ``whole`` ones there are.
+
+    ``place`` is that of the size among all.
+    """
+
+    place: int
+    size: int
+    begin: int
+    whole: int
+    number: int
+
+
+def shares(count: int, blocks: Blocks) -> tuple[list[Share], int]:
+    """Divides passes among the sizes of which there are enough blocks, the largest first; and says how many are left.
+
+    Blocks that begin anew are independent. Parts of a block are negatively dependent: taking those that are left over
+    as independent, and all of them where the larger blocks are too few to tell, errs on the wide side.
+    """
+    found, left = [], count
+    for place in reversed(range(len(blocks))):
+        size, begin = blocks[place]
+        whole = (count - begin) // size
+        if whole >= FEWEST_BLOCKS:
+            number = min(whole, left // size)
+            found.append(Share(place, size, begin, whole, number))
+            left -= number * size
+    return found, left
 
 
 class _Sums(NamedTuple):
@@ -62,7 +93,7 @@ class Gathered:
     ``count`` variances, and no more digits are lost than ``count`` has.
     """
 
-    def __init__(self, blocks: tuple[tuple[int, int], ...] = ()) -> None:
+    def __init__(self, blocks: Blocks = ()) -> None:
         """Takes the blocks: pairs of their size and of the pass with which the first begins.
 
         Each size is a multiple of the one before, and its blocks are made of those; without any, passes are
@@ -103,43 +134,32 @@ class Gathered:
         some._sums = [held.take(which) for held in self._sums]
         return some
 
-    def _enough(self) -> list[tuple[int, int, _Sums]]:
-        """Sizes of blocks of which there are enough, largest first: size, how many there are, and their sums."""
-        found: list[tuple[int, int, _Sums]] = []
-        for (size, begin), held in zip(self.blocks, self._sums, strict=False):  # independent passes have no blocks
-            whole = (self.count - begin) // size
-            if whole >= FEWEST_BLOCKS:
-                found.insert(0, (size, whole, held))
-        return found
-
     def read(self) -> Found:
         """Gives mean, variance and error.
 
-        The error is exact in expectation where all passes are in whole blocks, else wider. Blocks that begin anew are
-        independent, so it is read off the spread of their sums (replicated Latin hypercube sampling, Owen 1992), for
-        each size on its own. Parts of a block are negatively dependent: taking those that are left over as independent,
-        and all of them where the larger blocks are too few to tell, errs on the wide side.
+        The error is exact in expectation where all passes are in whole blocks, else wider: it is read off the spread of
+        the blocks' sums (replicated Latin hypercube sampling, Owen 1992), for each size on its own; see ``shares``.
 
         The variance is unbiased, and NaN for a single pass: ``E[deviations / T]`` is the variance less that of the
         mean; adding the latter back gives the usual T - 1 for independent passes and nearly T for balanced ones.
         """
         assert self._first is not None
         assert self._squares is not None
-        count = left = self.count
-        closed, _, opened = self._sums[0]  # of all passes
-        total, enough = opened if closed is None else closed if opened is None else closed + opened, self._enough()
+        count, (closed, _, opened) = self.count, self._sums[0]  # of all passes
+        total = closed if opened is None else _plus(closed, opened)
         assert total is not None
         deviations, error = _around_mean(self._squares, total, count), None
-        for size, whole, held in enough:
+        told, left = shares(count, self.blocks)
+        for share in told:
+            held = self._sums[share.place]
             assert held.squares is not None
             assert held.closed is not None
-            number, left = (whole, left - whole * size) if left == count else divmod(left, size)
-            share = number / ((whole - 1) * count**2)
-            error = _plus(error, _around_mean(held.squares, held.closed, whole) * share)
+            spread = _around_mean(held.squares, held.closed, share.whole)
+            error = _plus(error, spread * (share.number / ((share.whole - 1) * count**2)))
         if left:
             error = _plus(error, deviations * (left / ((count - 1) * count**2) if count > 1 else np.nan))
         assert error is not None
-        degrees = (enough[0][1] if enough else count) - 1
+        degrees = (told[0].whole if told else count) - 1
         return Found(self._first + total / count, deviations / count + error, error, degrees)
 
 

@@ -89,6 +89,10 @@ class Plan:
         """The sites that draw."""
         return [site for site in self.trace.sites if site.name not in self.off]
 
+    def today(self) -> list[Tensor] | None:
+        """Gives the weights of today; None where there is no program, or they no longer fit it."""
+        return None if self.program is None else self.program.today()
+
     def mask_values(self, stacks: Stacks, *, ride: bool) -> Values:
         """Gives what the program makes of masks (T, ...), with one more pass at their expectations at the end."""
         assert self.program is not None

@@ -61,13 +61,13 @@ class Plans:
         """Gives the same, and the weights of today where the network is captured."""
         place = self._place()
         plan = self._at(rows, place)
-        weights = plan.program.today() if plan.program is not None else None
-        if weights is None and plan.program is not None:  # they have other shapes now
+        weights = plan.today()
+        if weights is None and plan.program is not None:
             with self._lock:
                 self._plans = {}
                 self._eager_tiers.clear()
             plan = self._at(rows, place)
-            weights = plan.program.today() if plan.program is not None else None
+            weights = plan.today()
         return plan, placed(rows, *place), weights
 
     def plan(self, rows: Rows) -> Plan:

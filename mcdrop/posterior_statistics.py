@@ -14,8 +14,8 @@ import numpy as np
 from scipy import special
 
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import BLOCKS, Blocks
-from mcdrop.moments import FEWEST_BLOCKS
+from mcdrop.masks import BLOCKS
+from mcdrop.moments import Blocks, Share, shares
 
 __all__ = ["BOUNDS", "BY_PLACE", "READERS", "Operators", "statistics"]
 
@@ -91,26 +91,28 @@ def _gather(builder: Operators, values: Any, shape: tuple[int, ...], passes: int
     """Moments over the passes as ``moments.Gathered`` has them, for such blocks."""
     mean = _mean_of(builder, values, 0)
     squares = builder.node("ReduceSumSquare", builder.node("Sub", values, mean), builder.whole(0), keepdims=0)
-    errors, left, degrees = [], passes, passes - 1
-    for size, begin in reversed(blocks):
-        whole = (passes - begin) // size
-        if whole >= FEWEST_BLOCKS:
-            number, rest = (whole, left - whole * size) if left == passes else divmod(left, size)
-            degrees, left = whole - 1 if left == passes else degrees, rest
-            spread = _spread(builder, values, shape, whole, size, begin)
-            errors.append(_times(builder, spread, number / (whole - 1) * (size / passes) ** 2))
+    told, left = shares(passes, blocks)
+    errors = [
+        _times(
+            builder,
+            _spread(builder, values, shape, share),
+            share.number / (share.whole - 1) * (share.size / passes) ** 2,
+        )
+        for share in told
+    ]
     if left:
         errors.append(_times(builder, squares, left / (passes - 1) / passes**2))
     error = errors[0] if len(errors) == 1 else builder.node("Sum", *errors)
     variance = builder.node("Add", _times(builder, squares, 1 / passes), error)
+    degrees = (told[0].whole if told else passes) - 1
     return _Gathered(values, mean, variance, builder.node("Sqrt", error), degrees, passes)
 
 
-def _spread(builder: Operators, values: Any, shape: tuple[int, ...], whole: int, size: int, begin: int) -> Any:
+def _spread(builder: Operators, values: Any, shape: tuple[int, ...], share: Share) -> Any:
     """Summed squared deviations of the means of whole blocks from their mean."""
-    axis, end = builder.whole(0), builder.whole(begin + whole * size)
-    members = builder.node("Slice", values, builder.whole(begin), end, axis)
-    means = _mean_of(builder, builder.reshaped(members, whole, size, -1, *shape), 1)
+    axis, end = builder.whole(0), builder.whole(share.begin + share.whole * share.size)
+    members = builder.node("Slice", values, builder.whole(share.begin), end, axis)
+    means = _mean_of(builder, builder.reshaped(members, share.whole, share.size, -1, *shape), 1)
     off = builder.node("Sub", means, _mean_of(builder, means, 0))
     return builder.node("ReduceSumSquare", off, axis, keepdims=0)
 

@@ -120,22 +120,26 @@ class Program:
 def _alone(run: Callable[..., Values], fixed: Sequence[Sequence[int]]) -> Callable[..., Values]:
     """A compiled function that no other thread traces beside: it refuses to run then, and may have to compile anew.
 
-    It is told which axes of its values are the same for all rows and passes, and takes no other for fixed.
+    When it may compile it is told which axes of its values are the same for all rows and passes, by notes on tensors
+    other than the user's own.
     """
+    told: set[tuple[bool, ...]] = set()
 
     def guarded(*values: Any) -> Values:
+        given = [value.detach() if isinstance(value, Tensor) else value for value in values]
+        ones = tuple(value == 1 for value in values if isinstance(value, int))  # for which torch compiles anew
         # sizes that happen to be equal, such as rows and units, are not the same size: else other rows compile anew
         with ALONE, _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return run(*map(_marked, values, fixed))
+            if ones not in told:
+                _note(given, fixed)
+            found = run(*given)
+            told.add(ones)
+            return found
 
     return guarded
 
 
-def _marked(value: Any, axes: Sequence[int]) -> Any:
-    """Gives a tensor with a note of its fixed axes; another than the user's own, which gets no note."""
-    if not isinstance(value, Tensor):
-        return value
-    marked = value.detach()
-    for axis in axes:
-        torch._dynamo.mark_static(marked, axis)
-    return marked
+def _note(values: Sequence[Any], fixed: Sequence[Sequence[int]]) -> None:
+    for value, axes in zip(values, fixed, strict=True):
+        for axis in axes:
+            torch._dynamo.mark_static(value, axis)

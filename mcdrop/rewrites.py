@@ -14,8 +14,7 @@ from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RECURRENT, RUN
 from mcdrop.onednn import IN_PLACE, ONEDNN
 
 __all__ = [
-    "REWRITES", "alike", "channels_last", "is_view", "lower", "lower_for_compiler", "replace", "sizes", "split_linear",
-    "write_in_place",
+    "REWRITES", "alike", "channels_last", "is_view", "lower", "replace", "sizes", "split_linear", "write_in_place",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -244,15 +243,11 @@ _FAST: dict[Any, Callable[..., Any]] = {
 }
 
 
-def lower(graph: fx.Graph) -> None:
-    """Puts what is called in the place of what was written down."""
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _FAST.get(node.target, node.target)
+def lower(graph: fx.Graph, *, fused: bool) -> None:
+    """Puts what is called in the place of what was written down.
 
-
-def lower_for_compiler(graph: fx.Graph) -> None:
-    """The same, but for recurrent layers: torch's compiler calls them as they are, since its own come out wrong."""
+    Where torch's compiler fuses, it calls recurrent layers as they are, since those that it writes come out wrong.
+    """
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is not RECURRENT:
+        if node.op == "call_function" and (fused or node.target is not RECURRENT):
             node.target = _FAST.get(node.target, node.target)

@@ -21,16 +21,7 @@ from mcdrop.exact import make_exact, sources
 from mcdrop.fuse import fuse
 from mcdrop.kept import make_kept
 from mcdrop.masks import Site
-from mcdrop.rewrites import (
-    REWRITES,
-    channels_last,
-    is_view,
-    lower,
-    lower_for_compiler,
-    sizes,
-    split_linear,
-    write_in_place,
-)
+from mcdrop.rewrites import REWRITES, channels_last, is_view, lower, sizes, split_linear, write_in_place
 
 __all__ = ["Stages", "Values", "make_stages"]
 
@@ -84,13 +75,10 @@ def make_stages(captured: Captured, exact: Sequence[Site] | None, kept: bool, fu
         fuse(graph)
         channels_last(graph)
     symbols = {symbol for symbol, axis in captured.symbols.items() if axis == "T"}
-    return _cut(graph, given, output, symbols, lower if fused else lower_for_compiler)
+    return _cut(graph, given, output, symbols, fused)
 
 
-def _cut(
-    graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, passes: set[Any],
-    lowered: Callable[[fx.Graph], None],
-) -> Stages:  # fmt: skip
+def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, passes: set[Any], fused: bool) -> Stages:
     depends = _dependences(graph, given)
     home: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -115,7 +103,7 @@ def _cut(
         "rows": [*weights, *given["leaves"], *given["N"]],
         "passes": [*weights, *ends["masks"], *ends["rows"], *given["T"], *given["N"]],
     }
-    stages = {name: _function(graph, inputs[name], placed[name], ends[name], lowered) for name in placed}
+    stages = {name: _function(graph, inputs[name], placed[name], ends[name], fused) for name in placed}
     read = [any(home.get(user) == "folded" for user in node.users) for node in given["weights"]]
     stages["folded"] = _Remembered(stages["folded"], [place for place, it in enumerate(read) if it])
     per_pass = tuple((sizes(node) or (None,))[0] in passes for node in ends["masks"])
@@ -166,9 +154,8 @@ def _dependences(graph: fx.Graph, given: dict[str, list[fx.Node]]) -> dict[fx.No
 
 
 def _function(
-    whole: fx.Graph, inputs: list[fx.Node], nodes: list[fx.Node], ends: list[fx.Node],
-    lowered: Callable[[fx.Graph], None],
-) -> Callable[..., Values]:  # fmt: skip
+    whole: fx.Graph, inputs: list[fx.Node], nodes: list[fx.Node], ends: list[fx.Node], fused: bool
+) -> Callable[..., Values]:
     """Makes a function of the given values out of some nodes of a graph."""
     root = whole.owning_module or nn.Module()
     graph = fx.Graph(whole.owning_module)
@@ -180,7 +167,7 @@ def _function(
         copies[node] = graph.node_copy(node, lambda old: copies[old])
     graph.output(tuple(copies[node] for node in ends))
     write_in_place(graph)
-    lowered(graph)
+    lower(graph, fused=fused)
     run: Callable[..., Values] = fx.GraphModule(root, graph).forward
     return run
 
