@@ -22,6 +22,7 @@ from mcdrop.forward import VOLATILE
 from mcdrop.kernel_rules import KERNEL_RULES
 from mcdrop.outputs import Pick
 from mcdrop.quiet import quiet
+from mcdrop.record import draws
 from mcdrop.rows import Rows
 from mcdrop.standing import Standing, State, state_of
 from mcdrop.trace import Trace, one_pass
@@ -53,6 +54,15 @@ class Captured:
     standing: Standing
     symbols: dict[Any, str]
     guards: tuple[Any, ...]
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph could hold it: all of it on one GPU, and no size that follows from values."""
+        values = [node.meta.get("val") for node in self.graph.nodes]
+        waits = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+        if any(tag in getattr(node.target, "tags", ()) for node in self.graph.nodes for tag in waits):
+            return False
+        return {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether the network's own code would go the same way with so many passes and rows."""
@@ -139,7 +149,7 @@ def _written_down(
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             raise NotCaptured(f"it writes to tensors by {node.target}")
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if draws(node.target, node.args, node.kwargs):
             raise NotCaptured(f"it draws by {node.target}")
     return graph
 

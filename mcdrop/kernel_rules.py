@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcdrop.intercept import Interception, Rules
-from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, POOL, RECURRENT
+from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, POOL, RECURRENT
 from mcdrop.rules import RULES
 from mcdrop.sequences import recurrent_rule
 
@@ -93,6 +93,14 @@ def _cat_rule(mode: Interception, tensors: Sequence[Tensor], dim: int = 0, **oth
     return output
 
 
+def _matmul_rule(mode: Interception, input: Tensor, other: Tensor) -> Tensor:
+    """Products of equally many matrices; torch 2.11 ties those that vmap takes apart to the number of rows."""
+    if input.dim() != other.dim() or input.dim() < 3:
+        return torch.matmul(input, other)
+    output: Tensor = MATMUL(input, other)
+    return output
+
+
 def _layer(
     function: Callable[..., Any], bias: bool, both_ways: bool, rows_first: bool, states: int, *tensors: Tensor
 ) -> list[Tensor]:
@@ -113,6 +121,11 @@ KERNEL_RULES: Rules = {
     F.layer_norm: _layer_norm_rule,
     F.max_pool2d: _max_pool_rule,
     F.avg_pool2d: _average_pool_rule,
+    torch.bmm: _matmul_rule,
+    torch.matmul: _matmul_rule,
+    Tensor.__matmul__: _matmul_rule,
+    Tensor.bmm: _matmul_rule,
+    Tensor.matmul: _matmul_rule,
     torch.gru: recurrent_rule(torch.gru, 1, _layer),
     torch.lstm: recurrent_rule(torch.lstm, 2, _layer),
     torch.rnn_relu: recurrent_rule(torch.rnn_relu, 1, _layer),

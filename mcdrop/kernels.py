@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcdrop.sequences import over_passes
+from mcdrop.sequences import for_cudnn, over_passes
 
-__all__ = ["BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "POOL", "RECURRENT", "RUN", "folded"]
+__all__ = ["BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "MATMUL", "POOL", "RECURRENT", "RUN", "folded"]
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
 
@@ -140,6 +140,23 @@ def _cat_batched(info: Any, dims: Any, tensors: Sequence[Tensor], axis: int) -> 
     return _cat(batched, axis), 0
 
 
+@torch.library.custom_op("mcdrop::matmul", mutates_args=())
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    return torch.matmul(x, y)
+
+
+@_matmul.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    lead = [two if isinstance(one, int) and one == 1 else one for one, two in zip(x.shape, y.shape, strict=True)]
+    return x.new_empty((*lead[:-2], x.shape[-2], y.shape[-1]))
+
+
+def _matmul_batched(info: Any, dims: Any, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    """Both have the same axes, and get one more in front."""
+    both = (one.unsqueeze(0) if dim is None else one.movedim(dim, 0) for one, dim in zip((x, y), dims, strict=True))
+    return _matmul(*both), 0
+
+
 def _recurrent_batched(
     info: Any, dims: Any, name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool,
     both_ways: bool, rows_first: bool,
@@ -178,6 +195,7 @@ _batch_norm.register_vmap(_first_alone(_batch_norm, "batch_norm"))
 _layer_norm.register_vmap(_first_alone(_layer_norm, "layer norm"))
 _cat.register_vmap(_cat_batched)
 _recurrent.register_vmap(_recurrent_batched)
+_matmul.register_vmap(_matmul_batched)
 _pool.register_vmap(_first_alone(_pool, "pooling"))
 
 LINEAR = torch.ops.mcdrop.linear.default
@@ -185,9 +203,8 @@ CONV = torch.ops.mcdrop.conv.default
 BATCH_NORM = torch.ops.mcdrop.batch_norm.default
 LAYER_NORM = torch.ops.mcdrop.layer_norm.default
 POOL = torch.ops.mcdrop.pool.default
-
-
 CAT = torch.ops.mcdrop.cat.default
+MATMUL = torch.ops.mcdrop.matmul.default
 RECURRENT = torch.ops.mcdrop.recurrent.default
 
 
@@ -235,6 +252,7 @@ def _run_recurrent(
     name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, both_ways: bool,
     rows_first: bool,
 ) -> Sequence[Tensor]:  # fmt: skip
+    x, initial, weights = for_cudnn(x, initial, weights)
     start = tuple(initial) if len(initial) == 2 else initial[0]
     found: Sequence[Tensor] = getattr(torch, name)(x, start, weights, bias, 1, 0.0, False, both_ways, rows_first)
     return found
@@ -246,6 +264,7 @@ RUN: dict[Any, Callable[..., Any]] = {
     CONV: _run_conv,
     BATCH_NORM: _run_batch_norm,
     LAYER_NORM: F.layer_norm,
+    MATMUL: torch.matmul,
     POOL: _run_pool,
     RECURRENT: _run_recurrent,
 }

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 
-__all__ = ["Draw", "Recorder", "Spy", "caller", "module_paths", "nowhere", "own_generator", "record"]
+__all__ = ["Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "own_generator", "record"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Spy(TorchDispatchMode):
     ) -> Any:
         """Looks at one operation and runs it."""
         kwargs = kwargs or {}
-        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        if _draws(func, given):
+        given = named(func, args, kwargs)
+        if draws(func, args, kwargs):
             self.escaped.append((caller(self.paths), str(func).removeprefix("aten.")))
         diverted = {name: value.clone() for name, value in given.items() if self._is_write(func, given, name, value)}
         if diverted:
@@ -141,11 +141,22 @@ class Spy(TorchDispatchMode):
         return said or unsaid
 
 
-def _draws(func: Any, given: dict[str, Any]) -> bool:
-    """Whether an operation draws from a torch generator; attention is tagged so even with a rate of 0."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
+def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation draws from a torch generator.
+
+    Attention and, on a GPU, recurrent layers are tagged so even where their rate is 0 or their dropout is off.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return False
-    return "scaled_dot_product" not in str(func) or bool(given.get("dropout_p"))
+    defaults = {one.name: one.default_value for one in func._schema.arguments if one.has_default_value()}
+    given = defaults | named(func, args, kwargs)
+    rate = given.get("dropout_p", given.get("dropout"))
+    return rate is None or bool(rate and given.get("train", True))
+
+
+def named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the arguments of an operation by name."""
+    return {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
 
 
 class _Foreign:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcdrop.intercept import Interception, Rules
 
-__all__ = ["SEQUENCE_RULES", "body_rule", "over_passes", "recurrent_rule"]
+__all__ = ["SEQUENCE_RULES", "body_rule", "for_cudnn", "over_passes", "recurrent_rule"]
 
 Function = Callable[..., Any]
 
@@ -65,7 +65,9 @@ def _attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    weights = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    with mode:  # which may keep the product whole
+        products = query @ key.transpose(-2, -1)
+    weights = products * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         seen = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
         weights = weights.masked_fill(~seen, -math.inf)
@@ -73,10 +75,32 @@ def _attention(
         weights = weights.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         weights = weights + attn_mask
-    return mode.drop(weights.softmax(-1), dropout_p) @ value
+    dropped = mode.drop(weights.softmax(-1), dropout_p)
+    with mode:
+        return dropped @ value
 
 
 # -- recurrent ---------------------------------------------------------------------------------------------------------
+
+
+def for_cudnn(
+    x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gives a recurrent layer's tensors as a GPU wants them: in order, and the weights in one piece of memory."""
+    if not x.is_cuda or type(x) is not Tensor:
+        return x, [*initial], [*weights]
+    return x.contiguous(), [state.contiguous() for state in initial], _in_one_piece(weights)
+
+
+def _in_one_piece(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Weights one after another in memory, matrices first: else torch warns, and copies them all the same."""
+    ordered = sorted(weights, key=lambda weight: -weight.dim())
+    ends = [one.data_ptr() + one.nbytes for one in ordered]
+    if all(end == one.data_ptr() for end, one in zip(ends, ordered[1:], strict=False)):
+        return [*weights]
+    parts = torch.cat([one.reshape(-1) for one in ordered]).split([one.numel() for one in ordered])
+    placed = {id(one): part.view(one.shape) for one, part in zip(ordered, parts, strict=True)}
+    return [placed[id(one)] for one in weights]
 
 
 class _Layer(torch.autograd.Function):
@@ -87,7 +111,7 @@ class _Layer(torch.autograd.Function):
         function: Function, bias: bool, both_ways: bool, rows_first: bool, states: int, *tensors: Tensor
     ) -> Any:
         """Runs the layer without dropout: tensors are the input, the initial states, then the weights."""
-        x, initial, weights = tensors[0], tensors[1 : 1 + states], [*tensors[1 + states :]]
+        x, initial, weights = for_cudnn(tensors[0], tensors[1 : 1 + states], tensors[1 + states :])
         start = tuple(initial) if states == 2 else initial[0]
         return tuple(function(x, start, weights, bias, 1, 0.0, False, both_ways, rows_first))
 
@@ -136,7 +160,7 @@ class _PackedLayer(torch.autograd.Function):
     @staticmethod
     def forward(function: Function, bias: bool, both_ways: bool, states: int, sizes: Tensor, *tensors: Tensor) -> Any:
         """Runs the layer without dropout."""
-        x, initial, weights = tensors[0], tensors[1 : 1 + states], [*tensors[1 + states :]]
+        x, initial, weights = for_cudnn(tensors[0], tensors[1 : 1 + states], tensors[1 + states :])
         start = tuple(initial) if states == 2 else initial[0]
         return tuple(function(x, sizes, start, weights, bias, 1, 0.0, False, both_ways))
 

@@ -200,6 +200,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:RNN module weights")  # of the network itself, on a GPU
 @pytest.mark.parametrize("name", ["mlp", "residual", "lstm"])
 @on_each_device
 def test_new_weights_are_seen_at_once_however_they_came(name: str, device: str) -> None:
