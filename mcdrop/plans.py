@@ -2,8 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mcdrop.digits import digits
 from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
@@ -27,8 +28,8 @@ __all__ = ["Plans"]
 
 _MASK_BYTES = 64 * 2**20  # of masks
 _VALUE_BYTES = 32 * 2**20  # of what a captured program makes of them
-_SWITCH = threading.RLock()
 _AS_IT_IS = nullcontext()
+_GPU_ROOM = 16  # times as much on a GPU, which has more memory and waits for masks that a CPU draws
 _FEW = 4
 
 
@@ -49,7 +50,8 @@ class Plans:
         self._lock = threading.Lock()
         self._latest = threading.local()
         self._eager_tiers: dict[int, str] = {}
-        self._masks, self._values = Kept(_MASK_BYTES), Kept(_VALUE_BYTES)
+        room = _GPU_ROOM if self._place()[0].type == "cuda" else 1
+        self._masks, self._values = Kept(room * _MASK_BYTES), Kept(room * _VALUE_BYTES)
         # forwards of the shadows go one at a time: networks keep things on themselves while they run
         self.turn = threading.Lock()
 
@@ -102,17 +104,20 @@ class Plans:
         return place_of([tensor for one in self._telling if (tensor := one.now()) is not None])
 
     def _made(self, tensors: Rows) -> Plan:
-        with said_of(tensors):
-            found = trace(self.live, tensors, self.pick, self.force)
+        # looked at and proved with all digits, also where passes leave some out: then a difference is an error
+        with said_of(tensors), digits(tensors.leaves[0].device):
+            return self._proved(tensors)
+
+    def _proved(self, tensors: Rows) -> Plan:
+        found = trace(self.live, tensors, self.pick, self.force)
 
         def some(found: Trace, passes: int) -> Stacks:
             return self.stacks(Plan(found, self.off, "loop", ""), Span(passes, 0, 0, "iid"))
 
-        with said_of(tensors), self.arithmetic(tensors):
-            plan = make_plan(
-                self.live, self.plain, tensors, self.pick, found, self.off, some,
-                precision=self.precision, compiled=self.compiled, tuning=self.tuning,
-            )  # fmt: skip
+        plan = make_plan(
+            self.live, self.plain, tensors, self.pick, found, self.off, some,
+            precision=self.precision, compiled=self.compiled, tuning=self.tuning,
+        )  # fmt: skip
         if plan.program is not None and self.tuning is None:
             self.tuning = Tuning(plan.chunk, plan.kept_from)
         return plan
@@ -183,7 +188,7 @@ class Plans:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
         try:
             _, tensors = self.prepare(rows)
-            with torch.no_grad(), self.turn, said_of(tensors):
+            with torch.no_grad(), self.turn, self.arithmetic(tensors), said_of(tensors):
                 output = draws_off(self.plain, tensors, self.pick)
                 return output.detach().to("cpu", torch.float32).numpy()
         except (MemoryError, RuntimeError) as error:
@@ -200,22 +205,10 @@ class Plans:
 
     def arithmetic(self, rows: Rows) -> AbstractContextManager[None]:
         """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says."""
-        return _in_tf32(self.precision == "tf32") if rows.leaves[0].is_cuda else _AS_IT_IS
+        leaf = rows.leaves[0]
+        return digits(leaf.device, tf32=self.precision == "tf32") if leaf.is_cuda else _AS_IT_IS
 
 
 @cache
 def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _in_tf32(wanted: bool) -> Iterator[None]:
-    """Sets torch's switch, which is one for the whole process, so that runs on GPUs take turns."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    with _SWITCH:
-        before = matmul.allow_tf32, convolution.allow_tf32
-        matmul.allow_tf32 = convolution.allow_tf32 = wanted
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, convolution.allow_tf32 = before

@@ -126,15 +126,19 @@ def _unusual(asked: dict[str, Any], audit: Audit) -> dict[str, Any]:
 
 def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Any]:
     """Gives the rows as the network takes them: whole numbers may stand for real ones, as in [[1], [2]]."""
+    from mcdrop.digits import digits
     from mcdrop.discover import discover
+    from mcdrop.forward import place_of
 
-    try:
-        return rows, discover(module, rows, pick, overrules)
-    except InputError:
-        if not _all_whole(rows):
-            raise
-    real = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
-    return real, discover(module, real, pick, overrules)
+    device, _ = place_of([*module.parameters(), *module.buffers()])
+    with digits(device):
+        try:
+            return rows, discover(module, rows, pick, overrules)
+        except InputError:
+            if not _all_whole(rows):
+                raise
+        real = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
+        return real, discover(module, real, pick, overrules)
 
 
 def wrap_graph(

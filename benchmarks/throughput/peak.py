@@ -1,41 +1,48 @@
 """What the machine can do: the best speed of a large matrix product, and the least time that a case can take by it."""
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from benchmarks.throughput.networks import Network
+from mcdrop.digits import digits
 
-__all__ = ["limit_ms", "peaks"]
+__all__ = ["copied_per_second", "limit_ms", "peaks"]
 
 SIZES = {"cpu": 2048, "cuda": 8192}
+COPIED = 2**31
 TRIES = 10
 
 
 def peaks(device: str) -> dict[str, float]:
     """Gives operations a second of fp32, bf16 and, on CUDA, tf32: the best of several products."""
-    found = {"fp32": _best(device, torch.float32), "bf16": _best(device, torch.bfloat16)}
+    with digits(torch.device(device)):
+        found = {"fp32": _best(device, torch.float32), "bf16": _best(device, torch.bfloat16)}
     if device == "cuda":
-        settings: Any = torch.backends.cuda.matmul
-        before = settings.fp32_precision
-        settings.fp32_precision = "tf32"
-        found["tf32"] = _best(device, torch.float32)
-        settings.fp32_precision = before
+        with digits(torch.device(device), tf32=True):
+            found["tf32"] = _best(device, torch.float32)
     return found
+
+
+def copied_per_second(device: str) -> float:
+    """Gives the bytes that a copy within the memory of a GPU reads and writes in a second, at best."""
+    one, other = (torch.empty(COPIED // 4, device=device) for _ in range(2))
+    return max(2 * COPIED / _seconds(device, lambda: other.copy_(one)) for _ in range(TRIES))
+
+
+def _seconds(device: str, run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _best(device: str, dtype: torch.dtype) -> float:
     size = SIZES[device]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+    return max(2 * size**3 / _seconds(device, lambda: a @ b) for _ in range(TRIES))
 
 
 def limit_ms(network: Network, rows: int, passes: int, peak: float) -> float:

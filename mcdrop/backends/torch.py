@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mcdrop.backends import Block
+from mcdrop.digits import digits
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import draws_off
 from mcdrop.outputs import Pick
@@ -82,7 +83,7 @@ class TorchBackend:
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
         _, tensors = self.plans.prepare(rows)
-        with self.plans.turn:
+        with self.plans.turn, self.plans.arithmetic(tensors):
             return as_numpy(hidden_features(self.plain, tensors, self.pick, layer))
 
     def digest(self) -> str:
@@ -115,7 +116,8 @@ class TorchBackend:
             if only is not None:
                 sites = plan.trace.sites
                 stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
-            with torch.no_grad():
+            # a tier that is asked for is what others are compared with: with all digits
+            with torch.no_grad(), self.plans.arithmetic(tensors) if tier is None else digits(tensors.leaves[0].device):
                 parts.append(self.plans.through(plan, tensors, stacks, tier))
         return torch.cat(parts)
 

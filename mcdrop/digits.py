@@ -1,0 +1,92 @@
+"""How many digits a GPU multiplies with: torch's switch for tf32 is one for the whole process, and on for convolutions.
+
+Whoever computes says which way it has to stand. Those who agree go on side by side; others wait for their turn, and the
+last one puts it back.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["digits"]
+
+_MATMUL: Any = torch.backends.cuda.matmul
+_CUDNN: Any = torch.backends.cudnn
+_TURN = threading.Condition()
+_AS_IT_IS = nullcontext()
+_MINE = threading.local()
+
+
+@dataclass
+class _Switch:
+    """How it stands, for how many, how many wait, and how often it was set anew."""
+
+    tf32: bool = False
+    inside: int = 0
+    waiting: int = 0
+    turns: int = 0
+    before: tuple[Any, ...] = ()
+
+
+_SWITCH = _Switch()
+
+
+def digits(device: torch.device, *, tf32: bool = False) -> AbstractContextManager[None]:
+    """In which a GPU multiplies float32 in tf32, or with all digits; it may be entered again by who is in it."""
+    return _switched(tf32) if device.type == "cuda" else _AS_IT_IS
+
+
+@contextmanager
+def _switched(tf32: bool) -> Iterator[None]:
+    with _TURN:
+        _enter(tf32)
+    _MINE.depth = _depth() + 1
+    try:
+        yield
+    finally:
+        _MINE.depth -= 1
+        with _TURN:
+            _SWITCH.inside -= 1
+            if not _SWITCH.inside:
+                _put_back(_SWITCH.before)
+                _TURN.notify_all()
+
+
+def _enter(tf32: bool) -> None:
+    """Waits where the others do not agree, and behind whoever waits already, so that nobody waits for ever."""
+    fits = _SWITCH.tf32 == tf32 and (not _SWITCH.waiting or _depth() > 0)
+    if _SWITCH.inside and not fits:
+        turns = _SWITCH.turns
+        _SWITCH.waiting += 1
+        _TURN.wait_for(lambda: not _SWITCH.inside or (_SWITCH.tf32 == tf32 and _SWITCH.turns > turns))
+        _SWITCH.waiting -= 1
+    if not _SWITCH.inside:
+        _SWITCH.before, _SWITCH.tf32 = _standing(), tf32
+        _SWITCH.turns += 1
+        _MATMUL.allow_tf32 = _CUDNN.allow_tf32 = tf32
+    _SWITCH.inside += 1
+
+
+def _depth() -> int:
+    """How often this thread is inside."""
+    depth: int = getattr(_MINE, "depth", 0)
+    return depth
+
+
+def _standing() -> tuple[Any, ...]:
+    """How torch's switches stand: the two older ones, or where those cannot say it the three of ``fp32_precision``."""
+    try:
+        return _MATMUL.allow_tf32, _CUDNN.allow_tf32
+    except RuntimeError:  # somebody has set the newer ones otherwise
+        return _MATMUL.fp32_precision, _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision
+
+
+def _put_back(before: tuple[Any, ...]) -> None:
+    if len(before) == 2:
+        _MATMUL.allow_tf32, _CUDNN.allow_tf32 = before
+    else:
+        _MATMUL.fp32_precision, _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision = before
