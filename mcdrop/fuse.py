@@ -1,4 +1,4 @@
-"""Layers of a graph handed to oneDNN, each with what follows it."""
+"""Operations of a graph that run as one: layers and what follows them by oneDNN, on a GPU masks and what is before."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from mcdrop.kernels import CONV, LINEAR
+from mcdrop.masking import DTYPES, masked, runs_on
 from mcdrop.onednn import available, conv, conv_add_relu, linear, packed
 from mcdrop.rewrites import alike, replace, sizes
 
@@ -19,6 +20,7 @@ def fuse(graph: fx.Graph) -> None:
 
     Linear layers in float32 gain nothing by it.
     """
+    _put_masks(graph)
     for node in [*graph.nodes]:
         source = node.args[0] if node.target is aten.relu.default else None
         if not isinstance(source, fx.Node) or len(source.users) > 1:
@@ -32,6 +34,38 @@ def fuse(graph: fx.Graph) -> None:
         if _fits(node):
             _put(node, node, "none")
     graph.eliminate_dead_code()
+
+
+def _put_masks(graph: fx.Graph) -> None:
+    """Lets one kernel multiply with a mask, and take the ReLU before it, on a GPU."""
+    for node in [*graph.nodes]:
+        if node.target is not aten.mul.Tensor or not runs_on(node.meta["val"].device):
+            continue
+        for x, mask in (node.args, node.args[::-1]):
+            trailing = _places(node, x, mask)
+            if trailing is None:
+                continue
+            relu = x.target is aten.relu.default and len(x.users) == 1
+            with graph.inserting_before(node):
+                output = graph.call_function(masked, (x.args[0] if relu else x, mask, trailing, relu))
+            output.meta = dict(node.meta)
+            replace(node, output)
+            break
+    graph.eliminate_dead_code()
+
+
+def _places(node: fx.Node, x: Any, mask: Any) -> int | None:
+    """On how many of its last axes a mask (T, 1, units, 1) is the same; None where it is no such mask of ``x``."""
+    if not isinstance(x, fx.Node) or not isinstance(mask, fx.Node):
+        return None
+    whole, own, units = sizes(node) or (), sizes(x), sizes(mask) or ()
+    if len(whole) < 3 or len(units) != len(whole) or own not in (whole, whole[1:]):
+        return None
+    dtypes = {one.meta["val"].dtype for one in (node, x, mask)}
+    if units[0] != whole[0] or units[1] != 1 or len(dtypes) > 1 or not dtypes <= DTYPES:
+        return None
+    trailing = next((k for k, size in enumerate(units[:1:-1]) if size != 1), len(units) - 2)
+    return trailing if units[2 : len(units) - trailing] == whole[2 : len(whole) - trailing] else None
 
 
 def _fits(node: Any) -> bool:

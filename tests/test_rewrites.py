@@ -177,18 +177,15 @@ def test_values_that_are_read_again_are_not_written_over(device: str) -> None:
 # -- layout ------------------------------------------------------------------------------------------------------------
 
 
-@on_each_device
-def test_images_are_convolved_with_channels_last_and_weights_keep_their_own_layout(device: str) -> None:
-    net, x = made("residual", device)
+def test_images_are_convolved_with_channels_last_and_weights_keep_their_own_layout() -> None:
+    net, x = made("residual")
     model = mcdrop.wrap(net, example=x[:4])
     strides = [parameter.stride() for parameter in net.parameters()]
     with Operations() as ran:
         got = passes(model, x[:9], 3)
-    if device == "cpu":  # what oneDNN is given; a packed weight has an order of its own
-        given = [arg for args in ran.named("mkldnn._convolution_pointwise") for arg in args if isinstance(arg, Tensor)]
-        images = [arg for arg in given if arg.dim() == 4 and not arg.is_mkldnn]
-    else:
-        images = [args[1] for args in ran.named("aten.convolution")]
+    # what oneDNN is given; a packed weight has an order of its own
+    given = [arg for args in ran.named("mkldnn._convolution_pointwise") for arg in args if isinstance(arg, Tensor)]
+    images = [arg for arg in given if arg.dim() == 4 and not arg.is_mkldnn]
     assert len(images) >= 3
     assert all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
     assert [parameter.stride() for parameter in net.parameters()] == strides
