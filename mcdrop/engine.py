@@ -6,6 +6,7 @@ whose mean is known well enough may leave the batch without changing the answer 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from mcdrop.errors import InputError, UnknownName
 from mcdrop.masks import BLOCKS, SAMPLERS, SEED_LIMIT
 from mcdrop.moments import Gathered
 from mcdrop.rows import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["MOST_PASSES", "PassPlan", "PassResult", "Statistics", "run_passes"]
 
@@ -84,10 +88,11 @@ def _whole(value: object) -> bool:
 class Statistics:
     """What is gathered: outputs (t, N, ...) to statistics (t, N, ..., K); the first ``width(K)`` are the mean's.
 
-    Where passes are kept, the first ``kept(K)`` are.
+    Where passes are kept, the first ``kept(K)`` are. ``there`` does the same with a tensor, where it is.
     """
 
     of: Callable[[Array], Array]
+    there: "Callable[[Tensor], Tensor]"
     width: Callable[[int], int]
     kept: Callable[[int], int]
 
@@ -177,11 +182,24 @@ def _gather(
     gathered: Gathered, block: Block, plan: PassPlan, statistics: Statistics, span: tuple[int, int],
     kept: list[NDArray[np.float32]] | None = None,
 ) -> None:  # fmt: skip
-    """Runs the passes of a span in chunks of equal size, and adds them to what was gathered."""
-    chunks = -(-(span[1] - span[0]) // block.most)
-    chunk = -(-(span[1] - span[0]) // chunks)
+    """Runs the passes of a span in chunks of equal size, and adds them to what was gathered.
+
+    Large chunks are of whole blocks, so that they can be summed up where they are.
+    """
+    count = span[1] - span[0]
+    chunk = -(-count // -(-count // block.most))
+    if chunk < count:
+        unit = max((size for size, _ in gathered.blocks), default=1)
+        whole = -(-chunk // unit) * unit
+        chunk = whole if whole <= block.most else chunk
     for start in range(*span, chunk):
         count = min(chunk, span[1] - start)
+        summing = gathered.summing(statistics.there) if kept is None and block.sums_there else None
+        if summing is not None:
+            sums = block.summed(count, seed=plan.seed, start=start, sampler=plan.sampler, summing=summing)
+            if sums is not None:
+                gathered.add_sums(count, sums)
+                continue
         outputs = block.forward(count, seed=plan.seed, start=start, sampler=plan.sampler)
         values = statistics.of(outputs.astype(np.float64))
         if kept is not None:  # in the network's own precision

@@ -1,11 +1,16 @@
 """Streaming moments over passes, and the Monte Carlo error that follows from them."""
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FEWEST_BLOCKS", "Blocks", "Found", "Gathered", "Share", "shares"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FEWEST_BLOCKS", "Blocks", "Found", "Gathered", "Share", "Summing", "shares"]
 
 Array = NDArray[np.float64]
 Blocks = tuple[tuple[int, int], ...]  # their sizes, and the pass with which the first of each size begins
@@ -54,6 +59,69 @@ def shares(count: int, blocks: Blocks) -> tuple[list[Share], int]:
     return found, left
 
 
+class _Pieces(NamedTuple):
+    """How further parts fall into blocks: ``head`` into one that has begun, then ``whole`` ones, and ``tail`` are left.
+
+    ``closes`` says whether the block that has begun is whole then.
+    """
+
+    head: int
+    closes: bool
+    whole: int
+    size: int
+    tail: int
+
+    @classmethod
+    def of(cls, count: int, begun: int, size: int) -> "_Pieces":
+        """Divides so many parts over blocks of a size, one of which has begun."""
+        head = min(size - begun, count) if begun else 0
+        whole, tail = divmod(count - head, size)
+        return cls(head, begun + head == size, whole, size, tail)
+
+
+class _Cut(NamedTuple):
+    """Sums over the pieces of further parts, None where there is no head or tail."""
+
+    head: Array | None
+    closes: bool
+    whole: Array
+    tail: Array | None
+
+
+class Summing(NamedTuple):
+    """Sums up passes where they are, such as on a GPU: a function of outputs (t, N, ...) that gives few rows.
+
+    ``of`` makes values of outputs, ``first`` is the first pass of all (None: it is among these). ``levels`` says of
+    each size of blocks how many parts are left out, and how many make a block; all blocks begin anew.
+    """
+
+    of: "Callable[[Tensor], Tensor]"
+    first: Array | None
+    levels: tuple[tuple[int, int], ...]
+
+    def __call__(self, outputs: "Tensor") -> "Tensor":
+        """Gives, in float64, the first pass, the sum of squared differences from it, and three rows of each level.
+
+        These are the sums over whole blocks and over their squares, and over what is left.
+        """
+        values = self.of(outputs.double())
+        origin = values[0] if self.first is None else values.new_tensor(self.first)
+        parts = values - origin
+        rows = [origin, parts.square().sum(0)]
+        for left_out, size in self.levels:
+            parts = parts[left_out:]
+            whole = len(parts) // size
+            blocks = parts[: whole * size].unflatten(0, (whole, size)).sum(1)
+            rows += [blocks.sum(0), blocks.square().sum(0), parts[whole * size :].sum(0)]
+            parts = blocks
+        if not self.levels:
+            rows.append(parts.sum(0))
+        sums = values.new_empty((len(rows), *values.shape[1:]))
+        for k, row in enumerate(rows):
+            sums[k] = row
+        return sums
+
+
 class _Sums(NamedTuple):
     """Sums over blocks of one size: of whole blocks, of their squares, and of what has come of the one that is not."""
 
@@ -61,20 +129,16 @@ class _Sums(NamedTuple):
     squares: Array | None = None
     open: Array | None = None
 
-    def add(self, parts: Array, begun: int, size: int) -> "tuple[_Sums, Array | None]":
-        """Gives the state after further parts (t, ...) of blocks of so many parts, and the sums that became whole."""
-        opened, closing = self.open, None
-        if begun:
-            missing = min(size - begun, len(parts))
-            opened, parts = _plus(opened, np.add.reduce(parts[:missing], axis=0)), parts[missing:]
-            if begun + missing < size:
+    def add(self, cut: _Cut) -> "tuple[_Sums, Array | None]":
+        """Gives the state after further parts, and the sums over the blocks that became whole; None where none did."""
+        opened, sums = self.open, cut.whole
+        if cut.head is not None:
+            opened = _plus(opened, cut.head)
+            if not cut.closes:
                 return self._replace(open=opened), None
-            closing, opened = opened[None], None
-        sums, left = _block_sums(parts, size)
-        if left is not None:
-            opened = left
-        if closing is not None:
-            sums = np.concatenate([closing, sums])
+            sums, opened = np.concatenate([opened[None], sums]), None
+        if cut.tail is not None:
+            opened = cut.tail
         if not len(sums):
             return self._replace(open=opened), None
         closed, squares = np.add.reduce(sums, axis=0), _squared(sums)
@@ -112,18 +176,49 @@ class Gathered:
         if self._first is None:
             self._first = values[0].copy()
         apart = np.subtract(values, self._first, out=values)
-        self._squares = _plus(self._squares, _squared(apart))
+        self._merge(len(values), _squared(apart), _cut(apart, self._pieces(len(values))))
+
+    def summing(self, of: "Callable[[Tensor], Tensor]") -> Summing | None:
+        """Gives what sums up further passes elsewhere; None inside of a block. ``of`` makes values of outputs."""
+        if any(self.count > begin and (self.count - begin) % size for size, begin in self.blocks):
+            return None
+        belows = (1, *(size for size, _ in self.blocks))
+        levels = tuple(
+            (max(0, begin - self.count) // below, size // below)
+            for below, (size, begin) in zip(belows, self.blocks, strict=False)
+        )
+        return Summing(of, self._first, levels)
+
+    def add_sums(self, count: int, sums: Array) -> None:
+        """Adds so many further passes by what ``summing`` made of them."""
+        if self._first is None:
+            self._first = sums[0]
+        self._squares = _plus(self._squares, sums[1])
         if not self.blocks:
-            self._sums[0] = _Sums(open=_plus(self._sums[0].open, np.add.reduce(apart, axis=0)))
-        parts, below = apart, 1
-        for k, (size, begin) in enumerate(self.blocks):
-            place, ratio = (self.count - begin) // below, size // below  # of the next part, in parts
-            parts = parts[-place:] if place < 0 else parts
-            self._sums[k], whole = self._sums[k].add(parts, max(0, place) % ratio, ratio)
+            self._sums[0] = _Sums(open=_plus(self._sums[0].open, sums[2]))
+        for k in range(len(self.blocks)):
+            closed, squares, opened = sums[2 + 3 * k : 5 + 3 * k]
+            held = self._sums[k]
+            self._sums[k] = _Sums(_plus(held.closed, closed), _plus(held.squares, squares), opened)
+        self.count += count
+
+    def _pieces(self, count: int) -> _Pieces:
+        """How the next passes fall into the smallest blocks; independent ones are the head of one without end."""
+        if not self.blocks:
+            return _Pieces(count, False, 0, 1, 0)
+        size = self.blocks[0][0]
+        return _Pieces.of(count, self.count % size, size)
+
+    def _merge(self, count: int, squares: Array, cut: _Cut) -> None:
+        self._squares = _plus(self._squares, squares)
+        self._sums[0], whole = self._sums[0].add(cut)
+        for k, ((below, _), (size, begin)) in enumerate(itertools.pairwise(self.blocks), start=1):
             if whole is None:
                 break
-            parts, below = whole, size
-        self.count += len(apart)
+            place, ratio = (self.count - begin) // below, size // below  # of the next part, in parts
+            parts = whole[-place:] if place < 0 else whole
+            self._sums[k], whole = self._sums[k].add(_cut(parts, _Pieces.of(len(parts), max(0, place) % ratio, ratio)))
+        self.count += count
 
     def take(self, which: NDArray[np.bool_]) -> "Gathered":
         """Gives the state of some rows."""
@@ -163,14 +258,15 @@ class Gathered:
         return Found(self._first + total / count, deviations / count + error, error, degrees)
 
 
-def _block_sums(parts: Array, size: int) -> tuple[Array, Array | None]:
-    """Gives the sums over whole blocks of parts, and over what is left, where something is."""
-    whole, left = divmod(len(parts), size)
-    if len(parts) and parts[0].size <= _FEW:  # one call instead of two, and short inner loops
-        sums = np.add.reduceat(parts, range(0, len(parts), size), axis=0)
-        return sums[:whole], sums[whole] if left else None
-    sums = np.add.reduce(parts[: whole * size].reshape(whole, size, *parts.shape[1:]), axis=1)
-    return sums, np.add.reduce(parts[whole * size :], axis=0) if left else None
+def _cut(parts: Array, pieces: _Pieces) -> _Cut:
+    head, closes, whole, size, tail = pieces
+    first = np.add.reduce(parts[:head], axis=0) if head else None
+    rest = parts[head:]
+    if whole and parts[0].size <= _FEW:  # one call instead of two, and short inner loops
+        sums = np.add.reduceat(rest, range(0, len(rest), size), axis=0)
+        return _Cut(first, closes, sums[:whole], sums[whole] if tail else None)
+    sums = np.add.reduce(rest[: whole * size].reshape(whole, size, *parts.shape[1:]), axis=1)
+    return _Cut(first, closes, sums, np.add.reduce(rest[whole * size :], axis=0) if tail else None)
 
 
 def _squared(values: Array) -> Array:

@@ -11,6 +11,7 @@ from torch.fx.experimental import _config
 from mcdrop.capture import Captured
 from mcdrop.masks import Site
 from mcdrop.quiet import ALONE
+from mcdrop.replay import Finish, Recordings
 from mcdrop.stages import Values, make_stages
 
 __all__ = ["Program", "Values"]
@@ -41,6 +42,7 @@ class Program:
         self._looked: tuple[list[Tensor], Values] | None = None
         self.plain = self  # the same before it was compiled
         self.fewest_rows = 1  # that it was proved for
+        self._recordings, self._recordable = Recordings(), captured.recordable
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether it stands for so many passes of so many rows of the network with weights like today's."""
@@ -94,19 +96,27 @@ class Program:
         output: Tensor = self._run("passes", *weights, *masks, *rows, passes, count)[0]
         return output
 
+    def played(
+        self, weights: list[Tensor], masks: Values, leaves: Sequence[Tensor], count: int, finish: Finish
+    ) -> tuple[Tensor, ...] | None:
+        """Gives what is made of the outputs, by a CUDA graph of the whole run; None where there is none."""
+
+        def run(masks: Values, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            given = self.weights(weights)
+            return finish(self.passes(given, masks, self.rows(given, leaves, count), finish.together, count))
+
+        return self._recordings.play((count, finish.key), run, weights, masks, leaves) if self._recordable else None
+
     def compiled(self) -> "Program":
-        """Gives the same with the costly stages compiled by torch, on a GPU as CUDA graphs.
+        """Gives the same with the costly stages compiled by torch.
 
         Raises:
             NotCaptured: torch cannot compile here.
         """
         other = Program(self._captured, dtype=self.dtype, fused=False)  # which the compiler does by itself
         other.plain, other.fewest_rows = self, self.fewest_rows
-        mode = "reduce-overhead" if any(tensor.is_cuda for tensor in self.today() or ()) else None
         compiled = {
-            name: _alone(
-                torch.compile(other._stages[name], fullgraph=True, dynamic=True, mode=mode), other._fixed[name]
-            )
+            name: _alone(torch.compile(other._stages[name], fullgraph=True, dynamic=True), other._fixed[name])
             for name in ("rows", "passes")
         }
         other._stages |= compiled

@@ -11,15 +11,19 @@ from torch import Tensor
 from mcdrop.errors import InputError
 from mcdrop.forward import out_of_memory, said_of
 from mcdrop.intercept import LargerDraw
+from mcdrop.moments import Summing
 from mcdrop.plan import CAPTURED, Plan, straight
 from mcdrop.plans import Plans
 from mcdrop.program import Program, Values
+from mcdrop.replay import Finish
 from mcdrop.rows import Rows
 from mcdrop.stacks import Span
 
 __all__ = ["Ready", "Room", "as_numpy"]
 
 Outputs = NDArray[np.float32]
+
+_SMALL = 8  # times a small run fits into what there is
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Ready:
         """Takes the plans of a network, the rows, and the memory that there is for them."""
         self._plans, self._rows, self._room, self._exact_last = plans, rows, room, exact_last
         self._plan, self._tensors, self._weights = plans.current(rows)
+        self._on_gpu: bool = self._tensors.leaves[0].is_cuda
         self._whole = self._plan  # the passes of all units and draws, of which the deterministic output is one
         if exact_last:
             if self._plan.exact is None:
@@ -72,7 +77,7 @@ class Ready:
         elif self._plan.kept_from is not None and rows.count >= self._plan.kept_from:
             self._plan = replace(self._plan, program=self._plan.kept, rides=False)
         self._begun: tuple[Values, Values] | None = None
-        self._off: Outputs | None = None
+        self._off: Outputs | Tensor | None = None
 
     @property
     def most(self) -> int:
@@ -82,7 +87,7 @@ class Ready:
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of some passes; out of memory, half of the passes or of the rows at a time."""
         try:
-            return self._forward(Span(passes, seed, start, sampler))
+            return as_numpy(self._forward(Span(passes, seed, start, sampler), None))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or passes * self._rows.count == 1:
                 raise
@@ -97,10 +102,29 @@ class Ready:
         ]
         return np.concatenate([part.forward(1, seed=seed, start=start, sampler=sampler) for part in parts], axis=1)
 
+    @property
+    def sums_there(self) -> bool:
+        """Whether outputs are on a GPU."""
+        return self._on_gpu
+
+    def summed(
+        self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing
+    ) -> NDArray[np.float64] | None:
+        """Gives what is made of the same passes on a GPU; None out of memory."""
+        try:
+            sums = self._forward(Span(passes, seed, start, sampler), summing)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            return None
+        assert isinstance(sums, Tensor)
+        array: NDArray[np.float64] = sums.cpu().numpy()
+        return array
+
     def deterministic(self) -> Outputs:
         """Gives the outputs with every draw off: a pass of its own, unless it rode along with the first passes."""
         if self._off is not None:
-            return self._off
+            return as_numpy(self._off)
         program = self._whole.program
         if program is not None and self._whole.rides and program.holds(1, self._rows.count):
             try:
@@ -116,19 +140,20 @@ class Ready:
         with program.without_gradients(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
             return as_numpy(straight(program, values, self._tensors, 1)[0])
 
-    def _forward(self, span: Span) -> Outputs:
+    def _forward(self, span: Span, summing: Summing | None) -> Outputs | Tensor:
         program = self._plan.program
         if program is not None and program.holds(span.passes, self._rows.count):
-            return self._captured(program, span)
+            return self._captured(program, span, summing)
         if self._exact_last:
             raise InputError(f"the last dropout of this network has no closed form for {self._rows.count} rows")
         try:
-            return self._eager(span)
+            outputs = self._eager(span)
         except LargerDraw:
             self._plan = self._plans.widened(self._plan, self._tensors)
-        return self._eager(span)
+            outputs = self._eager(span)
+        return outputs if summing is None else summing(outputs)
 
-    def _eager(self, span: Span) -> Outputs:
+    def _eager(self, span: Span) -> Tensor:
         """Runs the network's own code, as where a captured graph does not hold for so many rows."""
         plan, plans = replace(self._plan, program=None), self._plans
         stacks = plans.stacks(plan, span)
@@ -136,29 +161,51 @@ class Ready:
             if plan.tier == CAPTURED:
                 # another way of the network's than the one that its tiers were proved on, and the loop takes them all
                 with suppress(InputError), said_of(self._tensors):
-                    return as_numpy(plans.through(plan, self._tensors, stacks))
+                    return plans.through(plan, self._tensors, stacks)
             with said_of(self._tensors):
                 tier = "loop" if plan.tier == CAPTURED else None
-                return as_numpy(plans.through(plan, self._tensors, stacks, tier))
+                return plans.through(plan, self._tensors, stacks, tier)
 
-    def _captured(self, program: Program, span: Span) -> Outputs:
+    def _captured(self, program: Program, span: Span, summing: Summing | None) -> Outputs | Tensor:
         """Runs the program: it keeps nothing on itself, so other threads may run it meanwhile."""
-        count = self._rows.count
-        ride = self._plan.rides and span.start == 0 and self._off is None
-        values = self._plans.values(self._plan, span, ride=ride)  # kept, so made outside of torch's inference mode
+        rides = self._plan.rides and span.start == 0 and self._off is None
+        values = self._plans.values(self._plan, span, ride=rides)  # kept, so made outside of torch's inference mode
+        found: tuple[Outputs | Tensor, ...]
         with program.without_gradients(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
-            if self._begun is None:
-                weights = program.weights(self._weights)
-                self._begun = weights, program.rows(weights, self._tensors.leaves, count)
-            outputs = as_numpy(program.passes(self._begun[0], values, self._begun[1], span.passes + ride, count))
-        if ride:
-            off = outputs[-1]
+            if self._on_gpu:
+                finish = Finish(span.passes, rides, summing)
+                found = self._played(program, values, finish) or finish(self._run(program, values, finish.together))
+            else:  # numpy takes less time to cut
+                outputs = as_numpy(self._run(program, values, span.passes + rides))
+                found = (outputs[: span.passes], outputs[-1])
+        if rides:
+            off = found[1]
             self._off = off[..., : off.shape[-1] // 2] if self._exact_last else off  # the mean alone
-        return outputs[: span.passes]
+        return found[0]
+
+    def _run(self, program: Program, masks: Values, passes: int) -> Tensor:
+        if self._begun is None:
+            weights = program.weights(self._weights)
+            self._begun = weights, program.rows(weights, self._tensors.leaves, self._rows.count)
+        return program.passes(self._begun[0], masks, self._begun[1], passes, self._rows.count)
+
+    def _played(self, program: Program, masks: Values, finish: Finish) -> tuple[Tensor, ...] | None:
+        """Plays a recording of a small run on a GPU, where there is one; later chunks have less to do than it does."""
+        leaves, weights, rows = self._tensors.leaves, self._weights, self._rows.count
+        if weights is None or self._begun is not None:
+            return None
+        if finish.summing is not None and finish.summing.first is not None:  # which is another one every time
+            return None
+        # a larger run keeps the GPU busy for longer than it takes to start, or is one of several chunks
+        if _SMALL * finish.passes * rows * self._room.pass_bytes(self._whole) > self._room.bytes:
+            return None
+        return program.played(weights, masks, leaves, rows, finish)
 
 
-def as_numpy(output: Tensor) -> Outputs:
+def as_numpy(output: Outputs | Tensor) -> Outputs:
     """Gives outputs as an array."""
+    if isinstance(output, np.ndarray):
+        return output
     there = output.dtype == torch.float32 and output.is_cpu
     array: Outputs = (output if there else output.to("cpu", torch.float32)).detach().numpy()
     return array

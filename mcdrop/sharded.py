@@ -17,6 +17,7 @@ from torch import nn
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import InputError
+from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 from mcdrop.shadow import unwrapped
 
@@ -81,6 +82,11 @@ class _Shards:
             self._pool.submit(one.forward, passes, seed=seed, start=start, sampler=sampler) for one in self._blocks
         ]
         return np.concatenate([one.result() for one in asked], axis=1)
+
+    sums_there = False  # each device has a part of the rows alone
+
+    def summed(self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing) -> None:
+        """Gives None."""
 
     def deterministic(self) -> NDArray[np.float32]:
         """Gives the outputs with every draw off."""

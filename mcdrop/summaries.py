@@ -10,7 +10,7 @@ log-variances (N, C, H, W). Statistics of classes then have one entry for each p
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from scipy.special import entr, softmax
 
 from mcdrop.engine import PassResult, Statistics
 from mcdrop.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "TASKS",
@@ -155,7 +158,7 @@ def _half(count: int) -> int:
     return count // 2
 
 
-def _identity(outputs: Array) -> Array:
+def _identity(outputs: Any) -> Any:
     return outputs
 
 
@@ -165,14 +168,24 @@ def _read_regression(result: PassResult) -> Summary:
 
 def _split_gaussian(outputs: Array) -> Array:
     """Mean and log-variance channels (t, N, 2 D, ...) -> means and variances side by side on the last axis."""
-    channels = outputs.shape[2] if outputs.ndim > 2 else 1
+    _check_gaussian(outputs.shape)
+    mean, log_variance = np.split(outputs, 2, axis=2)
+    return np.concatenate([mean, np.exp(log_variance)], axis=-1)
+
+
+def _split_gaussian_there(outputs: "Tensor") -> "Tensor":
+    _check_gaussian(outputs.shape)
+    mean, log_variance = outputs.chunk(2, dim=2)
+    return _beside(mean, log_variance.exp())
+
+
+def _check_gaussian(shape: tuple[int, ...]) -> None:
+    channels = shape[2] if len(shape) > 2 else 1
     if channels % 2:
         raise InputError(
             "a gaussian network gives means and log-variances side by side, an even number of outputs; "
             f"this one gives {channels}"
         )
-    mean, log_variance = np.split(outputs, 2, axis=2)
-    return np.concatenate([mean, np.exp(log_variance)], axis=-1)
 
 
 def _read_gaussian(result: PassResult) -> Summary:
@@ -183,12 +196,33 @@ def _read_gaussian(result: PassResult) -> Summary:
 
 def _class_statistics(outputs: Array) -> Array:
     """Logits (t, N, C, ...) -> probabilities, one vote for the largest, and the pass's entropy: (t, N, ..., 2C + 1)."""
-    if outputs.ndim < 3 or outputs.shape[2] < 2:
-        raise InputError("a classifier gives one logit for each class, at least two; this network gives one output")
+    _check_classes(outputs.shape)
     chances = softmax(np.moveaxis(outputs, 2, -1), axis=-1)
     votes = np.zeros_like(chances)
     np.put_along_axis(votes, chances.argmax(axis=-1, keepdims=True), 1.0, axis=-1)
     return np.concatenate([chances, votes, entr(chances).sum(axis=-1, keepdims=True)], axis=-1)
+
+
+def _class_statistics_there(outputs: "Tensor") -> "Tensor":
+    _check_classes(outputs.shape)
+    chances = outputs.movedim(2, -1).softmax(-1)
+    votes = chances.new_zeros(chances.shape).scatter_(-1, chances.argmax(-1, keepdim=True), 1.0)
+    return _beside(chances, votes, -chances.xlogy(chances).sum(-1, keepdim=True))
+
+
+def _check_classes(shape: tuple[int, ...]) -> None:
+    if len(shape) < 3 or shape[2] < 2:
+        raise InputError("a classifier gives one logit for each class, at least two; this network gives one output")
+
+
+def _beside(*parts: "Tensor") -> "Tensor":
+    """Puts tensors side by side on the last axis; by their own methods, since torch takes long to import."""
+    together = parts[0].new_empty((*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)))
+    start = 0
+    for part in parts:
+        together[..., start : start + part.shape[-1]] = part
+        start += part.shape[-1]
+    return together
 
 
 def _read_classes(result: PassResult) -> Summary:
@@ -208,7 +242,7 @@ def _read_classes(result: PassResult) -> Summary:
 
 
 TASKS: dict[str, Task] = {
-    "classification": Task(Statistics(_class_statistics, _half, kept=_half), _read_classes),
-    "gaussian": Task(Statistics(_split_gaussian, _half, kept=_all), _read_gaussian),
-    "regression": Task(Statistics(_identity, _all, kept=_all), _read_regression),
+    "classification": Task(Statistics(_class_statistics, _class_statistics_there, _half, kept=_half), _read_classes),
+    "gaussian": Task(Statistics(_split_gaussian, _split_gaussian_there, _half, kept=_all), _read_gaussian),
+    "regression": Task(Statistics(_identity, _identity, _all, kept=_all), _read_regression),
 }

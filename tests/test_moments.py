@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -96,6 +97,32 @@ def test_chunks_do_not_change_what_is_gathered(values: Array, blocks: Blocks, cu
     np.testing.assert_allclose(cut.read().mean, values.mean(axis=0), rtol=0, atol=1e-13 * scale)
     np.testing.assert_allclose(cut.read().error_squared, once.read().error_squared, rtol=1e-9, atol=1e-12 * scale**2)
     np.testing.assert_allclose(cut.read().variance, once.read().variance, rtol=1e-9, atol=1e-12 * scale**2)
+
+
+@given(
+    values=draws, blocks=st.sampled_from([(), ((4, 0),), ((16, 0),), ((3, 0), (12, 6)), ((2, 0), (4, 4), (8, 16))]),
+    cuts=st.lists(st.sampled_from([1, 4, 6, 8, 12, 16, 18, 24, 32, 42, 48]), max_size=5).map(tuple),
+    there=st.lists(st.booleans(), min_size=6, max_size=6),
+)  # fmt: skip
+def test_sums_made_elsewhere_are_gathered_as_passes_are(
+    values: Array, blocks: Blocks, cuts: tuple[int, ...], there: list[bool]
+) -> None:
+    """Also where some chunks come as the ones and some as the others."""
+    cuts = tuple(c for c in cuts if c < len(values))
+    arrays, mixed = gathered(values, blocks, cuts), Gathered(blocks)
+    parts = [part for part in np.split(values, sorted(cuts)) if len(part)]
+    for part, elsewhere in zip(parts, there, strict=False):
+        summing = mixed.summing(torch.as_tensor) if elsewhere else None
+        if summing is not None:
+            mixed.add_sums(len(part), summing(torch.tensor(part)).numpy())
+        else:
+            mixed.add(part.copy())
+    scale = float(np.abs(values).max()) + 1e-300
+    got, expected = mixed.read(), arrays.read()
+    assert got.degrees == expected.degrees
+    np.testing.assert_allclose(got.mean, expected.mean, rtol=1e-12, atol=1e-13 * scale)
+    np.testing.assert_allclose(got.variance, expected.variance, rtol=1e-9, atol=1e-12 * scale**2)
+    np.testing.assert_allclose(got.error_squared, expected.error_squared, rtol=1e-9, atol=1e-12 * scale**2)
 
 
 @given(draws)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -37,6 +38,18 @@ def read(outputs: Array, task: str) -> Summary:
 
 def close(left: Any, right: Any) -> None:
     np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-10)
+
+
+@given(outputs=passes, task=st.sampled_from([*TASKS]))
+def test_tensors_are_read_as_arrays_are(outputs: Array, task: str) -> None:
+    statistics = TASKS[task].statistics
+    close(statistics.there(torch.tensor(outputs)), statistics.of(outputs))
+
+
+def test_maps_of_tensors_are_read_as_arrays_are() -> None:
+    outputs = np.random.default_rng(0).normal(size=(5, 3, 4, 2, 6))
+    for task in TASKS.values():
+        close(task.statistics.there(torch.tensor(outputs)), task.statistics.of(outputs))
 
 
 # -- regression --------------------------------------------------------------------------------------------------------

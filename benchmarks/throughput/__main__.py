@@ -1,5 +1,7 @@
 """Times passes: ``python -m benchmarks.throughput [--quick] [--only M1,M3] [--device cuda] [--json OUT]``.
 
+``--leave-out compiled,memory`` saves minutes, and so do shorter samples: ``--sample 0.02 --each 0.5``.
+
 All ways run the same network on the same rows in turn, mean and variance included in the time of each. What a way gives
 is checked before it is timed: a spread of zero, or a wrong one, is named and not counted as an answer. Libraries that
 are not installed are named too.
@@ -9,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from benchmarks.throughput.cases import CASES, MEMORY_CASES, MEMORY_WAYS, Case
 from benchmarks.throughput.check import ANSWER
 from benchmarks.throughput.measure import Effort, measure
 from benchmarks.throughput.networks import NETWORKS
-from benchmarks.throughput.peak import peaks
+from benchmarks.throughput.peak import copied_per_second, peaks
 from benchmarks.throughput.peers import versions
 
 __all__ = ["main", "summary"]
@@ -78,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sample", type=float, default=0.1, help="seconds that a sample lasts at least")
+    parser.add_argument("--each", type=float, default=2.5, help="seconds that all samples of a way last at most")
+    parser.add_argument("--leave-out", default="", help="compiled, memory, or both with a comma")
     given = parser.parse_args(arguments)
     names = given.only.split(",")
     if unknown := [name for name in names if name not in NETWORKS]:
@@ -85,22 +91,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     torch.set_num_threads(given.threads)
-    effort = Effort(2, 0.02, 0.5) if given.quick else Effort(given.rounds)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for every way, and tf32 one of its own
+    effort = Effort(2, 0.02, 0.5) if given.quick else Effort(given.rounds, given.sample, given.each)
     found: list[Result] = []
-    fastest = peaks(given.device)
+    fastest, left_out = peaks(given.device), given.leave_out.split(",")
     print("  ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in fastest.items()), flush=True)
+    device = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
+    about: Result = {"environment": environment(), "peers": versions(), "device": device, "peaks": fastest}
+    if given.device == "cuda":
+        about["copied_per_second"] = copied_per_second(given.device)
     for case in [case for case in CASES if case.network in names]:
         if given.quick and any(one["network"] == case.network for one in found):
             continue
+        case = replace(case, compiled=case.compiled and "compiled" not in left_out)
         found.append(measure(case, device=given.device, effort=effort, peaks=fastest))
         print(told(found[-1]), flush=True)
-    if not given.quick:
+        _keep(given.json, about, found)  # what was measured before an interruption is measured
+    if not given.quick and "memory" not in left_out:
         with_memory(found, given.device, given.threads)
     print(json.dumps(summary(found), indent=1))
-    if given.json:
-        device = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
-        about = {"environment": environment(), "peers": versions(), "device": device, "peaks": fastest}
-        given.json.write_text(json.dumps({**about, "summary": summary(found), "cases": found}, indent=1) + "\n")
+    _keep(given.json, about, found)
+
+
+def _keep(path: Path | None, about: Result, found: list[Result]) -> None:
+    """Writes the figures beside the file, and renames."""
+    if path is not None:
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps({**about, "summary": summary(found), "cases": found}, indent=1) + "\n")
+        beside.replace(path)
 
 
 if __name__ == "__main__":

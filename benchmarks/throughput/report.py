@@ -48,6 +48,7 @@ def main_tables(found: Result) -> str:
     lines = [
         f"**{machine}**, {env['machine']['threads']} thread(s), torch {env['versions']['torch']}, {peers}, commit "
         f"{env['commit']}. Largest matrix product: {peaks} GFLOP/s."
+        + (f" Copies: {found['copied_per_second'] / 1e9:,.0f} GB/s." if "copied_per_second" in found else "")
     ]
     if total["cases_with_a_peer"]:
         lines.append(

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 
 __all__ = ["Backend", "Block", "Plain"]
@@ -20,6 +21,15 @@ class Block(Protocol):
 
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
+
+    @property
+    def sums_there(self) -> bool:
+        """Whether outputs are somewhere else, such as on a GPU, where summing them up costs less than moving them."""
+
+    def summed(
+        self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing
+    ) -> NDArray[np.float64] | None:
+        """Gives what is made of the same passes where they are; None where the memory there is out."""
 
     def deterministic(self) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
@@ -76,6 +86,11 @@ class Plain:
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of some passes."""
         return self.backend.forward(self.rows, passes, seed=seed, start=start, sampler=sampler)
+
+    sums_there = False  # outputs are arrays already
+
+    def summed(self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing) -> None:
+        """Gives None."""
 
     def deterministic(self) -> NDArray[np.float32]:
         """Gives the outputs with every draw off."""
