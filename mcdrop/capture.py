@@ -6,6 +6,7 @@ as guards. Weights and buffers are inputs of the graph: later changes of them ar
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,12 @@ class Captured:
     standing: Standing
     symbols: dict[Any, str]
     guards: tuple[Any, ...]
+
+    @property
+    def width(self) -> int:
+        """How many numbers the output of a row has."""
+        end = next(node for node in reversed(self.graph.nodes) if node.op == "output").all_input_nodes[0]
+        return math.prod(size for size in end.meta["val"].shape[2:] if isinstance(size, int))
 
     @property
     def recordable(self) -> bool:

@@ -194,7 +194,7 @@ def _gather(
         chunk = whole if whole <= block.most else chunk
     for start in range(*span, chunk):
         count = min(chunk, span[1] - start)
-        summing = gathered.summing(statistics.there) if kept is None and block.sums_there else None
+        summing = gathered.summing(statistics.there) if kept is None and block.sums_there(count) else None
         if summing is not None:
             sums = block.summed(count, seed=plan.seed, start=start, sampler=plan.sampler, summing=summing)
             if sums is not None:

@@ -89,37 +89,15 @@ class _Cut(NamedTuple):
 
 
 class Summing(NamedTuple):
-    """Sums up passes where they are, such as on a GPU: a function of outputs (t, N, ...) that gives few rows.
+    """How further passes are summed up where they are, such as on a GPU: see ``sums``, which does it.
 
-    ``of`` makes values of outputs, ``first`` is the first pass of all (None: it is among these). ``levels`` says of
-    each size of blocks how many parts are left out, and how many make a block; all blocks begin anew.
+    ``of`` makes values of outputs there, ``first`` is the first pass of all (None: it is among these). ``levels`` says
+    of each size of blocks how many parts are left out, and how many make a block; all blocks begin anew.
     """
 
     of: "Callable[[Tensor], Tensor]"
     first: Array | None
     levels: tuple[tuple[int, int], ...]
-
-    def __call__(self, outputs: "Tensor") -> "Tensor":
-        """Gives, in float64, the first pass, the sum of squared differences from it, and three rows of each level.
-
-        These are the sums over whole blocks and over their squares, and over what is left.
-        """
-        values = self.of(outputs.double())
-        origin = values[0] if self.first is None else values.new_tensor(self.first)
-        parts = values - origin
-        rows = [origin, parts.square().sum(0)]
-        for left_out, size in self.levels:
-            parts = parts[left_out:]
-            whole = len(parts) // size
-            blocks = parts[: whole * size].unflatten(0, (whole, size)).sum(1)
-            rows += [blocks.sum(0), blocks.square().sum(0), parts[whole * size :].sum(0)]
-            parts = blocks
-        if not self.levels:
-            rows.append(parts.sum(0))
-        sums = values.new_empty((len(rows), *values.shape[1:]))
-        for k, row in enumerate(rows):
-            sums[k] = row
-        return sums
 
 
 class _Sums(NamedTuple):
@@ -179,7 +157,7 @@ class Gathered:
         self._merge(len(values), _squared(apart), _cut(apart, self._pieces(len(values))))
 
     def summing(self, of: "Callable[[Tensor], Tensor]") -> Summing | None:
-        """Gives what sums up further passes elsewhere; None inside of a block. ``of`` makes values of outputs."""
+        """Says how further passes can be summed up elsewhere; None inside of a block."""
         if any(self.count > begin and (self.count - begin) % size for size, begin in self.blocks):
             return None
         belows = (1, *(size for size, _ in self.blocks))
@@ -190,7 +168,7 @@ class Gathered:
         return Summing(of, self._first, levels)
 
     def add_sums(self, count: int, sums: Array) -> None:
-        """Adds so many further passes by what ``summing`` made of them."""
+        """Adds so many further passes that were summed up as ``summing`` says."""
         if self._first is None:
             self._first = sums[0]
         self._squares = _plus(self._squares, sums[1])

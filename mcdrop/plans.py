@@ -29,7 +29,7 @@ __all__ = ["Plans"]
 _MASK_BYTES = 64 * 2**20  # of masks
 _VALUE_BYTES = 32 * 2**20  # of what a captured program makes of them
 _AS_IT_IS = nullcontext()
-_GPU_ROOM = 16  # times as much on a GPU, which has more memory and waits for masks that a CPU draws
+_GPU_SHARE = 32  # of a GPU's memory for each: it waits for masks that a CPU draws
 _FEW = 4
 
 
@@ -50,8 +50,9 @@ class Plans:
         self._lock = threading.Lock()
         self._latest = threading.local()
         self._eager_tiers: dict[int, str] = {}
-        room = _GPU_ROOM if self._place()[0].type == "cuda" else 1
-        self._masks, self._values = Kept(room * _MASK_BYTES), Kept(room * _VALUE_BYTES)
+        device = self._place()[0]
+        share = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE if device.type == "cuda" else 0
+        self._masks, self._values = Kept(max(_MASK_BYTES, share)), Kept(max(_VALUE_BYTES, share))
         # forwards of the shadows go one at a time: networks keep things on themselves while they run
         self.turn = threading.Lock()
 

@@ -43,6 +43,7 @@ class Program:
         self.plain = self  # the same before it was compiled
         self.fewest_rows = 1  # that it was proved for
         self._recordings, self._recordable = Recordings(), captured.recordable
+        self.width = captured.width
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether it stands for so many passes of so many rows of the network with weights like today's."""

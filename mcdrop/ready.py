@@ -18,11 +18,13 @@ from mcdrop.program import Program, Values
 from mcdrop.replay import Finish
 from mcdrop.rows import Rows
 from mcdrop.stacks import Span
+from mcdrop.sums import summed_up
 
 __all__ = ["Ready", "Room", "as_numpy"]
 
 Outputs = NDArray[np.float32]
 
+_MANY = 2**14  # outputs: fewer take less time to move, and to sum up here
 _SMALL = 8  # times a small run fits into what there is
 
 
@@ -102,10 +104,10 @@ class Ready:
         ]
         return np.concatenate([part.forward(1, seed=seed, start=start, sampler=sampler) for part in parts], axis=1)
 
-    @property
-    def sums_there(self) -> bool:
-        """Whether outputs are on a GPU."""
-        return self._on_gpu
+    def sums_there(self, passes: int) -> bool:
+        """Whether so many passes are to be summed up on a GPU."""
+        program = self._plan.program
+        return self._on_gpu and (program is None or passes * self._rows.count * program.width >= _MANY)
 
     def summed(
         self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing
@@ -151,7 +153,7 @@ class Ready:
         except LargerDraw:
             self._plan = self._plans.widened(self._plan, self._tensors)
             outputs = self._eager(span)
-        return outputs if summing is None else summing(outputs)
+        return outputs if summing is None else summed_up(outputs, summing)
 
     def _eager(self, span: Span) -> Tensor:
         """Runs the network's own code, as where a captured graph does not hold for so many rows."""

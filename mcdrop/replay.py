@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mcdrop.moments import Summing
+from mcdrop.sums import summed_up
 
 __all__ = ["Finish", "Recordings", "Run"]
 
@@ -39,7 +40,7 @@ class Finish(NamedTuple):
     def __call__(self, outputs: Tensor) -> Tensors:
         """Gives it."""
         wanted = outputs[: self.passes]
-        found = wanted if self.summing is None else self.summing(wanted)
+        found = wanted if self.summing is None else summed_up(wanted, self.summing)
         return (found, outputs[-1]) if self.rides else (found,)
 
     @property

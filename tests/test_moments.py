@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mcdrop.masks import BLOCKS, Site, sample_masks
 from mcdrop.moments import FEWEST_BLOCKS, Gathered
+from mcdrop.sums import summed_up
 
 Array = NDArray[np.float64]
 
@@ -114,7 +115,7 @@ def test_sums_made_elsewhere_are_gathered_as_passes_are(
     for part, elsewhere in zip(parts, there, strict=False):
         summing = mixed.summing(torch.as_tensor) if elsewhere else None
         if summing is not None:
-            mixed.add_sums(len(part), summing(torch.tensor(part)).numpy())
+            mixed.add_sums(len(part), summed_up(torch.tensor(part), summing).numpy())
         else:
             mixed.add(part.copy())
     scale = float(np.abs(values).max()) + 1e-300

@@ -22,9 +22,8 @@ class Block(Protocol):
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
 
-    @property
-    def sums_there(self) -> bool:
-        """Whether outputs are somewhere else, such as on a GPU, where summing them up costs less than moving them."""
+    def sums_there(self, passes: int) -> bool:
+        """Whether so many are somewhere else, such as on a GPU, and take longer to move than to sum up there."""
 
     def summed(
         self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing
@@ -87,7 +86,9 @@ class Plain:
         """Gives the outputs of some passes."""
         return self.backend.forward(self.rows, passes, seed=seed, start=start, sampler=sampler)
 
-    sums_there = False  # outputs are arrays already
+    def sums_there(self, passes: int) -> bool:
+        """Says no: outputs are arrays already."""
+        return False
 
     def summed(self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing) -> None:
         """Gives None."""
