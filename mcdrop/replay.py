@@ -7,10 +7,9 @@ numbers that change in place are seen; inputs and masks are copied to where the 
 import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,8 @@ __all__ = ["Finish", "Recordings", "Run"]
 _MOST = 32
 _MOST_SEEN = 256
 _LEFT: list[Any] = []  # memory that a failed recording may still be said to use
-_TURN = threading.RLock()  # recordings share their memory, so they are made and played one at a time
+_RECORDING = threading.Lock()
+_MEMORY: dict[torch.device, "_Memory"] = {}
 
 Tensors = tuple[Tensor, ...]
 Run = Callable[[tuple[Any, ...], Sequence[Tensor]], Tensors]
@@ -93,12 +93,14 @@ class Recordings:
         self, key: object, run: Run, weights: list[Tensor], masks: tuple[Any, ...], leaves: Sequence[Tensor]
     ) -> Tensors | None:
         """Gives what ``run(masks, leaves)`` gives with these weights; None where it is to be run as it is."""
-        with _TURN:
+        device = leaves[0].device
+        memory = _MEMORY.get(device) or _MEMORY.setdefault(device, _Memory(device))
+        with memory.turn:
             held = self._held.get(key)
             if held is None or held.weights is not weights:
                 if not self._possible or not self._again(key):
                     return None
-                held = _recorded(run, weights, masks, leaves)
+                held = _recorded(memory, run, weights, masks, leaves)
                 if held is None:
                     self._possible = False
                     return None
@@ -118,59 +120,72 @@ class Recordings:
         return False
 
 
-def _recorded(run: Run, weights: list[Tensor], masks: tuple[Any, ...], leaves: Sequence[Tensor]) -> _Recording | None:
+class _Memory:
+    """What all recordings on one device compute in: they are made and played in turn, so that they can share it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.turn = threading.RLock()
+        self._device = device
+        self._held: tuple[torch.cuda.Stream, torch.cuda.CUDAGraph] | None = None
+
+    def held(self) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
+        """Gives the stream that is recorded, and a graph that keeps the memory: it would end with the last one else."""
+        if self._held is None:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                torch.zeros(1, device=self._device)
+                graph.capture_end()
+            self._held = stream, graph
+        return self._held
+
+    def recover(self) -> None:
+        """Ends for torch's generator what a failed recording has begun (torch 2.11 to 2.13), and takes other memory.
+
+        A recording that succeeds ends it. The old memory may still be said to be in use.
+        """
+        _LEFT.append(self._held)
+        self._held = None
+        with suppress(RuntimeError):
+            self.held()
+
+
+def _recorded(
+    memory: _Memory, run: Run, weights: list[Tensor], masks: tuple[Any, ...], leaves: Sequence[Tensor]
+) -> _Recording | None:
     """Records a run; None where it does what no graph holds."""
     if not all(isinstance(mask, Tensor) for mask in masks):
         return None
-    device = leaves[0].device
     own_masks, own_leaves = [mask.clone() for mask in masks], [leaf.clone() for leaf in leaves]
-    graph, stream, current = torch.cuda.CUDAGraph(), _stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    collects = gc.isenabled()
-    gc.disable()  # what it takes away may be another graph, which must not end while one is recorded
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(leaves[0].device)
     try:
-        with torch.cuda.stream(stream):
-            before = run(tuple(own_masks), own_leaves)  # the libraries make what they need for this thread and stream
-            found = tuple(torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in before)
-            graph.capture_begin(pool=_anchor(device).pool(), capture_error_mode="thread_local")
-            try:
-                for here, there in zip(found, run(tuple(own_masks), own_leaves), strict=True):
-                    here.copy_(there, non_blocking=True)
-            finally:
-                graph.capture_end()
+        with _without_collecting():
+            stream, anchor = memory.held()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                before = run(tuple(own_masks), own_leaves)  # what the libraries need for this thread and stream is made
+                found = tuple(torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in before)
+                graph.capture_begin(pool=anchor.pool(), capture_error_mode="thread_local")
+                try:
+                    for here, there in zip(found, run(tuple(own_masks), own_leaves), strict=True):
+                        here.copy_(there, non_blocking=True)
+                finally:
+                    graph.capture_end()
+            current.wait_stream(stream)
     except RuntimeError:
-        _recover(device)
+        memory.recover()
         return None
-    finally:
-        if collects:
-            gc.enable()
-        current.wait_stream(stream)
     return _Recording(graph, weights, own_leaves, own_masks, found)
 
 
-def _recover(device: torch.device) -> None:
-    """Ends for torch's generator what a failed recording has begun (torch 2.11 to 2.13), and takes other memory."""
-    with suppress(RuntimeError):
-        _LEFT.append(_anchor(device))
-        _anchor.cache_clear()
-        _stream.cache_clear()
-        with torch.cuda.stream(_stream(device)):
-            _anchor(device)
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@cache
-def _anchor(device: torch.device) -> torch.cuda.CUDAGraph:
-    """Keeps the memory that all recordings compute in, which torch would take as ended with the last of them.
-
-    They can share it, since none is played before what another one has found is on the CPU.
-    """
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(capture_error_mode="thread_local")
-    torch.zeros(1, device=device)
-    graph.capture_end()
-    return graph
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """What a collection takes away may be another graph, which must not end while one is recorded."""
+    with _RECORDING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
