@@ -36,7 +36,10 @@ _SWITCH = _Switch()
 
 
 def digits(device: torch.device, *, tf32: bool = False) -> AbstractContextManager[None]:
-    """In which a GPU multiplies float32 in tf32, or with all digits; it may be entered again by who is in it."""
+    """In which a GPU multiplies float32 in tf32, or with all digits.
+
+    It may be entered again by who is in it, for the same; RuntimeError for the other.
+    """
     return _switched(tf32) if device.type == "cuda" else _AS_IT_IS
 
 
@@ -52,22 +55,31 @@ def _switched(tf32: bool) -> Iterator[None]:
         with _TURN:
             _SWITCH.inside -= 1
             if not _SWITCH.inside:
-                _put_back(_SWITCH.before)
-                _TURN.notify_all()
+                try:
+                    _put_back(*_SWITCH.before)
+                finally:
+                    _TURN.notify_all()
 
 
 def _enter(tf32: bool) -> None:
     """Waits where the others do not agree, and behind whoever waits already, so that nobody waits for ever."""
+    if _depth() and _SWITCH.tf32 != tf32:
+        raise RuntimeError("a network that computes in tf32 and one that does not cannot run inside of one another")
     fits = _SWITCH.tf32 == tf32 and (not _SWITCH.waiting or _depth() > 0)
     if _SWITCH.inside and not fits:
         turns = _SWITCH.turns
         _SWITCH.waiting += 1
-        _TURN.wait_for(lambda: not _SWITCH.inside or (_SWITCH.tf32 == tf32 and _SWITCH.turns > turns))
-        _SWITCH.waiting -= 1
+        try:
+            _TURN.wait_for(lambda: not _SWITCH.inside or (_SWITCH.tf32 == tf32 and _SWITCH.turns > turns))
+        finally:
+            _SWITCH.waiting -= 1
     if not _SWITCH.inside:
         _SWITCH.before, _SWITCH.tf32 = _standing(), tf32
         _SWITCH.turns += 1
-        _MATMUL.allow_tf32 = _CUDNN.allow_tf32 = tf32
+        if len(_SWITCH.before[1]) == 2:
+            _MATMUL.allow_tf32 = _CUDNN.allow_tf32 = tf32
+        # the older switches leave convolutions to a newer one above them, or say nothing at all
+        _MATMUL.fp32_precision = _CUDNN.conv.fp32_precision = _CUDNN.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     _SWITCH.inside += 1
 
 
@@ -77,16 +89,29 @@ def _depth() -> int:
     return depth
 
 
-def _standing() -> tuple[Any, ...]:
-    """How torch's switches stand: the two older ones, or where those cannot say it the three of ``fp32_precision``."""
+def _standing() -> tuple[str | None, tuple[Any, ...], bool]:
+    """How torch's switches stand: its word for the precision of products, the two older switches, and a newer one.
+
+    Where somebody has set the newer ones otherwise, torch does not say how the older ones stand; then the three newer
+    stand for them. The last says whether nobody has touched that of products, so that it follows the one above it.
+    """
+    untouched = _MATMUL.fp32_precision == "none"
     try:
-        return _MATMUL.allow_tf32, _CUDNN.allow_tf32
-    except RuntimeError:  # somebody has set the newer ones otherwise
-        return _MATMUL.fp32_precision, _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision
+        word: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        word = None
+    try:
+        return word, (_MATMUL.allow_tf32, _CUDNN.allow_tf32), untouched
+    except RuntimeError:
+        return word, (_MATMUL.fp32_precision, _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision), untouched
 
 
-def _put_back(before: tuple[Any, ...]) -> None:
-    if len(before) == 2:
-        _MATMUL.allow_tf32, _CUDNN.allow_tf32 = before
+def _put_back(word: str | None, switches: tuple[Any, ...], untouched: bool) -> None:
+    if len(switches) == 2:
+        _MATMUL.allow_tf32, _CUDNN.allow_tf32 = switches
     else:
-        _MATMUL.fp32_precision, _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision = before
+        _MATMUL.fp32_precision, _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision = switches
+    if word == "medium":  # the other two follow from the switch
+        torch.set_float32_matmul_precision(word)
+    if untouched:
+        _MATMUL.fp32_precision = "none"

@@ -182,16 +182,16 @@ def _gather(
     gathered: Gathered, block: Block, plan: PassPlan, statistics: Statistics, span: tuple[int, int],
     kept: list[NDArray[np.float32]] | None = None,
 ) -> None:  # fmt: skip
-    """Runs the passes of a span in chunks of equal size, and adds them to what was gathered.
+    """Runs the passes of a span in chunks, and adds them to what was gathered.
 
-    Large chunks are of whole blocks, so that they can be summed up where they are.
+    Chunks are of equal size; those that are to be summed up where they are, of whole blocks where these fit.
     """
     count = span[1] - span[0]
     chunk = -(-count // -(-count // block.most))
-    if chunk < count:
+    if chunk < count and block.sums_there(chunk):
         unit = max((size for size, _ in gathered.blocks), default=1)
         whole = -(-chunk // unit) * unit
-        chunk = whole if whole <= block.most else chunk
+        chunk = whole if whole <= block.most else chunk // unit * unit or chunk
     for start in range(*span, chunk):
         count = min(chunk, span[1] - start)
         summing = gathered.summing(statistics.there) if kept is None and block.sums_there(count) else None

@@ -93,12 +93,16 @@ def _cat_rule(mode: Interception, tensors: Sequence[Tensor], dim: int = 0, **oth
     return output
 
 
-def _matmul_rule(mode: Interception, input: Tensor, other: Tensor) -> Tensor:
+def _matmul_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Products of equally many matrices; torch 2.11 ties those that vmap takes apart to the number of rows."""
-    if input.dim() != other.dim() or input.dim() < 3:
-        return torch.matmul(input, other)
-    output: Tensor = MATMUL(input, other)
-    return output
+
+    def rule(mode: Interception, input: Tensor, *others: Any, **named: Any) -> Tensor:
+        if named or len(others) != 1 or input.dim() != others[0].dim() or input.dim() < 3:
+            return function(input, *others, **named)
+        output: Tensor = MATMUL(input, others[0])
+        return output
+
+    return rule
 
 
 def _layer(
@@ -121,11 +125,11 @@ KERNEL_RULES: Rules = {
     F.layer_norm: _layer_norm_rule,
     F.max_pool2d: _max_pool_rule,
     F.avg_pool2d: _average_pool_rule,
-    torch.bmm: _matmul_rule,
-    torch.matmul: _matmul_rule,
-    Tensor.__matmul__: _matmul_rule,
-    Tensor.bmm: _matmul_rule,
-    Tensor.matmul: _matmul_rule,
+    torch.bmm: _matmul_rule(torch.bmm),
+    torch.matmul: _matmul_rule(torch.matmul),
+    Tensor.__matmul__: _matmul_rule(Tensor.__matmul__),
+    Tensor.bmm: _matmul_rule(Tensor.bmm),
+    Tensor.matmul: _matmul_rule(Tensor.matmul),
     torch.gru: recurrent_rule(torch.gru, 1, _layer),
     torch.lstm: recurrent_rule(torch.lstm, 2, _layer),
     torch.rnn_relu: recurrent_rule(torch.rnn_relu, 1, _layer),

@@ -138,8 +138,8 @@ class Gathered:
     def __init__(self, blocks: Blocks = ()) -> None:
         """Takes the blocks: pairs of their size and of the pass with which the first begins.
 
-        Each size is a multiple of the one before, and its blocks are made of those; without any, passes are
-        independent.
+        The first size begins with pass 0. Each other one is a multiple of the one before, and its blocks are made of
+        those; without any, passes are independent.
         """
         self.blocks, self.count = blocks, 0
         self._first: Array | None = None
@@ -160,10 +160,9 @@ class Gathered:
         """Says how further passes can be summed up elsewhere; None inside of a block."""
         if any(self.count > begin and (self.count - begin) % size for size, begin in self.blocks):
             return None
-        belows = (1, *(size for size, _ in self.blocks))
         levels = tuple(
-            (max(0, begin - self.count) // below, size // below)
-            for below, (size, begin) in zip(belows, self.blocks, strict=False)
+            (max(0, begin - max(self.count, first)) // below, size // below)
+            for (below, first), (size, begin) in itertools.pairwise(((1, 0), *self.blocks))
         )
         return Summing(of, self._first, levels)
 
@@ -190,10 +189,10 @@ class Gathered:
     def _merge(self, count: int, squares: Array, cut: _Cut) -> None:
         self._squares = _plus(self._squares, squares)
         self._sums[0], whole = self._sums[0].add(cut)
-        for k, ((below, _), (size, begin)) in enumerate(itertools.pairwise(self.blocks), start=1):
+        for k, ((below, first), (size, begin)) in enumerate(itertools.pairwise(self.blocks), start=1):
             if whole is None:
                 break
-            place, ratio = (self.count - begin) // below, size // below  # of the next part, in parts
+            place, ratio = (max(self.count, first) - begin) // below, size // below  # of the next part, in parts
             parts = whole[-place:] if place < 0 else whole
             self._sums[k], whole = self._sums[k].add(_cut(parts, _Pieces.of(len(parts), max(0, place) % ratio, ratio)))
         self.count += count

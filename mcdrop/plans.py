@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 
@@ -28,7 +28,6 @@ __all__ = ["Plans"]
 
 _MASK_BYTES = 64 * 2**20  # of masks
 _VALUE_BYTES = 32 * 2**20  # of what a captured program makes of them
-_AS_IT_IS = nullcontext()
 _GPU_SHARE = 32  # of a GPU's memory for each: it waits for masks that a CPU draws
 _FEW = 4
 
@@ -69,6 +68,7 @@ class Plans:
             with self._lock:
                 self._plans = {}
                 self._eager_tiers.clear()
+                self._values.clear()
             plan = self._at(rows, place)
             weights = plan.today()
         return plan, placed(rows, *place), weights
@@ -107,7 +107,19 @@ class Plans:
     def _made(self, tensors: Rows) -> Plan:
         # looked at and proved with all digits, also where passes leave some out: then a difference is an error
         with said_of(tensors), digits(tensors.leaves[0].device):
-            return self._proved(tensors)
+            plan = self._proved(tensors)
+        if self.compiled and self.precision == "tf32" and plan.program is not None:
+            self._run_once(plan, tensors)
+        return plan
+
+    def _run_once(self, plan: Plan, tensors: Rows) -> None:
+        """Lets torch compile for tf32 now, which it takes for another setting than the one that was proved."""
+        assert plan.program is not None
+        masks = [stack for stack in self.stacks(plan, Span(CHECK_PASSES, 0, 0, "iid")) if stack is not None]
+        with torch.no_grad(), self.arithmetic(tensors):
+            for rows in (tensors, tensors.take(slice(0, 1))):
+                if rows.count >= plan.program.fewest_rows:
+                    straight(plan.program, plan.program.masks(masks), rows, CHECK_PASSES)
 
     def _proved(self, tensors: Rows) -> Plan:
         found = trace(self.live, tensors, self.pick, self.force)
@@ -152,6 +164,11 @@ class Plans:
         key = (plan.program, span, ride)
         values: Values = self._values.get(key, lambda: plan.mask_values(self.stacks(plan, span), ride=ride))
         return values
+
+    def release(self) -> None:
+        """Lets go of masks and what follows from them, which can be made again."""
+        self._masks.clear()
+        self._values.clear()
 
     def expected_values(self, plan: Plan) -> Values:
         """Gives what a captured program makes of masks that hold their expectations: one pass."""
@@ -206,8 +223,7 @@ class Plans:
 
     def arithmetic(self, rows: Rows) -> AbstractContextManager[None]:
         """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says."""
-        leaf = rows.leaves[0]
-        return digits(leaf.device, tf32=self.precision == "tf32") if leaf.is_cuda else _AS_IT_IS
+        return digits(rows.leaves[0].device, tf32=self.precision == "tf32")
 
 
 @cache

@@ -106,7 +106,9 @@ class Program:
             given = self.weights(weights)
             return finish(self.passes(given, masks, self.rows(given, leaves, count), finish.together, count))
 
-        return self._recordings.play((count, finish.key), run, weights, masks, leaves) if self._recordable else None
+        if not self._recordable or not all(isinstance(mask, Tensor) for mask in masks):
+            return None
+        return self._recordings.play((count, finish.key), run, weights, masks, leaves)
 
     def compiled(self) -> "Program":
         """Gives the same with the costly stages compiled by torch.
@@ -134,11 +136,12 @@ def _alone(run: Callable[..., Values], fixed: Sequence[Sequence[int]]) -> Callab
     When it may compile it is told which axes of its values are the same for all rows and passes, by notes on tensors
     other than the user's own.
     """
-    told: set[tuple[bool, ...]] = set()
+    told: set[object] = set()
 
     def guarded(*values: Any) -> Values:
         given = [value.detach() if isinstance(value, Tensor) else value for value in values]
-        ones = tuple(value == 1 for value in values if isinstance(value, int))  # for which torch compiles anew
+        # what torch compiles anew for: sizes of 1, and the digits of a GPU
+        ones = *(value == 1 for value in values if isinstance(value, int)), torch.backends.cuda.matmul.allow_tf32
         # sizes that happen to be equal, such as rows and units, are not the same size: else other rows compile anew
         with ALONE, _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             if ones not in told:

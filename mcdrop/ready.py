@@ -25,6 +25,7 @@ __all__ = ["Ready", "Room", "as_numpy"]
 Outputs = NDArray[np.float32]
 
 _MANY = 2**14  # outputs: fewer take less time to move, and to sum up here
+_SUMMING = 13 * 4  # bytes for each output, where classes are told by float64: probabilities, votes, differences
 _SMALL = 8  # times a small run fits into what there is
 
 
@@ -80,11 +81,15 @@ class Ready:
             self._plan = replace(self._plan, program=self._plan.kept, rides=False)
         self._begun: tuple[Values, Values] | None = None
         self._off: Outputs | Tensor | None = None
+        self._short = False  # of memory for sums
 
     @property
     def most(self) -> int:
         """How many passes of these rows should be run at a time."""
-        return max(1, self._room.bytes // (max(1, self._room.pass_bytes(self._whole)) * self._rows.count))
+        needed = max(1, self._room.pass_bytes(self._whole))
+        if self._on_gpu and self._plan.program is not None:
+            needed = max(needed, _SUMMING * self._plan.program.width)
+        return max(1, self._room.bytes // (needed * self._rows.count))
 
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of some passes; out of memory, half of the passes or of the rows at a time."""
@@ -94,6 +99,7 @@ class Ready:
             if not out_of_memory(error) or passes * self._rows.count == 1:
                 raise
         self._room.halve()
+        self._plans.release()
         if passes > 1:
             half = passes // 2
             spans = [(start, half), (start + half, passes - half)]
@@ -107,7 +113,8 @@ class Ready:
     def sums_there(self, passes: int) -> bool:
         """Whether so many passes are to be summed up on a GPU."""
         program = self._plan.program
-        return self._on_gpu and (program is None or passes * self._rows.count * program.width >= _MANY)
+        many = program is None or passes * self._rows.count * program.width >= _MANY
+        return self._on_gpu and many and not self._short
 
     def summed(
         self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing
@@ -118,6 +125,8 @@ class Ready:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
+            self._short = True
+            self._plans.release()
             return None
         assert isinstance(sums, Tensor)
         array: NDArray[np.float64] = sums.cpu().numpy()

@@ -41,7 +41,7 @@ class Finish(NamedTuple):
         """Gives it."""
         wanted = outputs[: self.passes]
         found = wanted if self.summing is None else summed_up(wanted, self.summing)
-        return (found, outputs[-1]) if self.rides else (found,)
+        return (found, outputs[-1].clone()) if self.rides else (found,)  # all outputs would stay with a part of them
 
     @property
     def together(self) -> int:
@@ -59,7 +59,6 @@ class _Recording:
     """A graph, the tensors that it reads, the memory of the CPU that it writes to, and the masks it was given last."""
 
     graph: torch.cuda.CUDAGraph
-    weights: list[Tensor]
     leaves: list[Tensor]
     masks: list[Tensor]
     found: Tensors
@@ -87,28 +86,46 @@ class Recordings:
         """Starts with none."""
         self._held: OrderedDict[object, _Recording] = OrderedDict()
         self._seen: OrderedDict[object, None] = OrderedDict()
+        self._weights: list[Tensor] | None = None  # of all that are held
         self._possible = True
 
     def play(
         self, key: object, run: Run, weights: list[Tensor], masks: tuple[Any, ...], leaves: Sequence[Tensor]
     ) -> Tensors | None:
         """Gives what ``run(masks, leaves)`` gives with these weights; None where it is to be run as it is."""
+        if not self._possible:
+            return None
         device = leaves[0].device
         memory = _MEMORY.get(device) or _MEMORY.setdefault(device, _Memory(device))
         with memory.turn:
-            held = self._held.get(key)
-            if held is None or held.weights is not weights:
-                if not self._possible or not self._again(key):
-                    return None
-                held = _recorded(memory, run, weights, masks, leaves)
-                if held is None:
-                    self._possible = False
-                    return None
-                self._held[key] = held
-                if len(self._held) > _MOST:
-                    self._held.popitem(last=False)
+            if self._weights is not weights:
+                self._weights = weights
+                self._held.clear()
+                self._seen.clear()
+            held = self._held.get(key) or self._second_time(memory, key, run, masks, leaves)
+            if held is None:
+                return None
             self._held.move_to_end(key)
             return held.play(masks, leaves)
+
+    def _second_time(
+        self, memory: "_Memory", key: object, run: Run, masks: tuple[Any, ...], leaves: Sequence[Tensor]
+    ) -> _Recording | None:
+        """Records a run whose key was asked for before."""
+        if not self._again(key):
+            return None
+        try:
+            self._held[key] = _recorded(memory, run, masks, leaves)
+        except torch.OutOfMemoryError:  # which may not be so another time
+            memory.recover()
+            return None
+        except RuntimeError:  # it does what no graph holds
+            memory.recover()
+            self._possible = False
+            return None
+        if len(self._held) > _MOST:  # and is not recorded again as soon as it is asked for
+            self._seen.pop(self._held.popitem(last=False)[0], None)
+        return self._held[key]
 
     def _again(self, key: object) -> bool:
         """Whether a key has been asked for before."""
@@ -146,36 +163,28 @@ class _Memory:
         """
         _LEFT.append(self._held)
         self._held = None
-        with suppress(RuntimeError):
+        with suppress(RuntimeError), _without_collecting():
             self.held()
 
 
-def _recorded(
-    memory: _Memory, run: Run, weights: list[Tensor], masks: tuple[Any, ...], leaves: Sequence[Tensor]
-) -> _Recording | None:
-    """Records a run; None where it does what no graph holds."""
-    if not all(isinstance(mask, Tensor) for mask in masks):
-        return None
+def _recorded(memory: _Memory, run: Run, masks: tuple[Any, ...], leaves: Sequence[Tensor]) -> _Recording:
+    """Records a run; raises RuntimeError where that fails."""
     own_masks, own_leaves = [mask.clone() for mask in masks], [leaf.clone() for leaf in leaves]
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(leaves[0].device)
-    try:
-        with _without_collecting():
-            stream, anchor = memory.held()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                before = run(tuple(own_masks), own_leaves)  # what the libraries need for this thread and stream is made
-                found = tuple(torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in before)
-                graph.capture_begin(pool=anchor.pool(), capture_error_mode="thread_local")
-                try:
-                    for here, there in zip(found, run(tuple(own_masks), own_leaves), strict=True):
-                        here.copy_(there, non_blocking=True)
-                finally:
-                    graph.capture_end()
-            current.wait_stream(stream)
-    except RuntimeError:
-        memory.recover()
-        return None
-    return _Recording(graph, weights, own_leaves, own_masks, found)
+    with _without_collecting():
+        stream, anchor = memory.held()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            before = run(tuple(own_masks), own_leaves)  # what the libraries need for this thread and stream is made
+            found = tuple(torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in before)
+            graph.capture_begin(pool=anchor.pool(), capture_error_mode="thread_local")
+            try:
+                for here, there in zip(found, run(tuple(own_masks), own_leaves), strict=True):
+                    here.copy_(there, non_blocking=True)
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+    return _Recording(graph, own_leaves, own_masks, found)
 
 
 @contextmanager

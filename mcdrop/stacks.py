@@ -70,6 +70,12 @@ class Kept:
     lock: threading.Lock = field(default_factory=threading.Lock)
     slabs: "_Slabs" = field(default_factory=lambda: _Slabs())
 
+    def clear(self) -> None:
+        """Lets go of everything."""
+        with self.lock:
+            self.held.clear()
+            self.size = 0
+
     def get(self, key: object, make: Callable[[], Any]) -> Any:
         """Gives what is kept under a key, made anew where nothing is: a tensor, or several in tuples and lists."""
         with self.lock:

@@ -299,3 +299,32 @@ def test_the_same_call_gives_the_same_bits_again_and_in_threads(name: str, devic
         futures = [pool.submit(passes, model, x[:rows], count) for rows, count in calls * 4]
         for future, expected in zip(futures, first * 4, strict=True):
             assert torch.equal(future.result(timeout=60), expected)
+
+
+@pytest.mark.parametrize("how", ["@", "matmul", "bmm", "bmm of a keyword", "matmul of a keyword", "of matrices alone"])
+def test_products_are_captured_however_they_are_asked_for(how: str) -> None:
+    asked: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "@": lambda x, y: x @ y,
+        "matmul": torch.matmul,
+        "bmm": lambda x, y: x.bmm(y),
+        "bmm of a keyword": lambda x, y: torch.bmm(x, mat2=y),
+        "matmul of a keyword": lambda x, y: torch.matmul(x, other=y),
+        "of matrices alone": lambda x, y: x @ y[0],
+    }
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.drop = nn.Linear(4, 4), nn.Dropout(0.4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.drop(self.one(x))
+            return asked[how](h, x.transpose(1, 2).contiguous()).sum(-1)
+
+    torch.manual_seed(0)
+    net, x = Products().eval(), torch.randn(6, 3, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    if how != "of matrices alone":
+        assert model.audit.tier == "captured", model.audit.tier_reason
+    for rows, count in ((6, 5), (1, 3)):
+        assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5

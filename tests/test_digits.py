@@ -1,8 +1,11 @@
 """The switch for tf32: as it is asked for while somebody computes, and as it was afterwards."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,16 +71,53 @@ def test_those_who_agree_go_together_and_others_wait(before: tuple[bool, bool]) 
     assert now() == before
 
 
-def test_the_newer_switches_are_put_back_too(before: tuple[bool, bool]) -> None:
-    """``fp32_precision`` set by somebody else: then torch refuses to say how the older ones stand."""
+def everything() -> list[Any]:
+    """All that torch says of its switches; None where it refuses to say."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    was = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    for chosen in (("tf32", "ieee", "ieee"), ("ieee", "tf32", "ieee"), ("tf32", "tf32", "ieee")):
-        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = chosen
-        for tf32 in (False, True):
-            with digits(CUDA, tf32=tf32):
-                assert now() == (tf32, tf32)
-                assert (matmul.fp32_precision == "tf32") == tf32
-            assert (matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == chosen
-    matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = was
+    found: list[Any] = [matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision]
+    for ask in (lambda: matmul.allow_tf32, lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(ask())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+
+# What somebody may have set, run in a process of its own: not all of it can be taken back.
+SET = {
+    "nothing": "pass",
+    "a word": "torch.set_float32_matmul_precision('medium')",
+    "another word": "torch.set_float32_matmul_precision('high')",
+    "an older switch": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "newer ones": "matmul.fp32_precision = cudnn.conv.fp32_precision = 'tf32'; cudnn.rnn.fp32_precision = 'ieee'",
+    "one of them": "cudnn.conv.fp32_precision = 'ieee'",
+    "the one above convolutions": "cudnn.fp32_precision = 'tf32'",
+    "the one above all": "torch.backends.fp32_precision = 'tf32'",
+}
+SCRIPT = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from test_digits import CUDA, digits, everything
+matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+{set}
+before = everything()
+for tf32 in (False, True, False):
+    with digits(CUDA, tf32=tf32):
+        assert everything()[:3] == ["tf32" if tf32 else "ieee"] * 3, everything()
+    assert everything() == before, (before, everything())
+"""
+
+
+@pytest.mark.parametrize("what", SET)
+def test_whatever_was_set_holds_afterwards_and_not_inside(what: str) -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT.format(set=SET[what])], cwd=root)
+    assert done.returncode == 0
+
+
+def test_the_other_mode_inside_of_one_is_an_error_instead_of_waiting_for_ever(before: tuple[bool, bool]) -> None:
+    with digits(CUDA), pytest.raises(RuntimeError, match="cannot run inside of one another"), digits(CUDA, tf32=True):
+        pass
+    assert now() == before

@@ -1,6 +1,7 @@
 """Passes summed up where they are: the path that a GPU takes, walked on a CPU, gives what arrays give."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 import mcdrop
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
-from mcdrop.ready import Ready
+from mcdrop.ready import _SUMMING, Ready
 from mcdrop.rows import Rows
 
 FIELDS = ("mean", "variance", "standard_error", "deterministic")
@@ -37,29 +38,59 @@ def there(model: mcdrop.Model, memory: int | None) -> mcdrop.Model:
     """Gives the same model with such a backend."""
     old = backend_of(model)
     new = There(old.live, old.plain, old.pick, old.off, old.force, tuning=old.plans.tuning)
-    new.chunk_bytes = old.chunk_bytes = memory or old.chunk_bytes
+    new.chunk_bytes = memory or old.chunk_bytes
     return replace(model, backend=new)
 
 
-@pytest.mark.parametrize("memory", [None, 2**16])
+@pytest.fixture
+def summed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each of the sums was of later passes, in order; few outputs are summed up there too."""
+    seen: list[bool] = []
+    plain = Ready.summed
+
+    def watched(self: Ready, passes: int, **which: Any) -> Any:
+        seen.append(which["summing"].first is not None)
+        return plain(self, passes, **which)
+
+    monkeypatch.setattr(Ready, "summed", watched)
+    monkeypatch.setattr("mcdrop.ready._MANY", 1)
+    return seen
+
+
+@pytest.mark.parametrize("chunk", [None, 70, 190, 500])
 @pytest.mark.parametrize("name", ["mlp", "residual", "encoder", "lstm"])
-def test_sums_made_there_give_what_arrays_give(name: str, memory: int | None) -> None:
-    """In one chunk and in several, for rows that stop early, and for few outputs, which are moved all the same."""
-    net, x = made(name, rows=40)
+def test_sums_made_there_give_what_arrays_give(name: str, chunk: int | None, summed: list[bool]) -> None:
+    """In one chunk and in several, all of which are summed up there; for rows that stop early."""
+    net, x = made(name, rows=12)
     here = mcdrop.wrap(net, example=x[:4], tuning={})
+    plan = backend_of(here).plan(here.rows(x))
+    assert plan.program is not None
+    needed = max(backend_of(here).room.pass_bytes(plan), _SUMMING * plan.program.width)
+    memory = None if chunk is None else chunk * len(x) * needed
     other = there(here, memory)
+    for asked in ASKED:
+        expected = mcdrop.predict(here, x, **asked)  # type: ignore[arg-type]
+        assert summed == []
+        got = mcdrop.predict(other, x, **asked)  # type: ignore[arg-type]
+        for field in FIELDS:
+            assert apart(getattr(got, field), getattr(expected, field)) < 1e-6, (asked, field)
+        if chunk is not None and asked == {"passes": 1000}:
+            assert summed[0] is False
+            assert all(summed[1:])
+            assert len(summed) >= 1000 // chunk
+        assert summed
+        summed.clear()
+
+
+def test_few_outputs_are_moved_instead() -> None:
+    net, x = made("mlp", rows=40)
+    other = there(mcdrop.wrap(net, example=x[:4], tuning={}), None)
     assert other.backend.block(other.rows(x)).sums_there(1000)
     assert not other.backend.block(other.rows(x[:1])).sums_there(100)
-    for asked in ASKED:
-        for rows in (40, 1):
-            expected = mcdrop.predict(here, x[:rows], **asked)  # type: ignore[arg-type]
-            got = mcdrop.predict(other, x[:rows], **asked)  # type: ignore[arg-type]
-            for field in FIELDS:
-                assert apart(getattr(got, field), getattr(expected, field)) < 1e-6, (asked, field)
 
 
 @pytest.mark.parametrize("task", ["classification", "gaussian", "regression"])
-def test_every_task_has_its_statistics_there(task: str) -> None:
+def test_every_task_has_its_statistics_there(task: str, summed: list[bool]) -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Dropout(0.3), nn.Linear(50, 4)).eval(), torch.randn(80, 6)
     here = mcdrop.wrap(net, example=x[:4], task=task, tuning={})

@@ -136,14 +136,14 @@ class TorchBackend:
     def each_pass(self, rows: Rows, passes: int, *, seed: int, start: int) -> None:
         """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""
         plan, tensors = self.plans.prepare(rows)
-        with torch.no_grad():
+        with torch.no_grad(), self.plans.arithmetic(tensors):
             stacks = self.plans.stacks(plan, Span(passes, seed, start, "iid"))
             TIERS["loop"](self.live, tensors, self.pick, plan.trace, stacks)
 
     def watch(self, rows: Rows, mode: TorchFunctionMode, *, passes: int) -> None:
         """Runs passes one by one under a function mode that looks on; with no passes the deterministic forward."""
         plan, tensors = self.plans.prepare(rows)
-        with torch.no_grad(), mode:
+        with torch.no_grad(), self.plans.arithmetic(tensors), mode:
             if passes == 0:
                 draws_off(self.plain, tensors, self.pick)
                 return
