@@ -16,11 +16,9 @@ aten = torch.ops.aten
 
 
 def fuse(graph: fx.Graph) -> None:
-    """Lets convolutions over images take over a sum and a ReLU, linear layers in bfloat16 a ReLU and their bias.
+    """Lets convolutions over images take over a sum and a ReLU, and linear layers in bfloat16 a ReLU and their bias.
 
-    On a GPU masks take over the ReLU before them.
-
-    Linear layers in float32 gain nothing by it.
+    Linear layers in float32 gain nothing by it. On a GPU masks take over the ReLU before them.
     """
     _put_masks(graph)
     for node in [*graph.nodes]:

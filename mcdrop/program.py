@@ -16,6 +16,8 @@ from mcdrop.stages import Values, make_stages
 
 __all__ = ["Program", "Values"]
 
+_MATMUL: Any = torch.backends.cuda.matmul
+
 
 class Program:
     """The passes of one input signature, from tensors to outputs (T, N, ...); safe to use from several threads.
@@ -141,7 +143,7 @@ def _alone(run: Callable[..., Values], fixed: Sequence[Sequence[int]]) -> Callab
     def guarded(*values: Any) -> Values:
         given = [value.detach() if isinstance(value, Tensor) else value for value in values]
         # what torch compiles anew for: sizes of 1, and the digits of a GPU
-        ones = *(value == 1 for value in values if isinstance(value, int)), torch.backends.cuda.matmul.allow_tf32
+        ones = *(value == 1 for value in values if isinstance(value, int)), _MATMUL.fp32_precision
         # sizes that happen to be equal, such as rows and units, are not the same size: else other rows compile anew
         with ALONE, _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             if ones not in told:

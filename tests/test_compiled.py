@@ -1,6 +1,7 @@
 """Compiled passes: what torch's compiler makes of them is what the loop gives."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,19 @@ class ByValue(nn.Module):
 def test_what_cannot_be_captured_cannot_be_compiled() -> None:
     with pytest.raises(ModelRefused, match="compile=True needs the network as one graph, and it cannot be captured: "):
         mcdrop.wrap(ByValue().eval(), example=torch.ones(4, 4), compile=True)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=_cpu), pytest.param("cuda", marks=_cuda)])
+def test_compiled_passes_do_not_mind_torchs_newer_switches(device: str) -> None:
+    """Once they are set, torch refuses to say how the older ones stand."""
+    matmul: Any = torch.backends.cuda.matmul
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 2)).eval().to(device)
+    x = torch.randn(5, 4, device=device)
+    model, before = mcdrop.wrap(net, example=x, compile=True), matmul.fp32_precision
+    expected = passes(model, x, 3)
+    try:
+        matmul.fp32_precision = "tf32"
+        assert torch.equal(passes(model, x, 3), expected)
+    finally:
+        matmul.fp32_precision = before

@@ -30,6 +30,8 @@ __all__ = ["main", "summary"]
 
 Result = dict[str, Any]
 
+LEFT_OUT = ("compiled", "memory")
+
 
 def summary(cases: Sequence[Result]) -> Result:
     """Gives the geometric mean of the ratios to the best peer, and the smallest to it and to the plain loop."""
@@ -88,13 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = given.only.split(",")
     if unknown := [name for name in names if name not in NETWORKS]:
         parser.error(f"unknown network {unknown[0]}; there are: {', '.join(NETWORKS)}")
+    left_out = [name for name in given.leave_out.split(",") if name]
+    if unknown := [name for name in left_out if name not in LEFT_OUT]:
+        parser.error(f"cannot leave out {unknown[0]}; there are: {', '.join(LEFT_OUT)}")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     torch.set_num_threads(given.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for every way, and tf32 one of its own
     effort = Effort(2, 0.02, 0.5) if given.quick else Effort(given.rounds, given.sample, given.each)
     found: list[Result] = []
-    fastest, left_out = peaks(given.device), given.leave_out.split(",")
+    fastest = peaks(given.device)
     print("  ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in fastest.items()), flush=True)
     device = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
     about: Result = {"environment": environment(), "peers": versions(), "device": device, "peaks": fastest}
