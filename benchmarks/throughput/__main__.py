@@ -10,7 +10,7 @@ are not installed are named too.
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--each", type=float, default=2.5, help="seconds that all samples of a way last at most")
     parser.add_argument("--leave-out", default="", help="compiled, memory, or both with a comma")
     given = parser.parse_args(arguments)
-    names = given.only.split(",")
-    if unknown := [name for name in names if name not in NETWORKS]:
-        parser.error(f"unknown network {unknown[0]}; there are: {', '.join(NETWORKS)}")
-    left_out = [name for name in given.leave_out.split(",") if name]
-    if unknown := [name for name in left_out if name not in LEFT_OUT]:
-        parser.error(f"cannot leave out {unknown[0]}; there are: {', '.join(LEFT_OUT)}")
+    names = _listed(parser, "network", given.only, NETWORKS)
+    left_out = _listed(parser, "part", given.leave_out, LEFT_OUT)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     torch.set_num_threads(given.threads)
@@ -116,6 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with_memory(found, given.device, given.threads)
     print(json.dumps(summary(found), indent=1))
     _keep(given.json, about, found)
+
+
+def _listed(parser: argparse.ArgumentParser, what: str, given: str, known: Collection[str]) -> list[str]:
+    """Gives the names of a list with commas; an unknown one ends the run."""
+    names = [name for name in given.split(",") if name]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown {what} {unknown[0]}; there are: {', '.join(known)}")
+    return names
 
 
 def _keep(path: Path | None, about: Result, found: list[Result]) -> None:
