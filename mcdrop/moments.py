@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ Blocks = tuple[tuple[int, int], ...]  # their sizes, and the pass with which the
 FEWEST_BLOCKS = 4  # fewer block means say too little about their own spread
 
 _FEW = 32  # numbers of one pass
+_SMALL = 2**22  # passes squared times numbers of one: above, adding up by a matrix costs more than the calls it saves
 
 
 class Found(NamedTuple):
@@ -142,6 +144,7 @@ class Gathered:
         those; without any, passes are independent.
         """
         self.blocks, self.count = blocks, 0
+        self._held: Array | None = None  # all passes so far, where they are few
         self._first: Array | None = None
         self._squares: Array | None = None
         self._sums = [_Sums()] * max(1, len(blocks))  # one for each size; of all passes, where they are independent
@@ -151,6 +154,19 @@ class Gathered:
 
         The values are written over: another array of their size would cost more than all that is done with it.
         """
+        if not self.count and len(values) * values.size <= _SMALL:  # there may be no more
+            self.count, self._held = len(values), values
+            return
+        self._settle()
+        self._add(values)
+
+    def _settle(self) -> None:
+        """Adds the passes that are held to the sums."""
+        if self._held is not None:
+            values, self._held, self.count = self._held, None, 0
+            self._add(values)
+
+    def _add(self, values: Array) -> None:
         if self._first is None:
             self._first = values[0].copy()
         apart = np.subtract(values, self._first, out=values)
@@ -160,6 +176,7 @@ class Gathered:
         """Says how further passes can be summed up elsewhere; None inside of a block."""
         if any(self.count > begin and (self.count - begin) % size for size, begin in self.blocks):
             return None
+        self._settle()
         levels = tuple(
             (max(0, begin - max(self.count, first)) // below, size // below)
             for (below, first), (size, begin) in itertools.pairwise(((1, 0), *self.blocks))
@@ -199,6 +216,7 @@ class Gathered:
 
     def take(self, which: NDArray[np.bool_]) -> "Gathered":
         """Gives the state of some rows."""
+        self._settle()
         assert self._first is not None
         assert self._squares is not None
         some = Gathered(self.blocks)
@@ -215,6 +233,8 @@ class Gathered:
         The variance is unbiased, and NaN for a single pass: ``E[deviations / T]`` is the variance less that of the
         mean; adding the latter back gives the usual T - 1 for independent passes and nearly T for balanced ones.
         """
+        if self._held is not None:
+            return _read_at_once(self._held, self.blocks)
         assert self._first is not None
         assert self._squares is not None
         count, (closed, _, opened) = self.count, self._sums[0]  # of all passes
@@ -233,6 +253,41 @@ class Gathered:
         assert error is not None
         degrees = (told[0].whole if told else count) - 1
         return Found(self._first + total / count, deviations / count + error, error, degrees)
+
+
+def _read_at_once(values: Array, blocks: Blocks) -> Found:
+    """Gives what ``Gathered.read`` gives of all passes (T, ...) in fewer calls: their sums are products of a matrix."""
+    count, flat = len(values), values.reshape(len(values), -1)
+    matrix, weights, left, degrees = _reading(count, blocks)
+    first = flat[0]
+    apart = flat - first
+    sums = matrix @ apart
+    total = sums[0]
+    deviations = np.maximum(_squared(apart) - total * total / count, 0.0)
+    error = np.maximum(weights @ (sums * sums), 0.0) + deviations * left
+    found = first + total / count, deviations / count + error, error
+    mean, variance, error = (one.reshape(values.shape[1:]) for one in found)
+    return Found(mean, variance, error, degrees)
+
+
+@lru_cache(maxsize=16)
+def _reading(count: int, blocks: Blocks) -> tuple[Array, Array, float, int]:
+    """Gives a matrix whose products with passes are sums over all of them, and then over the blocks that tell an error.
+
+    The squares of the sums by the weights, and the passes' squared deviations by the number after them, make the
+    squared error; the last is its degrees of freedom.
+    """
+    told, left = shares(count, blocks)
+    rows, weights = [np.ones((1, count))], [0.0]
+    for share in told:
+        whole = np.repeat(np.eye(share.whole), share.size, axis=1)
+        within = np.zeros((share.whole + 1, count))
+        within[:, share.begin : share.begin + whole.shape[1]] = [*whole, whole.sum(axis=0)]
+        weight = share.number / ((share.whole - 1) * count**2)
+        rows.append(within)
+        weights += [weight] * share.whole + [-weight / share.whole]
+    rest = left / ((count - 1) * count**2) if count > 1 else np.nan
+    return np.concatenate(rows), np.array(weights), rest, (told[0].whole if told else count) - 1
 
 
 def _cut(parts: Array, pieces: _Pieces) -> _Cut:
