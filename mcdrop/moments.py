@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mcdrop.blocks import Blocks, shares
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FEWEST_BLOCKS", "Blocks", "Found", "Gathered", "Share", "Summing", "shares"]
+__all__ = ["Found", "Gathered", "Summing"]
 
 Array = NDArray[np.float64]
-Blocks = tuple[tuple[int, int], ...]  # their sizes, and the pass with which the first of each size begins
-
-FEWEST_BLOCKS = 4  # fewer block means say too little about their own spread
-
 _FEW = 32  # numbers of one pass
 _SMALL = 2**22  # passes squared times numbers of one: above, adding up by a matrix costs more than the calls it saves
 
@@ -29,36 +27,6 @@ class Found(NamedTuple):
     variance: Array
     error_squared: Array
     degrees: int
-
-
-class Share(NamedTuple):
-    """Passes whose error the blocks of one size tell: ``number`` of the ``whole`` ones there are.
-
-    ``place`` is that of the size among all.
-    """
-
-    place: int
-    size: int
-    begin: int
-    whole: int
-    number: int
-
-
-def shares(count: int, blocks: Blocks) -> tuple[list[Share], int]:
-    """Divides passes among the sizes of which there are enough blocks, the largest first; and says how many are left.
-
-    Blocks that begin anew are independent. Parts of a block are negatively dependent: taking those that are left over
-    as independent, and all of them where the larger blocks are too few to tell, errs on the wide side.
-    """
-    found, left = [], count
-    for place in reversed(range(len(blocks))):
-        size, begin = blocks[place]
-        whole = (count - begin) // size
-        if whole >= FEWEST_BLOCKS:
-            number = min(whole, left // size)
-            found.append(Share(place, size, begin, whole, number))
-            left -= number * size
-    return found, left
 
 
 class _Pieces(NamedTuple):

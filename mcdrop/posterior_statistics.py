@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import special
 
+from mcdrop.blocks import Blocks, Share, shares
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.masks import BLOCKS
-from mcdrop.moments import Blocks, Share, shares
 
 __all__ = ["BOUNDS", "BY_PLACE", "READERS", "Operators", "statistics"]
 

@@ -136,8 +136,8 @@ class Ready:
         """Gives the outputs with every draw off: a pass of its own, unless it rode along with the first passes."""
         if self._off is not None:
             return as_numpy(self._off)
-        program = self._whole.program
-        if program is not None and self._whole.rides and program.holds(1, self._rows.count):
+        program = self._whole.expected
+        if program is not None and program.holds(1, self._rows.count):
             try:
                 return self._expected(program)
             except (MemoryError, RuntimeError) as error:

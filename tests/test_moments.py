@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from mcdrop.blocks import FEWEST_BLOCKS
 from mcdrop.masks import BLOCKS, Site, sample_masks
-from mcdrop.moments import FEWEST_BLOCKS, Gathered
+from mcdrop.moments import Gathered
 from mcdrop.sums import summed_up
 
 Array = NDArray[np.float64]
