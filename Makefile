@@ -13,7 +13,7 @@ PORT ?= 8000
 STORE ?= models/store
 DEFAULT_MODEL ?= noisy-line
 PYTEST_ARGS ?=
-BENCH_ARGS ?=
+BENCH_ARGS ?= --rounds 5 --each 1 --leave-out compiled
 
 VENV := .venv
 BENCH_VENV := .venv-bench
