@@ -120,7 +120,7 @@ class Gathered:
     def add(self, values: Array) -> None:
         """Adds further passes (t, ...), in order.
 
-        The values are written over: another array of their size would cost more than all that is done with it.
+        The values are kept or written over: another array of their size would cost more than all that is done with it.
         """
         if not self.count and len(values) * values.size <= _SMALL:  # there may be no more
             self.count, self._held = len(values), values
