@@ -165,7 +165,7 @@ def _check_same(model: Model, loaded: Model, calibration: Calibration | None) ->
     both, sampler = (model, loaded), PassPlan().sampler
     passes = [one.backend.forward(one.example, 4, seed=0, start=0, sampler=sampler) for one in both]
     off = [one.backend.deterministic(one.example) for one in both]
-    if any(a.shape != b.shape or not np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in (passes, off)):
+    if any(a.shape != b.shape or not np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in (passes, off)):
         raise ArtifactError("the saved folder answers differently from the model: the factory or the format is wrong")
     if calibration is not None and fingerprint(loaded, calibration.plan) != calibration.fingerprint:
         raise ArtifactError("the calibration belongs to another model, or the weights have changed since; fit it again")

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from mcdrop.agreement import difference
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import draws_off
 from mcdrop.masks import sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
-from mcdrop.tiers import difference, tolerance
+from mcdrop.tiers import tolerance
 from mcdrop.trace import Trace, one_pass
 
 __all__ = ["coupled", "mean_preserving", "unrepeatable"]
@@ -32,8 +33,7 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
     masks = _masks(found, rows)
     with torch.no_grad():
         first, again = (one_pass(live, rows, pick, found, masks).double() for _ in range(2))
-    scale = max(float(first.abs().max()), 1e-30)
-    if first.shape == again.shape and float((first - again).abs().max()) <= 1e-6 * scale:
+    if difference(again, first) <= 1e-6:
         return []
     return ["a generator out of sight, such as numpy's Generator, gives other numbers at each call"]
 
@@ -43,10 +43,7 @@ def mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, f
     with torch.no_grad():
         expected = one_pass(live, rows, pick, found, _expectations(found, rows)).double()
         eval_output = draws_off(plain, rows, pick).double()
-    if expected.shape != eval_output.shape:
-        return False
-    scale = max(float(eval_output.abs().max()), 1e-30)
-    return float((expected - eval_output).abs().max()) <= 1e-4 * scale
+    return difference(expected, eval_output) <= 1e-4
 
 
 def _expectations(found: Trace, rows: Rows) -> list[Tensor | None]:

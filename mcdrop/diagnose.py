@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mcdrop.agreement import finite_passes
 from mcdrop.audit import Audit, NormReport
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
@@ -61,32 +63,37 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
 
 def _shares(backend: TorchBackend, rows: Rows, audit: Audit, everything: Tensor) -> Any:
     """The variance that each live site makes on its own, as a part of the variance of all together."""
-    total = max(float(everything.double().var(dim=0).sum()), 1e-300)
+    total = max(_variance(everything), 1e-300)
     sites = []
     for site in audit.sites:
         if site.verdict == "live":
             alone = backend.run(rows, _PASSES, only=site.name)
-            site = replace(site, share=float(alone.double().var(dim=0).sum()) / total)
+            site = replace(site, share=_variance(alone) / total)
         sites.append(site)
     return tuple(sites)
 
 
+def _variance(passes: Tensor) -> float:
+    """The variance of all outputs together."""
+    (values,) = finite_passes(passes)
+    return float(values.var(axis=0, ddof=1).sum())
+
+
 def _gap(backend: TorchBackend, rows: Rows, everything: Tensor) -> float:
     """The largest distance between the mean of the passes and the deterministic output, in standard deviations."""
-    values = everything.double()
-    deterministic = torch.as_tensor(backend.deterministic(rows), device=values.device).double()
-    std = values.std(dim=0)
+    values, deterministic = finite_passes(everything, backend.deterministic(rows))
+    std = values.std(axis=0, ddof=1)
     floor = max(float(std.max()), 1e-300) * 1e-3
-    return float(((values.mean(dim=0) - deterministic).abs() / std.clamp_min(floor)).max())
+    return float((np.abs(values.mean(axis=0) - deterministic) / np.maximum(std, floor)).max())
 
 
 def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> float | None:
     """What a lower precision changes in passes of the same masks, in standard deviations: a root mean square."""
     if backend.precision == "fp32":
         return None
-    exact = backend.run(rows, _PASSES, only=None, tier="loop").double()
-    spread = exact.var(dim=0).mean().clamp_min(1e-300)
-    error = float(((everything.double() - exact).square().mean() / spread).sqrt())
+    exact, lower = finite_passes(backend.run(rows, _PASSES, only=None, tier="loop"), everything)
+    spread = max(float(exact.var(axis=0, ddof=1).mean()), 1e-300)
+    error = math.sqrt(float(np.square(lower - exact).mean()) / spread)
     if not error <= _LARGEST_ERROR:
         raise ModelRefused(
             f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation, more "

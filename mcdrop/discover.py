@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mcdrop.agreement import identical
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.checks import coupled, mean_preserving, unrepeatable
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
@@ -237,7 +238,7 @@ def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int) 
             base = one_pass(live, rows, pick, found, masks)
             masks[index] = stacks[index][1]
             output = one_pass(live, rows, pick, found, masks)
-        if output.shape != base.shape or not torch.equal(output, base):
+        if not identical(output, base):
             return "live", "changes the output"
     return "idle", "no mask on it changes the output"
 

@@ -148,7 +148,8 @@ def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Stat
     """Runs a plan over all rows. Memory follows the chunk, not the number of passes, unless samples are kept."""
     size = max(1, backend.chunk_bytes // max(1, backend.row_bytes(rows)))
     run = _fixed if plan.tolerance is None else _adaptive
-    return PassResult.join([run(backend, block, plan, statistics) for block in rows.split(size)])
+    with np.errstate(invalid="ignore"):  # infinite passes have no variance: NaN says so
+        return PassResult.join([run(backend, block, plan, statistics) for block in rows.split(size)])
 
 
 def _of(gathered: Gathered, deterministic: Array, samples: NDArray[np.float32] | None, plan: PassPlan) -> PassResult:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mcdrop.agreement import difference, finite_passes, identical
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.backends.onnx import OnnxBackend
 from mcdrop.errors import InputError, NoStochasticSite, UnknownName
@@ -211,16 +212,16 @@ def _audit(backend: OnnxBackend, rows: Rows, name: str, nodes: int) -> Audit:
         for site in plan.trace.of_slot[slot.mask]
     }
     drawn = sample_masks(sites, _PASSES, seed=0)
-    everything = backend.run(rows, drawn, _PASSES, plan.trace, plan.tier).astype(np.float64)
     off = backend.deterministic(rows).astype(np.float64)
+    everything, middle = finite_passes(backend.run(rows, drawn, _PASSES, plan.trace, plan.tier), off)
     total = max(float(everything.var(axis=0, ddof=1).sum()), 1e-300)
     reports = []
     for site in sites:
         verdict, reason = _verdict(backend, rows, sites, site)
         share = None
         if verdict == "live":
-            alone = backend.run(rows, {site.name: drawn[site.name]}, _PASSES, plan.trace, plan.tier)
-            share = float(alone.astype(np.float64).var(axis=0, ddof=1).sum()) / total
+            (alone,) = finite_passes(backend.run(rows, {site.name: drawn[site.name]}, _PASSES, plan.trace, plan.tier))
+            share = float(alone.var(axis=0, ddof=1).sum()) / total
         p = site.p if site.kind == "bernoulli" else None
         reports.append(
             SiteReport(
@@ -229,7 +230,7 @@ def _audit(backend: OnnxBackend, rows: Rows, name: str, nodes: int) -> Audit:
         )
     std = everything.std(axis=0, ddof=1)
     floor = max(float(std.max()), 1e-300) * 1e-3
-    gap = float((np.abs(everything.mean(axis=0) - off) / np.maximum(std, floor)).max())
+    gap = float((np.abs(everything.mean(axis=0) - middle) / np.maximum(std, floor)).max())
     return Audit(
         model=name, modules=nodes, sites=tuple(reports), stochastic=tuple(dict.fromkeys(site.path for site in sites)),
         tier=plan.tier, tier_reason=plan.reason, mean_gap=gap, warnings=_coupled(backend, rows, off),
@@ -249,7 +250,7 @@ def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Si
         drawn = sample_masks(even, 2, seed=seed, sampler="iid")
         still = {name: values if name == site.name else values[[0, 0]] for name, values in drawn.items()}
         first, second = backend.run(rows, still, 2, trace, "loop")
-        if not np.array_equal(first, second):
+        if not identical(first, second):
             return "live", "changes the output"
     return "idle", "no mask on it changes the output"
 
@@ -257,6 +258,6 @@ def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Si
 def _coupled(backend: OnnxBackend, rows: Rows, off: NDArray[np.float64]) -> tuple[str, ...]:
     """Warns where a row's answer depends on its neighbours even with the draws off."""
     alone = backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
-    if np.allclose(alone, off[:1], rtol=1e-3, atol=1e-3 * float(np.abs(off).max())):
+    if difference(np.concatenate([alone, off[1:]]), off) <= 2e-3:
         return ()
     return ("a row's answer depends on the other rows of its batch, even with every draw off",)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mcdrop.agreement import identical
 from mcdrop.errors import InputError, ModelRefused
 from mcdrop.masks import Site
 from mcdrop.onnx_bodies import ABSENT
@@ -193,7 +194,7 @@ def _follows(few: Array, more: Array) -> tuple[Axis | None, str]:
             return _axis_of(few.shape, more.shape, ""), ""
         except ModelRefused:
             return None, "does not follow the rows along one axis"
-    if np.array_equal(few, more):
+    if identical(few, more):
         return None, ""
     if few.dtype.kind not in "iu":
         return None, "holds numbers that depend on how many rows there are"

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mcdrop.agreement import difference
 from mcdrop.capture import Captured, NotCaptured, capture
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.forward import draws_off, place_of
@@ -17,7 +18,7 @@ from mcdrop.program import Program
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
 from mcdrop.stacks import expected_stack
-from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, difference, tolerance
+from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, tolerance
 from mcdrop.trace import Trace, repeat_rows
 
 __all__ = ["PRECISIONS", "check_precision", "make_plan"]

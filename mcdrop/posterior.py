@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mcdrop.agreement import difference, largest
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, ModelRefused
 from mcdrop.graphs import graph_backend
@@ -167,12 +168,12 @@ def _array(leaf: Any) -> NDArray[Any]:
 
 def _worst(found: dict[str, NDArray[Any]], expected: Prediction) -> float:
     """The largest difference, relative to the largest value of the mean and the spread together."""
-    scale = max(float(np.abs(expected.mean).max() + expected.std.max()), 1e-30)
+    scale = largest(expected.mean) + largest(expected.std)
     worst = 0.0
     for name, value in found.items():
         wanted = getattr(expected, name)
         if value.shape != wanted.shape:
             raise ModelRefused(f"the exported graph gives {name} of shape {value.shape} instead of {wanted.shape}")
         if name != "label":
-            worst = max(worst, float(np.abs(value - wanted).max()) / scale)
+            worst = max(worst, difference(value, wanted, scale=scale))
     return worst

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
 
+from mcdrop.agreement import identical
 from mcdrop.record import record
 from mcdrop.rows import Rows
 
@@ -136,9 +136,9 @@ def _effect(module: nn.Module, rows: Rows, base: _Observation) -> Verdict:
     if any(one.structure != base.structure for one in seen) and not _shapes_vary(seen):
         return Verdict("refused", "returns something else in training mode", draws)
     if all(one.draws == base.draws for one in seen):
-        if all(torch.equal(a, b) for a, b in zip(first.values, base.values, strict=True)):
+        if all(identical(a, b) for a, b in zip(first.values, base.values, strict=True)):
             return Verdict("inert", "no effect on this input")
-        if any(not torch.equal(a, b) for a, b in zip(first.values, seen[1].values, strict=True)):
+        if any(not identical(a, b) for a, b in zip(first.values, seen[1].values, strict=True)):
             return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
         return Verdict("refused", "computes something else in training mode, without a draw")
     return Verdict("stochastic", "draws random numbers", draws)

@@ -194,8 +194,12 @@ def _read_gaussian(result: PassResult) -> Summary:
     return replace(summary, noise_samples=None if result.samples is None else result.samples[..., half:])
 
 
+@np.errstate(invalid="ignore")
 def _class_statistics(outputs: Array) -> Array:
-    """Logits (t, N, C, ...) -> probabilities, one vote for the largest, and the pass's entropy: (t, N, ..., 2C + 1)."""
+    """Logits (t, N, C, ...) -> probabilities, one vote for the largest, and the pass's entropy: (t, N, ..., 2C + 1).
+
+    A logit of -inf is a probability of 0; where one is +inf or NaN, all are NaN.
+    """
     _check_classes(outputs.shape)
     chances = softmax(np.moveaxis(outputs, 2, -1), axis=-1)
     votes = np.zeros_like(chances)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mcdrop.agreement import difference
 from mcdrop.forward import VOLATILE
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
@@ -19,7 +20,7 @@ from mcdrop.quiet import ALONE, first_line
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 
-__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "difference", "tolerance"]
+__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "tolerance"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
@@ -96,14 +97,6 @@ def _timed(
             torch.cuda.synchronize(output.device)
         times.append(time.perf_counter() - began)
     return output, min(times)
-
-
-def difference(got: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest value; infinite where the shapes differ."""
-    if got.shape != expected.shape:
-        return float("inf")
-    scale = max(float(expected.abs().max()), 1e-30)
-    return float((got - expected).abs().max()) / scale
 
 
 def tolerance(dtype: torch.dtype) -> float:

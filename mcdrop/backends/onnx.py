@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from mcdrop.agreement import difference
 from mcdrop.backends import Plain
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
@@ -283,8 +284,7 @@ class OnnxBackend:
             got = self.run(few, drawn, _CHECK_PASSES, trace, "fold")
         except Exception as error:  # whatever a graph does with more rows, the loop is right
             return _Plan(trace, "loop", f"fold does not take this graph: {first_line(error)}")
-        scale = max(float(np.abs(expected).max()), 1e-30)
-        worst = float(np.abs(got - expected).max()) / scale if got.shape == expected.shape else float("inf")
+        worst = difference(got, expected)
         if not worst <= _TOLERANCE.get(trace.dtype, 3e-5):
             return _Plan(trace, "loop", f"fold differs from the loop by {worst:.1e}")
         return _Plan(trace, "fold", "equals the loop; what comes before the first draw is run once")

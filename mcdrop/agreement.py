@@ -1,0 +1,52 @@
+"""Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["difference", "finite_passes", "identical", "largest"]
+
+
+def difference(got: Any, expected: Any, *, scale: float | None = None) -> float:
+    """The largest difference of two arrays or tensors relative to ``scale``, the largest finite value of the second.
+
+    It is infinite where the shapes differ, or where one is infinite or NaN and the other is not the same.
+    """
+    one, other = _array(got), _array(expected)
+    if one.shape != other.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(one - other)
+    worst = float(apart.max(initial=0.0))
+    if not np.isfinite(worst):
+        apart[(one == other) | (np.isnan(one) & np.isnan(other))] = 0
+        worst = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
+    return worst / (scale or largest(other))
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Whether two arrays or tensors hold the same."""
+    return np.array_equal(_array(one), _array(other), equal_nan=True)
+
+
+def largest(values: Any) -> float:
+    """The largest finite absolute value, never 0."""
+    array = np.abs(_array(values))
+    top = float(array.max(initial=0.0))
+    return max(top if np.isfinite(top) else float(array[np.isfinite(array)].max(initial=0.0)), 1e-30)
+
+
+def finite_passes(passes: Any, *others: Any) -> list[NDArray[np.float64]]:
+    """Gives passes (T, ...) and others, or what belongs to one (...), with 0 where one of the first is not finite."""
+    arrays = [_array(values).astype(np.float64) for values in (passes, *others)]
+    whole = np.isfinite(arrays[0]).all(axis=0)
+    return arrays if whole.all() else [np.where(whole, values, 0) for values in arrays]
+
+
+def _array(values: Any) -> NDArray[Any]:
+    """An array as it is; a tensor as one, in a type that numpy has."""
+    if isinstance(values, np.ndarray):
+        return values
+    tensor = values.detach().cpu()
+    return np.asarray((tensor.float() if tensor.element_size() == 2 and tensor.is_floating_point() else tensor).numpy())
