@@ -114,6 +114,7 @@ def capture(
 
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
+    mode.cache_enabled = False  # of what operations give: each is met once, and keeping them takes half of the time
     arguments = (
         [_stand_in(mode, _typed(tensor, dtype)) for one in state if (tensor := one.now()) is not None],
         [_stand_in(mode, _typed(leaf, dtype), _ROWS) for leaf in rows.leaves],

@@ -4,7 +4,7 @@ import operator
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from mcdrop.errors import InputError, UnknownName
 from mcdrop.intervals import INTERVALS, check_level
 from mcdrop.rows import Rows
 from mcdrop.screening import Screen
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["InputSpec", "Model", "Options"]
 
