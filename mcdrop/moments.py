@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mcdrop.at_once import Found, are_few, over_blocks, read_at_once, squared
 from mcdrop.blocks import Blocks, shares
 
 if TYPE_CHECKING:
@@ -16,17 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["Found", "Gathered", "Summing"]
 
 Array = NDArray[np.float64]
-_FEW = 32  # numbers of one pass
-_SMALL = 2**22  # passes squared times numbers of one: above, adding up by a matrix costs more than the calls it saves
-
-
-class Found(NamedTuple):
-    """Mean and variance of one pass, the squared standard error of the mean, and its degrees of freedom."""
-
-    mean: Array
-    variance: Array
-    error_squared: Array
-    degrees: int
 
 
 class _Pieces(NamedTuple):
@@ -89,7 +78,7 @@ class _Sums(NamedTuple):
             opened = cut.tail
         if not len(sums):
             return self._replace(open=opened), None
-        closed, squares = np.add.reduce(sums, axis=0), _squared(sums)
+        closed, squares = np.add.reduce(sums, axis=0), squared(sums)
         return _Sums(_plus(self.closed, closed), _plus(self.squares, squares), opened), sums
 
     def take(self, which: NDArray[np.bool_]) -> "_Sums":
@@ -122,7 +111,7 @@ class Gathered:
 
         The values are kept or written over: another array of their size would cost more than all that is done with it.
         """
-        if not self.count and len(values) * values.size <= _SMALL:  # there may be no more
+        if not self.count and are_few(len(values), values[0].size, self.blocks):  # there may be no more
             self.count, self._held = len(values), values
             return
         self._settle()
@@ -138,7 +127,7 @@ class Gathered:
         if self._first is None:
             self._first = values[0].copy()
         apart = np.subtract(values, self._first, out=values)
-        self._merge(len(values), _squared(apart), _cut(apart, self._pieces(len(values))))
+        self._merge(len(values), squared(apart), _cut(apart, self._pieces(len(values))))
 
     def summing(self, of: "Callable[[Tensor], Tensor]") -> Summing | None:
         """Says how further passes can be summed up elsewhere; None inside of a block."""
@@ -202,7 +191,7 @@ class Gathered:
         mean; adding the latter back gives the usual T - 1 for independent passes and nearly T for balanced ones.
         """
         if self._held is not None:
-            return _read_at_once(self._held, self.blocks)
+            return read_at_once(self._held, self.blocks)
         assert self._first is not None
         assert self._squares is not None
         count, (closed, _, opened) = self.count, self._sums[0]  # of all passes
@@ -223,60 +212,12 @@ class Gathered:
         return Found(self._first + total / count, deviations / count + error, error, degrees)
 
 
-def _read_at_once(values: Array, blocks: Blocks) -> Found:
-    """Gives what ``Gathered.read`` gives of all passes (T, ...) in fewer calls: their sums are products of a matrix."""
-    count, flat = len(values), values.reshape(len(values), -1)
-    matrix, weights, left, degrees = _reading(count, blocks)
-    first = flat[0]
-    apart = flat - first
-    sums = matrix @ apart
-    total = sums[0]
-    deviations = np.maximum(_squared(apart) - total * total / count, 0.0)
-    error = np.maximum(weights @ (sums * sums), 0.0) + deviations * left
-    found = first + total / count, deviations / count + error, error
-    mean, variance, error = (one.reshape(values.shape[1:]) for one in found)
-    return Found(mean, variance, error, degrees)
-
-
-@lru_cache(maxsize=16)
-def _reading(count: int, blocks: Blocks) -> tuple[Array, Array, float, int]:
-    """Gives a matrix whose products with passes are sums over all of them, and then over the blocks that tell an error.
-
-    The squares of the sums by the weights, and the passes' squared deviations by the number after them, make the
-    squared error; the last is its degrees of freedom.
-    """
-    told, left = shares(count, blocks)
-    rows, weights = [np.ones((1, count))], [0.0]
-    for share in told:
-        whole = np.repeat(np.eye(share.whole), share.size, axis=1)
-        within = np.zeros((share.whole + 1, count))
-        within[:, share.begin : share.begin + whole.shape[1]] = [*whole, whole.sum(axis=0)]
-        weight = share.number / ((share.whole - 1) * count**2)
-        rows.append(within)
-        weights += [weight] * share.whole + [-weight / share.whole]
-    rest = left / ((count - 1) * count**2) if count > 1 else np.nan
-    return np.concatenate(rows), np.array(weights), rest, (told[0].whole if told else count) - 1
-
-
 def _cut(parts: Array, pieces: _Pieces) -> _Cut:
     head, closes, whole, size, tail = pieces
     first = np.add.reduce(parts[:head], axis=0) if head else None
     rest = parts[head:]
-    if whole and parts[0].size <= _FEW:  # one call instead of two, and short inner loops
-        sums = np.add.reduceat(rest, range(0, len(rest), size), axis=0)
-        return _Cut(first, closes, sums[:whole], sums[whole] if tail else None)
-    sums = np.add.reduce(rest[: whole * size].reshape(whole, size, *parts.shape[1:]), axis=1)
+    sums = over_blocks(rest, whole, size)
     return _Cut(first, closes, sums, np.add.reduce(rest[whole * size :], axis=0) if tail else None)
-
-
-def _squared(values: Array) -> Array:
-    """The sum of squares over the first axis."""
-    squares: Array
-    if len(values) and values[0].size <= _FEW:
-        squares = np.vecdot(values, values, axis=0)  # type: ignore[call-overload]
-    else:
-        squares = np.einsum("t...,t...->...", values, values)
-    return squares
 
 
 def _around_mean(squares: Array, total: Array, count: int) -> Array:

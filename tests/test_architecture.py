@@ -15,6 +15,7 @@ PACKAGES = ("mcdrop", "service", "models")
 # From the ground up. A module may import from lower floors, never from its own.
 FLOORS = [
     ["mcdrop.errors", "mcdrop.blocks", "mcdrop.agreement"],
+    ["mcdrop.at_once"],
     [
         "mcdrop.masks",
         "mcdrop.moments",

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from mcdrop.at_once import are_few
 from mcdrop.blocks import FEWEST_BLOCKS
 from mcdrop.masks import BLOCKS, Site, sample_masks
 from mcdrop.moments import Gathered
@@ -128,14 +129,31 @@ def test_sums_made_elsewhere_are_gathered_as_passes_are(
 
 
 @pytest.mark.parametrize("sampler", BLOCKS)
-@pytest.mark.parametrize("passes", [2, 17, 100, 304, 500])
+@pytest.mark.parametrize("passes", [2, 17, 100, 256, 257, 304, 500, 1000, 1023])
 def test_few_passes_are_read_at_once_as_many_are_bit_by_bit(sampler: str, passes: int) -> None:
     values = np.random.default_rng(0).normal(1e3, 1, (passes, 2, 2))
+    assert are_few(passes, 4, BLOCKS[sampler])
     at_once, streamed = gathered(values, BLOCKS[sampler]), gathered(values, BLOCKS[sampler], cuts=(1,))
     assert at_once.read().degrees == streamed.read().degrees
     for got, expected in zip(at_once.read()[:3], streamed.read()[:3], strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-10)
     np.testing.assert_allclose(at_once.read().mean, values.mean(axis=0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("numbers", [3, 70_000])
+@pytest.mark.parametrize("passes", [100, 1000])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_pass_that_is_no_number_leaves_its_neighbours_to_the_bit(passes: int, numbers: int, value: float) -> None:
+    """Products with a matrix would spread it, were they between outputs."""
+    values = np.random.default_rng(0).normal(1e3, 1, (passes, min(numbers, 70_000 // passes)))
+    harmed = values.copy()
+    harmed[40, 1] = value
+    with np.errstate(invalid="ignore"):
+        got, expected = (gathered(one, BLOCKS["balanced"]).read() for one in (harmed, values))
+    for name in ("mean", "variance", "error_squared"):
+        one, other = getattr(got, name), getattr(expected, name)
+        assert not np.isfinite(one[1])
+        np.testing.assert_array_equal(np.delete(one, 1), np.delete(other, 1))
 
 
 @given(draws)
