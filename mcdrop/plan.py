@@ -68,11 +68,10 @@ class Tuning:
 class Plan:
     """How passes of one input signature are run.
 
-    ``program`` is the captured graph, or None. ``expected`` gives the output with all draws off from masks that hold
-    their expectations, with all digits; where it ``rides``, that is one more pass, and costs next to nothing. ``exact``
-    gives mean and variance over the last mask in closed form, where there is one for it. ``kept`` computes with kept
-    units alone, which is faster from ``kept_from`` rows on. ``chunk`` is how many times the usual memory a chunk of
-    passes takes where it is fastest.
+    ``program`` is the captured graph, or None. Where the output with all draws off ``rides`` along, it is one more pass
+    at the masks' expectations, and costs next to nothing. ``exact`` gives mean and variance over the last mask in
+    closed form, where there is one for it. ``kept`` computes with kept units alone, which is faster from ``kept_from``
+    rows on. ``chunk`` is how many times the usual memory a chunk of passes takes where it is fastest.
     """
 
     trace: Trace
@@ -80,7 +79,6 @@ class Plan:
     tier: str
     reason: str
     program: Program | None = None
-    expected: Program | None = None
     rides: bool = False
     exact: Program | None = None
     kept: Program | None = None

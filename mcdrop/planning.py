@@ -10,6 +10,7 @@ from torch import nn
 
 from mcdrop.agreement import difference
 from mcdrop.capture import Captured, NotCaptured, capture
+from mcdrop.checks import mean_preserving
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.forward import draws_off, place_of
 from mcdrop.outputs import Pick
@@ -71,8 +72,7 @@ def make_plan(
         tier, reason = choose_tier(live, few, pick, found, stacks)
         return Plan(found, off, tier, f"{reason}; not captured: {error}")
     plan = Plan(found, off, CAPTURED, "a graph without the network's Python, equal to the loop", program)
-    expected = _expected(plan, live, plain, few, pick, stacks)
-    plan = replace(plan, expected=expected, rides=expected is program, exact=_exact(captured, plan, few))
+    plan = replace(plan, rides=_rides(plan, live, plain, few, pick, stacks), exact=_exact(captured, plan, few))
     if dtype is None and not compiled:
         plan = replace(plan, kept=_kept(captured, plan, live, few, pick, stacks))
     return calibrated(plan, few, partial(stacks_of, found), tuning)
@@ -134,22 +134,16 @@ def _kept(captured: Captured, plan: Plan, live: nn.Module, rows: Rows, pick: Pic
     return kept
 
 
-def _expected(
-    plan: Plan, live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, stacks: Stacks
-) -> Program | None:  # fmt: skip
-    """The program whose pass at the masks' expectations is the output with all draws off, in the network's own type."""
+def _rides(plan: Plan, live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, stacks: Stacks) -> bool:
+    """Whether a pass at the masks' expectations is the output with all draws off; in few digits not by chance."""
     program = plan.program
     assert program is not None
     try:
         with torch.no_grad():
             off = draws_off(plain, rows, pick)
-            if program.dtype is None:
-                got = straight(program, plan.mask_values(stacks, ride=True), rows, CHECK_PASSES + 1)[-1]
-            else:
-                fewest, program = program.fewest_rows, Program(capture(live, rows, pick, plan.trace, stacks))
-                program.fewest_rows = fewest
-                masks = [expected_stack(site, rows.leaves[0].device) for site in plan.on]
-                got = straight(program, program.masks(masks), rows, 1)[0]
+            got = straight(program, plan.mask_values(stacks, ride=True), rows, CHECK_PASSES + 1)[-1]
+        if program.dtype is not None and not mean_preserving(live, plain, rows, pick, plan.trace):
+            return False
     except Exception:  # then it is computed on its own
-        return None
-    return program if difference(got, off) <= tolerance(off.dtype) else None
+        return False
+    return difference(got, off) <= tolerance(program.dtype or off.dtype)

@@ -171,8 +171,8 @@ class Plans:
         self._values.clear()
 
     def expected_values(self, plan: Plan) -> Values:
-        """Gives what the program of the output with all draws off makes of masks that hold their expectations."""
-        program, device = plan.expected, self._place()[0]
+        """Gives what a captured program makes of masks that hold their expectations, those of a single pass."""
+        program, device = plan.program, self._place()[0]
         assert program is not None
 
         def made() -> Values:

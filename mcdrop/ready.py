@@ -136,7 +136,7 @@ class Ready:
         """Gives the outputs with every draw off: a pass of its own, unless it rode along with the first passes."""
         if self._off is not None:
             return as_numpy(self._off)
-        program = self._whole.expected
+        program = self._whole.program if self._whole.rides else None
         if program is not None and program.holds(1, self._rows.count):
             try:
                 return self._expected(program)

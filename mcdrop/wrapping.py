@@ -53,9 +53,9 @@ def wrap(
             the audit.
         memory: bytes that the activations of one chunk of passes may take; "auto" is about a CPU's cache, which is
             fastest there.
-        precision: of the passes of a float32 network: "fp32", "bf16" (its matrix products and convolutions are several
-            times faster on processors that have the instructions) or "tf32" (on CUDA devices). The audit states its
-            error in standard deviations of the passes.
+        precision: of the passes of a float32 network, and of the output with all draws off that comes with them:
+            "fp32", "bf16" (its matrix products and convolutions are several times faster on processors that have the
+            instructions) or "tf32" (on CUDA devices). The audit states its error in standard deviations of the passes.
         compile: whether torch's compiler takes the captured passes; it is paid for here and at new sizes.
         devices: several devices to share the rows out to, each with a copy of the network; none is the network's own.
         tuning: choices that were timed before, ``chunk`` and ``kept_from`` of an audit, to be taken as they are; {} is

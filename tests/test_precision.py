@@ -51,19 +51,21 @@ def test_answers_in_bf16_are_within_their_error_of_full_precision(device: str) -
     assert "precision" not in str(full.audit)
 
 
-@pytest.mark.parametrize(("name", "captured"), [("mlp", False), ("residual", True), ("lstm", True)])
+@pytest.mark.parametrize(("name", "rides"), [("mlp", False), ("residual", True), ("lstm", True)])
 @on_each_device
-def test_the_deterministic_output_stays_in_full_precision(name: str, captured: bool, device: str) -> None:
-    """Captured where plain eval is a pass at the masks' expectations, which that of an alpha dropout is not."""
+def test_the_deterministic_output_has_the_digits_of_the_passes(name: str, rides: bool, device: str) -> None:
+    """It rides along where plain eval is a pass at the masks' expectations, which that of an alpha dropout is not."""
     net, x = made(name, device)
     model = mcdrop.wrap(net, example=x[:8], precision="bf16")
+    assert backend_of(model).plan(model.rows(x)).rides == rides
     with torch.no_grad():
-        assert apart(mcdrop.predict(model, x, passes=4).deterministic, net(x).cpu()) < 1e-6
+        assert apart(mcdrop.predict(model, x, passes=4).deterministic, net(x).cpu()) < 2e-2
         for weight in net.parameters():  # it is that of today's weights, also where these have other memory
             weight.mul_(1.5)
             weight.data = weight.data.clone()
-        assert apart(mcdrop.predict(model, x, passes=4).deterministic, net(x).cpu()) < 1e-6
-    assert (backend_of(model).plan(model.rows(x)).expected is not None) == captured
+        found = mcdrop.predict(model, x, passes=4).deterministic
+        assert apart(found, net(x).cpu()) < (2e-2 if rides else 1e-6)
+        assert apart(mcdrop.predict(model, x, tolerance=1e9).deterministic, found) < 1e-2
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
 
 
