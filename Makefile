@@ -2,7 +2,7 @@
 ## make serve PORT=9000  the same on another port
 ## make test             the whole suite; PYTEST_ARGS="-k masks" passes arguments to pytest
 ## make lint             ruff and mypy
-## make bench            how fast passes are on this CPU, beside other libraries; twenty to thirty minutes
+## make bench            how fast passes are on this CPU, beside other libraries; about ten minutes
 ## make bench-gpu        the same table on a CUDA device
 ## make clean            remove the environments, builds and caches; trained models stay
 ##
@@ -13,7 +13,7 @@ PORT ?= 8000
 STORE ?= models/store
 DEFAULT_MODEL ?= noisy-line
 PYTEST_ARGS ?=
-BENCH_ARGS ?= --rounds 5 --each 1 --leave-out compiled
+BENCH_ARGS ?= --rounds 3 --each 0.5 --leave-out compiled,memory
 
 VENV := .venv
 BENCH_VENV := .venv-bench

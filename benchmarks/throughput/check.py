@@ -58,12 +58,14 @@ def reference(setting: Setting) -> Reference:
 
 def pooled(run: Run, first: Moments, seconds: float) -> tuple[Moments, int]:
     """Gives the moments of several runs with other draws, and how many there were."""
-    count = max(1, min(POOLED, int(POOLED_SECONDS / seconds)))
-    found = [first, *(run(seed) for seed in range(1, count))]
-    if count > 1 and torch.equal(found[1][0], first[0]):  # its draws are fixed, so further runs tell nothing
-        found, count = found[:1], 1
+    found, began = [first], time.perf_counter()
+    while len(found) < POOLED and time.perf_counter() - began + seconds <= POOLED_SECONDS:
+        found.append(run(len(found)))
+        if torch.equal(found[-1][0], first[0]):  # its draws are fixed, so further runs tell nothing
+            del found[-1]
+            break
     mean, variance = (torch.stack([one[k].double().cpu() for one in found]).mean(0) for k in range(2))
-    return (mean, variance), count
+    return (mean, variance), len(found)
 
 
 def verdict(found: Moments, passes: int, truth: Reference, precision: str = "fp32") -> str:

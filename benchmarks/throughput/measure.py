@@ -1,7 +1,10 @@
 """One case: every way prepared and checked, then timed in turn."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+from torch import nn
 
 from benchmarks.throughput.cases import Case
 from benchmarks.throughput.check import ANSWER, ZERO, reference
@@ -38,7 +41,7 @@ class Effort:
 def measure(case: Case, *, device: str, effort: Effort, peaks: dict[str, float]) -> Result:
     """Gives the figures of one case; a way that gives no answer is named with the reason."""
     network = NETWORKS[case.network]
-    net, x = network.made().to(device), network.rows(case.rows).to(device)
+    net, x = _made(case.network, device), network.rows(case.rows).to(device)
     setting = Setting(network, net, x, case.passes, case.compiled)
     ways, ready = _ready(setting)
     take_turns(ready, effort)
@@ -57,6 +60,11 @@ def measure(case: Case, *, device: str, effort: Effort, peaks: dict[str, float])
         "loop_ratio": ways["loop"].get("times_mcdrop"),
         "ways": ways,
     }
+
+
+@lru_cache(maxsize=1)  # cases of one network follow one another, and what is made of it once serves them all
+def _made(network: str, device: str) -> nn.Module:
+    return NETWORKS[network].made().to(device)
 
 
 def _ready(setting: Setting) -> tuple[Result, list[Ready]]:
