@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "finite_passes", "identical", "largest"]
+__all__ = ["difference", "identical", "largest"]
 
 
 def difference(got: Any, expected: Any, *, scale: float | None = None) -> float:
@@ -35,13 +35,6 @@ def largest(values: Any) -> float:
     array = np.abs(_array(values))
     top = float(array.max(initial=0.0))
     return max(top if np.isfinite(top) else float(array[np.isfinite(array)].max(initial=0.0)), 1e-30)
-
-
-def finite_passes(passes: Any, *others: Any) -> list[NDArray[np.float64]]:
-    """Gives passes (T, ...) and others, or what belongs to one (...), with 0 where one of the first is not finite."""
-    arrays = [_array(values).astype(np.float64) for values in (passes, *others)]
-    whole = np.isfinite(arrays[0]).all(axis=0)
-    return arrays if whole.all() else [np.where(whole, values, 0) for values in arrays]
 
 
 def _array(values: Any) -> NDArray[Any]:

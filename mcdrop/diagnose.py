@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcdrop.agreement import finite_passes
 from mcdrop.audit import Audit, NormReport
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
+from mcdrop.moments import Found, mean_gap, moments_of, total_variance
 from mcdrop.onednn import FLOPS
+from mcdrop.ready import as_numpy
 from mcdrop.record import caller, module_paths
 from mcdrop.rows import Rows
 
@@ -46,54 +47,47 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
     began = time.monotonic()
     everything = backend.run(rows, _PASSES, only=None)
     seconds = time.monotonic() - began
-    error = _precision_error(backend, rows, everything)
+    error, found = _precision_error(backend, rows, everything), _moments(everything)
     norms = _norms(backend, rows)
     prefix, speed_up = _prefix(backend, rows)
     audit = replace(
         audit, tier=plan.tier, tier_reason=plan.reason, kept_from=plan.kept_from, chunk=plan.chunk,
         exact_last=plan.exact is not None, prepare_seconds=prepared, norms=norms, prefix_share=prefix,
         speed_up=speed_up,
-        mean_gap=_gap(backend, rows, everything), precision=backend.precision, precision_error=error,
+        mean_gap=mean_gap(found, backend.deterministic(rows)), precision=backend.precision, precision_error=error,
         warnings=(*audit.warnings, *_norm_warnings(norms)),
     )  # fmt: skip
     if seconds * len(audit.live) > _SECONDS:
         return audit
-    return replace(audit, sites=_shares(backend, rows, audit, everything))
+    return replace(audit, sites=_shares(backend, rows, audit, found))
 
 
-def _shares(backend: TorchBackend, rows: Rows, audit: Audit, everything: Tensor) -> Any:
+def _shares(backend: TorchBackend, rows: Rows, audit: Audit, everything: Found) -> Any:
     """The variance that each live site makes on its own, as a part of the variance of all together."""
-    total = max(_variance(everything), 1e-300)
+    total = total_variance(everything)
     sites = []
     for site in audit.sites:
         if site.verdict == "live":
-            alone = backend.run(rows, _PASSES, only=site.name)
-            site = replace(site, share=_variance(alone) / total)
+            alone = _moments(backend.run(rows, _PASSES, only=site.name))
+            site = replace(site, share=total_variance(alone) / total)
         sites.append(site)
     return tuple(sites)
 
 
-def _variance(passes: Tensor) -> float:
-    """The variance of all outputs together."""
-    (values,) = finite_passes(passes)
-    return float(values.var(axis=0, ddof=1).sum())
-
-
-def _gap(backend: TorchBackend, rows: Rows, everything: Tensor) -> float:
-    """The largest distance between the mean of the passes and the deterministic output, in standard deviations."""
-    values, deterministic = finite_passes(everything, backend.deterministic(rows))
-    std = values.std(axis=0, ddof=1)
-    floor = max(float(std.max()), 1e-300) * 1e-3
-    return float((np.abs(values.mean(axis=0) - deterministic) / np.maximum(std, floor)).max())
+def _moments(passes: Tensor) -> Found:
+    return moments_of(map(as_numpy, passes))
 
 
 def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> float | None:
     """What a lower precision changes in passes of the same masks, in standard deviations: a root mean square."""
     if backend.precision == "fp32":
         return None
-    exact, lower = finite_passes(backend.run(rows, _PASSES, only=None, tier="loop"), everything)
-    spread = max(float(exact.var(axis=0, ddof=1).mean()), 1e-300)
-    error = math.sqrt(float(np.square(lower - exact).mean()) / spread)
+    exact = backend.run(rows, _PASSES, only=None, tier="loop")
+    squares = 0.0
+    with np.errstate(invalid="ignore"):
+        for low, full in zip(map(as_numpy, everything), map(as_numpy, exact), strict=True):
+            squares += float(np.nansum(np.square(low - full, dtype=np.float64)))
+    error = math.sqrt(squares / _PASSES / total_variance(_moments(exact)))
     if not error <= _LARGEST_ERROR:
         raise ModelRefused(
             f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation, more "

@@ -1,8 +1,8 @@
 """Streaming moments over passes, and the Monte Carlo error that follows from them."""
 
 import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from mcdrop.blocks import Blocks, shares
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Found", "Gathered", "Summing"]
+__all__ = ["Found", "Gathered", "Summing", "mean_gap", "moments_of", "total_variance"]
 
 Array = NDArray[np.float64]
 
@@ -210,6 +210,29 @@ class Gathered:
         assert error is not None
         degrees = (told[0].whole if told else count) - 1
         return Found(self._first + total / count, deviations / count + error, error, degrees)
+
+
+def moments_of(passes: Iterable[NDArray[Any]]) -> Found:
+    """Gives mean and variance of independent passes (...), one at a time; NaN where one is infinite or NaN."""
+    gathered = Gathered()
+    with np.errstate(invalid="ignore"):
+        for one in passes:
+            gathered.add(one[None].astype(np.float64))
+        return gathered.read()
+
+
+def total_variance(found: Found) -> float:
+    """The variance of all outputs together but those that are infinite or NaN; never 0, so that shares are of it."""
+    return max(float(np.nansum(found.variance)), 1e-300)
+
+
+def mean_gap(found: Found, deterministic: NDArray[Any]) -> float:
+    """The largest distance between the mean of passes and a deterministic output, in standard deviations."""
+    std = np.sqrt(found.variance)
+    floor = np.fmax.reduce(std, axis=None, initial=1e-300) * 1e-3
+    with np.errstate(invalid="ignore"):
+        gaps = np.abs(found.mean - deterministic) / np.maximum(std, floor)
+    return float(np.fmax.reduce(gaps, axis=None, initial=0.0))
 
 
 def _cut(parts: Array, pieces: _Pieces) -> _Cut:

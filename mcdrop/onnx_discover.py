@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mcdrop.agreement import difference, finite_passes, identical
+from mcdrop.agreement import difference, identical
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.backends.onnx import OnnxBackend
 from mcdrop.errors import InputError, NoStochasticSite, UnknownName
 from mcdrop.masks import Site, sample_masks
+from mcdrop.moments import mean_gap, moments_of, total_variance
 from mcdrop.onnx_draws import Slot, masks_as_inputs
 from mcdrop.onnx_graph import depends_on, drop_norm_training, read_graph, walk
 from mcdrop.rows import Rows
@@ -213,27 +214,24 @@ def _audit(backend: OnnxBackend, rows: Rows, name: str, nodes: int) -> Audit:
     }
     drawn = sample_masks(sites, _PASSES, seed=0)
     off = backend.deterministic(rows).astype(np.float64)
-    everything, middle = finite_passes(backend.run(rows, drawn, _PASSES, plan.trace, plan.tier), off)
-    total = max(float(everything.var(axis=0, ddof=1).sum()), 1e-300)
+    everything = moments_of(backend.run(rows, drawn, _PASSES, plan.trace, plan.tier))
     reports = []
     for site in sites:
         verdict, reason = _verdict(backend, rows, sites, site)
         share = None
         if verdict == "live":
-            (alone,) = finite_passes(backend.run(rows, {site.name: drawn[site.name]}, _PASSES, plan.trace, plan.tier))
-            share = float(alone.var(axis=0, ddof=1).sum()) / total
+            alone = backend.run(rows, {site.name: drawn[site.name]}, _PASSES, plan.trace, plan.tier)
+            share = total_variance(moments_of(alone)) / total_variance(everything)
         p = site.p if site.kind == "bernoulli" else None
         reports.append(
             SiteReport(
                 site.name, site.path, site.kind, p, site.shape, verdict, reason, shared=site.name in shared, share=share
             )
         )
-    std = everything.std(axis=0, ddof=1)
-    floor = max(float(std.max()), 1e-300) * 1e-3
-    gap = float((np.abs(everything.mean(axis=0) - middle) / np.maximum(std, floor)).max())
     return Audit(
         model=name, modules=nodes, sites=tuple(reports), stochastic=tuple(dict.fromkeys(site.path for site in sites)),
-        tier=plan.tier, tier_reason=plan.reason, mean_gap=gap, warnings=_coupled(backend, rows, off),
+        tier=plan.tier, tier_reason=plan.reason, mean_gap=mean_gap(everything, off),
+        warnings=_coupled(backend, rows, off),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from graphs import live
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.agreement import difference, finite_passes, identical, largest
+from mcdrop.agreement import difference, identical, largest
 from mcdrop.errors import ModelRefused, NoStochasticSite
 from mcdrop.quiet import quiet
 from mcdrop.tiers import TIERS
@@ -47,13 +47,6 @@ def test_shapes_and_every_type_of_numbers_are_told_apart() -> None:
         assert identical(some, some.clone())
         assert not identical(some, some.flip(0))
     assert difference(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)) == 0.5
-
-
-def test_passes_that_are_not_finite_count_as_nothing() -> None:
-    passes = np.array([[1.0, INF, 3.0], [2.0, 5.0, 4.0]])
-    kept, beside = finite_passes(passes, np.array([7.0, 8.0, NAN]))
-    np.testing.assert_array_equal(kept, [[1, 0, 3], [2, 0, 4]])
-    np.testing.assert_array_equal(beside, [7, 0, NAN])
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

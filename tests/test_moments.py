@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mcdrop.at_once import are_few
 from mcdrop.blocks import FEWEST_BLOCKS
 from mcdrop.masks import BLOCKS, Site, sample_masks
-from mcdrop.moments import Gathered
+from mcdrop.moments import Gathered, mean_gap, moments_of, total_variance
 from mcdrop.sums import summed_up
 
 Array = NDArray[np.float64]
@@ -214,3 +214,29 @@ def test_variance_and_error_of_stratified_passes_are_unbiased(passes: int) -> No
         assert abs(float(state.read().variance.mean()) - truth) < 4 * error(state.read().variance)
     else:  # from above, by less than 1 / passes of the truth
         assert -4 * error(state.read().variance) < float(state.read().variance.mean()) - truth < truth / passes
+
+
+# -- of passes one at a time -------------------------------------------------------------------------------------------
+
+
+def test_moments_of_passes_one_at_a_time_are_numpy_s() -> None:
+    values = np.random.default_rng(0).normal(1e3, 1, (32, 4, 3)).astype(np.float32)
+    found, wide = moments_of(values), values.astype(np.float64)
+    np.testing.assert_allclose(found.mean, wide.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(found.variance, wide.var(axis=0, ddof=1), rtol=1e-10)
+    assert total_variance(found) == pytest.approx(wide.var(axis=0, ddof=1).sum())
+    off = wide.mean(axis=0) + 0.5 * wide.std(axis=0, ddof=1)
+    off[0, 0] -= 2.5 * wide[:, 0, 0].std(ddof=1)
+    assert mean_gap(found, off) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_outputs_that_are_no_numbers_count_neither_for_the_gap_nor_for_the_variance(value: float) -> None:
+    values = np.random.default_rng(0).normal(size=(32, 4))
+    harmed, off = values.copy(), values[0].copy()
+    harmed[5, 1] = value
+    for out in (off, np.where(np.arange(4) == 1, value, off)):
+        assert mean_gap(moments_of(harmed), out) == mean_gap(moments_of(np.delete(values, 1, 1)), np.delete(off, 1))
+    assert total_variance(moments_of(harmed)) == pytest.approx(np.delete(values, 1, 1).var(axis=0, ddof=1).sum())
+    assert mean_gap(moments_of(np.full((3, 2), value)), np.zeros(2)) == 0
+    assert 0 < total_variance(moments_of(np.full((3, 2), value))) < 1e-200

@@ -3,10 +3,13 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+import mcdrop
 from benchmarks.throughput.networks import Network
 
 __all__ = ["MOST_BYTES", "Moments", "Run", "Setting", "Skipped", "moments"]
@@ -15,6 +18,8 @@ Moments = tuple[Tensor, Tensor]  # mean and variance over the passes, (N, D) eac
 Run = Callable[[int], Moments]  # of a seed, where the way has one
 
 MOST_BYTES = {"cpu": 2**30, "cuda": 2**34}  # what repeated rows may take; on a CPU they are slower well before
+_EXAMPLE = 8  # rows
+_MODELS: WeakKeyDictionary[nn.Module, dict[Any, mcdrop.Model]] = WeakKeyDictionary()
 
 
 class Skipped(Exception):
@@ -42,6 +47,13 @@ class Setting:
     def copy(self) -> nn.Module:
         """Gives a network of the way's own."""
         return copy.deepcopy(self.net)
+
+    def model(self, **asked: Any) -> mcdrop.Model:
+        """Gives the network as mcdrop wraps it; once for all settings of one network."""
+        models, key = _MODELS.setdefault(self.net, {}), tuple(sorted(asked.items()))
+        if key not in models:
+            models[key] = mcdrop.wrap(self.copy(), example=self.network.rows(_EXAMPLE).to(self.x.device), **asked)
+        return models[key]
 
     @property
     def fits_repeated(self) -> bool:

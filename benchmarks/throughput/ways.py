@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,8 +21,6 @@ __all__ = ["EXACT", "WAYS", "Way", "precision_of"]
 
 Way = Callable[[Setting], dict[str, Run]]
 
-_MODELS: WeakKeyDictionary[nn.Module, dict[Any, mcdrop.Model]] = WeakKeyDictionary()
-
 EXACT = "mcdrop exact last"
 MOST_GRAPH = 2 * 10**10  # operations of a posterior as a file; a larger one takes long to write and to check
 MOST_GRAPH_BYTES = 200 * 2**20
@@ -34,15 +31,6 @@ def precision_of(way: str) -> str:
     return next((name for name in ("bf16", "tf32") if name in way.split()), "fp32")
 
 
-def wrapped(setting: Setting, **asked: Any) -> mcdrop.Model:
-    """Gives a model of the setting's network; the same one for all settings of that network."""
-    models = _MODELS.setdefault(setting.net, {})
-    key = tuple(sorted(asked.items()))
-    if key not in models:
-        models[key] = mcdrop.wrap(setting.copy().eval(), example=setting.network.rows(8).to(setting.x.device), **asked)
-    return models[key]
-
-
 def ours(exact_last: bool = False, **asked: Any) -> Way:
     """Gives mcdrop as ``wrap`` is asked for it. A plan that comes again finds its masks, as in a service."""
 
@@ -51,7 +39,7 @@ def ours(exact_last: bool = False, **asked: Any) -> Way:
             raise Skipped("compiled in one case of each network")
         if asked.get("precision") == "tf32" and not setting.x.is_cuda:
             raise Skipped("on CUDA devices only")
-        model = wrapped(setting, **asked)
+        model = setting.model(**asked)
 
         def run(seed: int) -> Moments:
             plan = mcdrop.PassPlan(setting.passes, seed, exact_last=exact_last)
@@ -119,7 +107,7 @@ def exported(setting: Setting) -> dict[str, Run]:
         import onnxruntime
     except ImportError:
         raise Skipped("not installed") from None
-    model = wrapped(setting)
+    model = setting.model()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # its threads would else spin on after its turn, and take the cores from whoever comes next
