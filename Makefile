@@ -3,6 +3,7 @@
 ## make test             the whole suite; PYTEST_ARGS="-k masks" passes arguments to pytest
 ## make lint             ruff and mypy
 ## make bench            how fast passes are on this CPU, beside other libraries; about ten minutes
+## make bench-growth     time to a given error, and how time and memory grow; about six minutes
 ## make bench-gpu        the same table on a CUDA device
 ## make clean            remove the environments, builds and caches; trained models stay
 ##
@@ -23,7 +24,7 @@ BENCH_RUN := $(BENCH_VENV)/bin/python
 BENCH_INSTALL := $(BENCH_RUN) -m pip --disable-pip-version-check install --quiet --quiet
 TORCH := torch==2.13.0
 
-.PHONY: help serve test lint bench bench-gpu clean
+.PHONY: help serve test lint bench bench-growth bench-gpu clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -42,6 +43,9 @@ lint: $(VENV)/ready-to-test
 
 bench: $(BENCH_VENV)/ready-to-bench
 	$(BENCH_RUN) -m benchmarks.throughput --json benchmarks/results/throughput.json $(BENCH_ARGS)
+	$(BENCH_RUN) -m benchmarks.throughput.report
+
+bench-growth: $(BENCH_VENV)/ready-to-bench
 	$(BENCH_RUN) -m benchmarks.throughput.error --json benchmarks/results/throughput-error.json
 	$(BENCH_RUN) -m benchmarks.throughput.scaling --json benchmarks/results/throughput-scaling.json
 	$(BENCH_RUN) -m benchmarks.throughput.report
