@@ -80,7 +80,7 @@ def test_the_operations_of_fused_layers_are_counted() -> None:
     model = mcdrop.wrap(net, example=torch.ones(3, 8), precision="bf16")
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         passes(model, torch.ones(3, 8), count)
-    assert counter.get_total_flops() == 2 * 3 * count * (8 * 16 + 16 * 2)
+    assert counter.get_total_flops() == 2 * 3 * (count + 1) * (8 * 16 + 16 * 2)
 
 
 def test_linear_layers_in_bfloat16_add_their_bias_and_relu_as_they_write() -> None:
