@@ -2,8 +2,8 @@
 ## make serve PORT=9000  the same on another port
 ## make test             the whole suite; PYTEST_ARGS="-k masks" passes arguments to pytest
 ## make lint             ruff and mypy
-## make bench            how fast passes are on this CPU, beside other libraries; about ten minutes
-## make bench-growth     time to a given error, and how time and memory grow; about six minutes
+## make bench            how fast passes are on this CPU, beside other libraries; about twelve minutes
+## make bench-growth     time to a given error, and how time and memory grow; about eight minutes
 ## make bench-gpu        the same table on a CUDA device
 ## make clean            remove the environments, builds and caches; trained models stay
 ##
