@@ -16,7 +16,7 @@ from mcdrop.digits import digits
 CUDA = torch.device("cuda")  # a name: the switch is there without a device
 
 
-@pytest.fixture(autouse=True, params=[False, True])
+@pytest.fixture(params=[False, True])
 def before(request: pytest.FixtureRequest) -> Iterator[tuple[bool, bool]]:
     was = now()
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = request.param, True
@@ -84,7 +84,7 @@ def everything() -> list[Any]:
     return found
 
 
-# What somebody may have set, run in a process of its own: not all of it can be taken back.
+# What somebody may have set. Not all of it can be taken back: each is set in a process of its own.
 SET = {
     "nothing": "pass",
     "a word": "torch.set_float32_matmul_precision('medium')",
@@ -96,25 +96,34 @@ SET = {
     "the one above all": "torch.backends.fp32_precision = 'tf32'",
 }
 SCRIPT = """
+import os
 import sys
 sys.path.insert(0, "tests")
 import torch
-from test_digits import CUDA, digits, everything
+from test_digits import CUDA, SET, digits, everything
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-{set}
-before = everything()
-for tf32 in (False, True, False):
-    with digits(CUDA, tf32=tf32):
-        assert everything()[:3] == ["tf32" if tf32 else "ieee"] * 3, everything()
-    assert everything() == before, (before, everything())
+
+def check(setting):
+    exec(setting)
+    before = everything()
+    for tf32 in (False, True, False):
+        with digits(CUDA, tf32=tf32):
+            assert everything()[:3] == ["tf32" if tf32 else "ieee"] * 3, everything()
+        assert everything() == before, (before, everything())
+
+for what, setting in SET.items():
+    child = os.fork()
+    if not child:
+        check(setting)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, what
 """
 
 
-@pytest.mark.parametrize("what", SET)
-def test_whatever_was_set_holds_afterwards_and_not_inside(what: str) -> None:
+def test_whatever_was_set_holds_afterwards_and_not_inside() -> None:
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT.format(set=SET[what])], cwd=root)
-    assert done.returncode == 0
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_other_mode_inside_of_one_is_an_error_instead_of_waiting_for_ever(before: tuple[bool, bool]) -> None:

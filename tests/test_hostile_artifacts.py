@@ -1,18 +1,20 @@
 """Files made to run code, to lead elsewhere or to break a parser: each ends in one clear sentence and nothing else.
 
-Every file is loaded in a process of its own, in an empty folder; code in it would leave a marker file there.
+The files are loaded by another process, in an empty folder; code in one would leave a marker file there.
 """
 
 import functools
 import io
+import itertools
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,18 @@ from mcdrop.store import sha256
 ROOT = Path(__file__).parents[1]
 
 _CHILD = """
+import json
 import sys
 import numpy as np
 import mcdrop
-try:
-    model = mcdrop.load(sys.argv[1], **eval(sys.argv[2]))
-    print("loaded", mcdrop.predict(model, np.ones((2, 8), np.float32), passes=4).variance.shape)
-except mcdrop.errors.MCDropError as error:
-    print(type(error).__name__, error)
+for line in sys.stdin:
+    path, given = json.loads(line)
+    try:
+        model = mcdrop.load(path, **given)
+        print("loaded", mcdrop.predict(model, np.ones((2, 8), np.float32), passes=4).variance.shape)
+    except mcdrop.errors.MCDropError as error:
+        print(type(error).__name__, error)
+    print(flush=True)
 """
 
 
@@ -47,19 +53,54 @@ class _Evil:
         return eval, ("open('marker', 'w').close()",)
 
 
-def _load(path: Path, folder: Path, **given: Any) -> str:
-    """Loads in a child process and gives what it said; it may take a minute and must leave no marker."""
-    work = folder / "empty"
-    work.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _CHILD, str(path), repr(given)], cwd=work, timeout=90, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, check=False,
-    )  # fmt: skip
-    assert not list(work.iterdir()), "code of the file ran"
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    assert len(done.stdout.strip().splitlines()) == 1
-    return done.stdout
+class _Child:
+    """A process that loads one file after the other in an empty folder, and starts anew where one brought it down."""
+
+    def __init__(self, folder: Path) -> None:
+        self._work, self._said = folder / "empty", folder / "stderr.txt"
+        self._work.mkdir()
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
+        with self._said.open("a") as stderr:
+            return subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", _CHILD], cwd=self._work, text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            )  # fmt: skip
+
+    def load(self, path: Path, **given: Any) -> str:
+        """Gives the one line that it says of a file; that may take a minute and must leave no marker."""
+        if self._process.poll() is not None:
+            self._process = self._started()
+        os.truncate(self._said, 0)
+        late = threading.Timer(90, self._process.kill)
+        late.start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([str(path), given]), file=self._process.stdin, flush=True)
+        lines = [*itertools.takewhile(str.strip, self._process.stdout)]
+        late.cancel()
+        stderr = self._said.read_text()
+        if not lines:
+            self.end()
+        assert not list(self._work.iterdir()), "code of the file ran"
+        assert "Traceback" not in stderr
+        assert len(lines) == 1, stderr[-2000:]
+        return lines[0]
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Child]:
+    """One for all files: whoever loads one that is refused goes on to the next, as a service does."""
+    made = _Child(tmp_path_factory.mktemp("child"))
+    yield made
+    made.end()
 
 
 # -- .pt2 --------------------------------------------------------------------------------------------------------------
@@ -174,11 +215,11 @@ PROGRAMS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", PROGRAMS)
-def test_hostile_programs(case: str, tmp_path: Path) -> None:
+def test_hostile_programs(case: str, tmp_path: Path, child: _Child) -> None:
     make, said = PROGRAMS[case]
     path = tmp_path / "net.pt2"
     path.write_bytes(make())
-    assert re.search(said, _load(path, tmp_path, example=[[1.0] * 8] * 4))
+    assert re.search(said, child.load(path, example=[[1.0] * 8] * 4))
 
 
 @pytest.mark.parametrize("change", [_evil_samples, _pickled_weight, _model(_expression)])
@@ -220,10 +261,10 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_other_files(name: str, tmp_path: Path) -> None:
+def test_other_files(name: str, tmp_path: Path, child: _Child) -> None:
     make, said = FILES[name]
     (tmp_path / name).write_bytes(make())
-    assert re.search(said, _load(tmp_path / name, tmp_path))
+    assert re.search(said, child.load(tmp_path / name))
 
 
 def test_pickles_are_converted_without_running_them(tmp_path: Path) -> None:
@@ -242,7 +283,7 @@ def test_pickles_are_converted_without_running_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("location", ["../outside.bin", "/etc/passwd", "linked.bin", "hard.bin", "plain.bin"])
-def test_tensors_in_other_files_are_not_read(location: str, tmp_path: Path) -> None:
+def test_tensors_in_other_files_are_not_read(location: str, tmp_path: Path, child: _Child) -> None:
     (tmp_path / "outside.bin").write_bytes(bytes(4096))
     folder = tmp_path / "model"
     folder.mkdir()
@@ -255,18 +296,18 @@ def test_tensors_in_other_files_are_not_read(location: str, tmp_path: Path) -> N
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     (folder / "net.onnx").write_bytes(model.SerializeToString())
-    assert "keeps tensors in other files" in _load(folder / "net.onnx", tmp_path)
+    assert "keeps tensors in other files" in child.load(folder / "net.onnx")
 
 
-def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
+def test_links_and_pipes_are_not_followed(tmp_path: Path, child: _Child) -> None:
     real = tmp_path / "real.onnx"
     real.write_bytes(exported("mlp"))
     (tmp_path / "link.onnx").symlink_to(real)
-    assert "plain file" in _load(tmp_path / "link.onnx", tmp_path)
+    assert "plain file" in child.load(tmp_path / "link.onnx")
     (tmp_path / "hard.onnx").hardlink_to(real)
-    assert "plain file" in _load(tmp_path / "hard.onnx", tmp_path)
+    assert "plain file" in child.load(tmp_path / "hard.onnx")
     os.mkfifo(tmp_path / "pipe.onnx")
-    assert "ModelNotFound" in _load(tmp_path / "pipe.onnx", tmp_path)
+    assert "ModelNotFound" in child.load(tmp_path / "pipe.onnx")
 
 
 def test_pins(tmp_path: Path) -> None:
@@ -284,7 +325,7 @@ def test_pins(tmp_path: Path) -> None:
         mcdrop.load(folder)
 
 
-def test_a_manifest_names_no_code_and_no_other_place(tmp_path: Path) -> None:
+def test_a_manifest_names_no_code_and_no_other_place(tmp_path: Path, child: _Child) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(exported("mlp"))
     folder = mcdrop.save(mcdrop.load(path), tmp_path / "net" / "1")
@@ -295,4 +336,4 @@ def test_a_manifest_names_no_code_and_no_other_place(tmp_path: Path) -> None:
     }
     for said, text in changes.items():
         (folder / "model.toml").write_text(text)
-        assert said in _load(folder, tmp_path)
+        assert said in child.load(folder)
