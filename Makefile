@@ -19,7 +19,9 @@ BENCH_ARGS ?= --rounds 3 --each 0.5 --leave-out compiled,memory
 VENV := .venv
 BENCH_VENV := .venv-bench
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
+INSTALL := $(RUN) -m pip --disable-pip-version-check install --no-compile --quiet --quiet --constraint constraints.txt
+# On all cores, where pip takes one; a package may hold files that are not meant to compile.
+COMPILE := $(RUN) -m compileall -qq -j 0 $(VENV)/lib || true
 BENCH_RUN := $(BENCH_VENV)/bin/python
 BENCH_INSTALL := $(BENCH_RUN) -m pip --disable-pip-version-check install --quiet --quiet
 TORCH := torch==2.13.0
@@ -34,7 +36,7 @@ serve: $(VENV)/ready-to-serve
 	@MCDROP_DEFAULT_MODEL=$(DEFAULT_MODEL) exec $(RUN) -m mcdrop serve $(STORE) --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/ready-to-test
-	$(RUN) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/ready-to-test
 	$(RUN) -m ruff check .
@@ -66,11 +68,13 @@ $(VENV)/ready-to-serve: pyproject.toml constraints.txt
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) $(TORCH)
 	@$(INSTALL) --editable '.[serve,models]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/ready-to-test: $(VENV)/ready-to-serve
 	@echo "installing what the tests and checks need into $(VENV), once"
 	@$(INSTALL) --editable '.[dev,zoo]'
+	@$(COMPILE)
 	@touch $@
 
 # The libraries that the benchmark compares with stay out of $(VENV). They are installed without what they ask for, which

@@ -34,10 +34,11 @@ def _linear_batched(info: Any, dims: Any, x: Tensor, weight: Tensor, bias: Tenso
     """One more axis in front is all that a linear layer needs, unless its weights differ from pass to pass."""
     if dims[1] is None and dims[2] is None:
         return _linear(x.movedim(dims[0], 0), weight, bias), 0
-    x = x.unsqueeze(0) if dims[0] is None else x.movedim(dims[0], 0)
-    weight = weight.unsqueeze(0) if dims[1] is None else weight.movedim(dims[1], 0)
+    count = info.batch_size
+    x = x.expand(count, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
+    weight = weight.expand(count, *weight.shape) if dims[1] is None else weight.movedim(dims[1], 0)
     flat = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-    output = torch.matmul(flat, weight.transpose(1, 2))
+    output = torch.bmm(flat, weight.transpose(1, 2))  # matmul ties sizes to those of today in some versions
     if bias is not None:
         output = output + (bias if dims[2] is None else bias.movedim(dims[2], 0).unsqueeze(1))
     return (output.unflatten(1, x.shape[1:-1]) if x.dim() > 2 else output.squeeze(1)), 0

@@ -14,6 +14,15 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps a file's tests on one worker; of the zoo's contract, those of a network: it is wrapped once for all."""
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        if "zoo/test_contract" in group and hasattr(item, "callspec"):
+            group = item.callspec.params.get("name", group)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The regression ``line`` (version 1; version 2 has a screen and a named column) and the classifier ``classes``."""
