@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import mcdrop
-from benchmarks.accuracy.report import environment
+from benchmarks.environment import environment
 
 PASSES = 50
 ROWS = (1, 256)

@@ -97,9 +97,10 @@ def _matmul_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Products of equally many matrices; torch 2.11 ties those that vmap takes apart to the number of rows."""
 
     def rule(mode: Interception, input: Tensor, *others: Any, **named: Any) -> Tensor:
-        if named or len(others) != 1 or input.dim() != others[0].dim() or input.dim() < 3:
+        other = *others, *(named[name] for name in ("other", "mat2") if name in named)
+        if len(other) != 1 or len(others) + len(named) != 1 or input.dim() != other[0].dim() or input.dim() < 3:
             return function(input, *others, **named)
-        output: Tensor = MATMUL(input, others[0])
+        output: Tensor = MATMUL(input, other[0])
         return output
 
     return rule

@@ -1,23 +1,18 @@
 """Results as JSON and Markdown; run as a script, renews the section of benchmarks/README.md from the results kept."""
 
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy
-import scipy
-import torch
 
-import mcdrop
 from benchmarks.accuracy.published import PUBLISHED, Figure
+from benchmarks.environment import ROOT
 
-__all__ = ["README", "ROOT", "environment", "markdown", "put_section"]
+__all__ = ["README", "markdown", "put_section"]
 
 Result = dict[str, Any]
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "uci.json"
 README = ROOT / "benchmarks" / "README.md"
 MARKERS = ("<!-- uci -->", "<!-- /uci -->")
@@ -26,35 +21,6 @@ TABLES = {  # a run: its title, and what the published figures beside it are cal
     "paper": ("The recipe of 2016, with its published drop rate and precision", ""),
     "ours": ("Our recipe against the best published Monte Carlo dropout", "best_"),
 }
-
-
-def environment() -> Result:
-    """Gives machine, versions and commit."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True
-    )
-    return {
-        "machine": {
-            "processor": _processor(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "mcdrop": mcdrop.__version__,
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "scipy": scipy.__version__,
-        },
-        "commit": described.stdout.strip() or "unknown",
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or "unknown"
 
 
 def markdown(results: Result) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.accuracy.report import README, ROOT, environment, put_section
+from benchmarks.accuracy.report import README, put_section
+from benchmarks.environment import ROOT, environment
 
 __all__ = ["figure", "read_images", "read_table", "run", "shown", "tables"]
 

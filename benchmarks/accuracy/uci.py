@@ -17,7 +17,8 @@ import torch
 from benchmarks.accuracy.data import RegressionSet, data_folder, names, read_set, recut
 from benchmarks.accuracy.experiment import run_ours, run_paper
 from benchmarks.accuracy.published import PUBLISHED, Figure
-from benchmarks.accuracy.report import environment, markdown
+from benchmarks.accuracy.report import markdown
+from benchmarks.environment import environment
 
 __all__ = ["main"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.report import environment
+from benchmarks.environment import environment
 from benchmarks.throughput.apart import measured_apart
 from benchmarks.throughput.cases import CASES, MEMORY_CASES, MEMORY_WAYS, Case
 from benchmarks.throughput.check import ANSWER

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.report import ROOT
+from benchmarks.environment import ROOT
 from benchmarks.throughput.clock import Sample, sampled
 from benchmarks.throughput.networks import NETWORKS, wide_network
 from benchmarks.throughput.setting import Setting

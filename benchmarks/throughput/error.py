@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.report import environment
+from benchmarks.environment import environment
 from benchmarks.throughput.check import ANSWER, reference
 from benchmarks.throughput.clock import median_ms, ratio
 from benchmarks.throughput.measure import Effort, best_peer, take_turns

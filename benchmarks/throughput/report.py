@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.report import README, ROOT, put_section
+from benchmarks.accuracy.report import README, put_section
+from benchmarks.environment import ROOT
 from benchmarks.throughput.check import ANSWER
 from benchmarks.throughput.networks import NETWORKS
 from benchmarks.throughput.scaling import exponent

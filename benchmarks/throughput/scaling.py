@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.report import environment
+from benchmarks.environment import environment
 from benchmarks.throughput.apart import measured_apart
 
 __all__ = ["SERIES", "exponent", "main"]

@@ -20,18 +20,20 @@ MORE, FEWER = [*range(ROWS), 0], [2, 1]  # rows: the proof has all four, and one
 # What no graph holds: decisions by values, states of its own, shapes that follow from values or from the batch.
 NO_GRAPH = {
     "attention_over_rows", "autocast", "batch_statistics", "bert_eager", "bert_padded", "branch_on_value",
-    "custom_autograd", "distribution_normal", "drawn_rate", "draws_follow_values", "drop_block", "dynamic_shape",
+    "custom_autograd", "drawn_rate", "draws_follow_values", "drop_block", "dynamic_shape",
     "fake_quantised", "gpt2_eager", "gpt2_sdpa", "gradient_inside", "gru_packed", "layer_drop", "lstm_packed",
     "lstm_weight_dropped", "noisy_experts", "numpy_inside", "swin", "timm_drop_block", "timm_vit_patch_drop", "unet",
 }  # fmt: skip
 if torch.__version__ < "2.13":
     NO_GRAPH.add("checkpointed")
+# Decides by values until torch's compiler is used, which switches the checks of distributions off for good.
+EITHER = {"distribution_normal"}
 
 
 def captured(name: str) -> tuple[Wrapped, TorchBackend]:
     """Gives a specimen that is captured, and its backend."""
     made = wrapped(name)
-    if name in NO_GRAPH:
+    if made.model.audit.tier != "captured":
         pytest.skip(f"runs by {made.model.audit.tier}: {made.model.audit.tier_reason}")
     assert isinstance(made.model.backend, TorchBackend)
     return made, made.model.backend
@@ -39,7 +41,8 @@ def captured(name: str) -> tuple[Wrapped, TorchBackend]:
 
 @every
 def test_all_are_captured_but_those_that_no_graph_holds(name: str) -> None:
-    assert (wrapped(name).model.audit.tier != "captured") == (name in NO_GRAPH), wrapped(name).model.audit.tier_reason
+    audit = wrapped(name).model.audit
+    assert (audit.tier != "captured") == (name in NO_GRAPH) or name in EITHER, audit.tier_reason
 
 
 @every
