@@ -124,7 +124,7 @@ def capture(
     axes = [("N", leaf) for leaf in arguments[1]] + [("T", stack) for stack in arguments[2]]
     symbols = {env.replace(_expression(tensor.shape[0])): axis for axis, tensor in axes}
     if any(not symbol.is_symbol for symbol in symbols):
-        raise NotCaptured("its operations are tied to the number of rows or passes")
+        raise NotCaptured("its operations are tied to the number of rows or passes (x.shape[0] is free, len(x) is not)")
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
     weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
     return Captured(graph, weights, leaves, stacks, Standing(places), symbols, _guards(env, symbols))
