@@ -246,7 +246,7 @@ def _drop_packed(mode: Interception, x: Tensor, sizes: Tensor, p: float) -> Tens
     return x * torch.cat([factor[step, :size] for step, size in enumerate(steps)])
 
 
-def _both(mode: Interception, x: Tensor, hidden: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gates(mode: Interception, x: Tensor, hidden: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
     w_in, w_hidden, b_in, b_hidden = weights
     with mode:  # a capture has its own linear layers
         return F.linear(x, w_in, b_in), F.linear(hidden, w_hidden, b_hidden)  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ def _lstm_cell(
     b_in: Tensor | None = None, b_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     hidden, cell = state
-    of_x, of_hidden = _both(mode, x, hidden, w_in, w_hidden, b_in, b_hidden)
+    of_x, of_hidden = _gates(mode, x, hidden, w_in, w_hidden, b_in, b_hidden)
     enter, forget, new, leave = (of_x + of_hidden).chunk(4, -1)
     cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
     return leave.sigmoid() * cell.tanh(), cell
@@ -267,7 +267,7 @@ def _gru_cell(
     mode: Interception, x: Tensor, hidden: Tensor, w_in: Tensor, w_hidden: Tensor,
     b_in: Tensor | None = None, b_hidden: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    of_x, of_hidden = _both(mode, x, hidden, w_in, w_hidden, b_in, b_hidden)
+    of_x, of_hidden = _gates(mode, x, hidden, w_in, w_hidden, b_in, b_hidden)
     reset_x, keep_x, new_x = of_x.chunk(3, -1)
     reset_h, keep_h, new_h = of_hidden.chunk(3, -1)
     keep = (keep_x + keep_h).sigmoid()
@@ -280,7 +280,7 @@ def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Function:
         mode: Interception, x: Tensor, hidden: Tensor, w_in: Tensor, w_hidden: Tensor,
         b_in: Tensor | None = None, b_hidden: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        return activation(torch.add(*_both(mode, x, hidden, w_in, w_hidden, b_in, b_hidden)))
+        return activation(torch.add(*_gates(mode, x, hidden, w_in, w_hidden, b_in, b_hidden)))
 
     return rule
 

@@ -17,7 +17,8 @@ PASSES = 4
 MORE, FEWER = [*range(ROWS), 0], [2, 1]  # rows: the proof has all four, and one
 
 
-# What no graph holds: decisions by values, states of its own, shapes that follow from values or from the batch.
+# What no graph holds: decisions by values, states of its own, shapes that follow from values or from the batch, and
+# what torch's own tracing or vmap does not take.
 NO_GRAPH = {
     "attention_over_rows", "autocast", "batch_statistics", "bert_eager", "bert_padded", "branch_on_value",
     "custom_autograd", "drawn_rate", "draws_follow_values", "drop_block", "dynamic_shape",
