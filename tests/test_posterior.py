@@ -57,6 +57,25 @@ def test_it_equals_predict_for_any_number_of_rows(name: str, task: str, tmp_path
         _compare(_run(path, few), mcdrop.predict(model, few, passes=70, interval="student_t"))
 
 
+def test_votes_that_rounding_decides_are_no_difference(tmp_path: Path) -> None:
+    hidden, order = torch.nn.Linear(8, 64), torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    head = torch.nn.Linear(64, 2)
+    with torch.no_grad():
+        for twins in (hidden.weight, hidden.bias):
+            twins[32:] = twins[:32][order]
+        # both classes add up the same terms, each in an order of its own
+        head.weight[0, 32:], head.weight[1, :32], head.bias[1] = 0, 0, head.bias[0]
+        head.weight[1, 32:] = head.weight[0, :32][order]
+    net = torch.nn.Sequential(torch.nn.Dropout(0.3), hidden, torch.nn.Tanh(), head)
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    model = mcdrop.wrap(net, example=x, task="classification")
+    found = _run(mcdrop.export_onnx(model, tmp_path / "posterior.onnx"), x.numpy())
+    expected = mcdrop.predict(model, x, passes=50)
+    np.testing.assert_allclose(found["mean"], 0.5, atol=1e-6)
+    assert np.abs(found["variation_ratio"] - expected.variation_ratio).max() > 0.01  # 1 of 50 votes and more
+    mcdrop.export_torch(model, tmp_path / "posterior.pt2")
+
+
 @pytest.mark.parametrize("sampler", ["balanced", "iid"])
 @pytest.mark.parametrize("interval", sorted(set(BOUNDS) - {"predictive"}))
 def test_every_interval_that_a_graph_can_hold(interval: str, sampler: str, tmp_path: Path) -> None:
