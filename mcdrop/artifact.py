@@ -7,7 +7,7 @@ the folder: a network is a graph, or weights for a function of an installed, all
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from mcdrop.bank import Bank
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
-from mcdrop.formats import FORMATS, default_format, load_file, positional
+from mcdrop.formats import FORMATS, Source, default_format, load_file, positional
 from mcdrop.model import Model, Options
-from mcdrop.rows import Rows
+from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
 from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, swap, verify
@@ -91,7 +91,8 @@ def save(
         _write_files(model, beside, screen, calibration or model.calibration, by_name)
         head = {"name": name, "version": version, "description": description, "features": features or []}
         _write_manifest(model, beside, screen, head, weights, by_name)
-        _check_same(model, load(beside), calibration or model.calibration)
+        there = model.audit.devices[:1] if FORMATS[format].movable else ()
+        _check_same(model, load(beside, devices=there), calibration or model.calibration)
         swap(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -101,10 +102,10 @@ def save(
 def _write_files(
     model: Model, folder: Path, screen: Screen | None, calibration: Calibration | None, by_name: bool
 ) -> None:
-    _write_rows(folder / EXAMPLE, model.example if by_name else positional(model.example), {})
+    write_rows(folder / EXAMPLE, model.example if by_name else positional(model.example), {})
     if screen is not None:
         rows = screen.rows if by_name else positional(screen.rows)
-        _write_rows(folder / SCREEN, rows, {"scores": screen.scores, **_bank_arrays(screen.bank)})
+        write_rows(folder / SCREEN, rows, {"scores": screen.scores, **_bank_arrays(screen.bank)})
     if calibration is not None:
         (folder / CALIBRATION).write_text(json.dumps(calibration.to_dict(), allow_nan=False), encoding="utf-8")
 
@@ -114,18 +115,6 @@ def _bank_arrays(bank: Bank | None) -> dict[str, Any]:
         return {}
     state = {f"bank.{name}": value for name, value in bank.state.items()}
     return {**state, **{f"typical.{name}": value for name, value in bank.typical.items()}}
-
-
-def _write_rows(path: Path, rows: Rows, more: dict[str, Any]) -> None:
-    from safetensors.numpy import save_file
-
-    leaves = {f"input.{name}": _array(leaf) for name, leaf in rows.named()}
-    save_file({**leaves, **{name: np.ascontiguousarray(value) for name, value in more.items()}}, str(path))
-
-
-def _array(leaf: Any) -> Any:
-    array = leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf
-    return np.ascontiguousarray(array)
 
 
 def _write_manifest(
@@ -182,6 +171,7 @@ def load(
     example: Any = None,
     output: str | int | None = None,
     inject: Mapping[str, float] | None = None,
+    devices: Sequence[str] = (),
 ) -> Model:
     """Reads a model folder, the newest version inside ``STORE/NAME``, or a bare ONNX or ``.pt2`` file.
 
@@ -192,15 +182,18 @@ def load(
         example: a few rows for a bare file; an ONNX graph can do without.
         output: name or position of the output to read of a bare file.
         inject: drop rates by the names of nodes of a bare ONNX file after which a dropout is put.
+        devices: of torch, such as "cuda", on which a torch network runs; several share the rows out. None is the CPU.
 
     Raises:
         ModelNotFound: no model lies there.
         ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
+        InputError: a device that cannot be used.
     """
     if Path(folder).is_file():
         return load_file(
-            Path(folder), sha256=sha256, task=task or "regression", example=example, output=output, inject=inject
-        )
+            Path(folder), sha256=sha256, task=task or "regression", example=example, output=output, inject=inject,
+            devices=devices,
+        )  # fmt: skip
     if (task, example, output, inject) != (None, None, None, None):
         raise InputError("task, example, output and inject are for bare files; a model folder knows its own")
     place = resolve(folder)
@@ -209,24 +202,25 @@ def load(
     manifest = read_manifest(place)
     verify(place, manifest)
     try:
-        return _build(place, manifest)
+        return _build(place, manifest, devices)
     except MCDropError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{place / MANIFEST} does not describe a model: {type(error).__name__}: {error}") from error
 
 
-def _build(place: Path, manifest: Mapping[str, Any]) -> Model:
+def _build(place: Path, manifest: Mapping[str, Any], devices: Sequence[str]) -> Model:
     weights = manifest["weights"]
     if weights["format"] not in FORMATS:
         raise UnknownName("format", weights["format"], FORMATS)
     form = FORMATS[weights["format"]]
     positional = sum(bool(spec["positional"]) for spec in manifest["inputs"])
-    example, _ = _read_rows(place / EXAMPLE, positional)
+    example, _ = read_rows(place / EXAMPLE, positional)
     given = example.args[0] if positional == 1 and not example.kwargs else (example.args or example.kwargs)
     if example.args and example.kwargs:
         raise ArtifactError(f"{place / EXAMPLE} mixes inputs by position and by name")
-    model = form.read(place / form.file, weights, given, manifest["task"], manifest["sha256"].get(form.file, ""))
+    source = Source(place / form.file, weights, manifest["sha256"].get(form.file, ""), tuple(devices))
+    model = form.read(source, given, manifest["task"])
     names = [str(spec["name"]) for spec in manifest["inputs"]]
     if not form.by_name and len(names) == len(model.inputs):  # a graph's own names are the exporter's
         specs = zip(model.inputs, names, strict=True)
@@ -258,24 +252,10 @@ def _check_promises(place: Path, model: Model, manifest: Mapping[str, Any]) -> N
         raise ArtifactError(f"{place / MANIFEST} must name {width} features, one for each column, got {features}")
 
 
-def _read_rows(path: Path, positional: int) -> tuple[Rows, dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        arrays = load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not a safetensors file: {error}") from error
-    leaves = {key.removeprefix("input."): value for key, value in arrays.items() if key.startswith("input.")}
-    args = tuple(leaves.pop(str(i)) for i in range(positional))
-    more = {key: value for key, value in arrays.items() if not key.startswith("input.")}
-    return Rows.of(args or leaves), more
-
-
 def _read_screen(place: Path, head: Mapping[str, Any] | None, positional: int) -> Screen | None:
     if head is None:
         return None
-    rows, more = _read_rows(place / SCREEN, positional)
+    rows, more = read_rows(place / SCREEN, positional)
     if head["score"] not in SCORES:
         raise UnknownName("score", head["score"], SCORES)
     plan = PassPlan(head["passes"], head["seed"], head["sampler"])

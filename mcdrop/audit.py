@@ -54,7 +54,8 @@ class Audit:
     comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes. ``kept_from`` is the number
     of rows from which passes compute with kept units alone, ``chunk`` the memory of a chunk of passes as a multiple of
     the usual: both were measured. ``exact_last`` says whether the last dropout has a closed form. ``prepare_seconds``
-    is what tracing, capturing and checking took, which no request pays for. ``precision_error``
+    is what tracing, capturing and checking took, which no request pays for; ``devices`` says where passes run, and on
+    several which share the rows. ``precision_error``
     is the root mean square of what a lower precision changes in the passes, in their standard deviations. ``injected``
     says what was put into a network that was trained without it: uncalibrated until ``calibrated``.
     """
@@ -75,6 +76,7 @@ class Audit:
     chunk: float = 1.0
     exact_last: bool = False
     prepare_seconds: float | None = None
+    devices: tuple[str, ...] = ("cpu",)
     precision: str = "fp32"
     precision_error: float | None = None
     injected: str | None = None
@@ -106,7 +108,8 @@ class Audit:
         return "\n".join([head, *table, *kept, *self._tail(), *(f"warning: {text}" for text in self.warnings)])
 
     def _tail(self) -> list[str]:
-        took = "" if self.prepare_seconds is None else f"; prepared in {self.prepare_seconds:.1f} s"
+        where = ", ".join(self.devices)
+        took = "" if self.prepare_seconds is None else f"; prepared in {self.prepare_seconds:.1f} s on {where}"
         lines = [f"tier: {self.tier} ({self.tier_reason}){took}"]
         if self.prefix_share is not None and self.speed_up is not None:
             saved = f"{self.speed_up:.1f} times fewer operations at 100 passes"

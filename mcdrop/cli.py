@@ -19,13 +19,18 @@ from typer.core import TyperGroup
 from mcdrop.errors import InputError, MCDropError, MissingExtra
 
 if TYPE_CHECKING:
-    from mcdrop.model import InputSpec, Model
+    from mcdrop.model import Model
     from mcdrop.screening import Screen
     from mcdrop.table import Table
 
 __all__ = ["app", "calibrate", "convert", "export", "inspect", "main", "predict", "predicted", "screen", "serve"]
 
 STANDARD_STREAM = "-"
+
+_Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="Of torch, such as cuda; several share the rows out.", show_default="cpu"),
+]
 
 
 class _Commands(TyperGroup):
@@ -93,11 +98,12 @@ def _root(
 def inspect(
     model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: _Devices = None,
 ) -> None:
     """Show which random draws a model has, and which of them are live."""
     from mcdrop.artifact import load
 
-    found = load(model)
+    found = load(model, devices=device or ())
     if as_json:
         head = {"name": found.name, "version": found.version, "task": found.task}
         typer.echo(json.dumps({**head, "audit": found.audit.to_dict()}, indent=2))
@@ -117,6 +123,7 @@ def predict(
     interval: Annotated[str | None, typer.Option(callback=_option("interval"), help="Kind of interval.")] = None,
     seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
     prefix: Annotated[str, typer.Option(help="Put before the name of every new column.")] = "",
+    device: _Devices = None,
 ) -> None:
     """Predict the rows of a table: its columns followed by mean, variance, interval and flags."""
     from mcdrop.artifact import load
@@ -125,7 +132,7 @@ def predict(
     if STANDARD_STREAM not in (rows, output) and _same_file(Path(rows), Path(output)):
         raise typer.BadParameter("the output would replace the input; choose another file", param_hint="--output")
     options = {"passes": passes, "level": level, "interval": interval, "seed": seed}
-    loaded = load(model)
+    loaded = load(model, devices=device or ())
     with _progress(rows, output) as advance:
         count = write_rows(output, predicted(loaded, rows, options, prefix, advance))
     if output != STANDARD_STREAM:
@@ -140,6 +147,7 @@ def calibrate(
     method: Annotated[str | None, typer.Option(help="Such as standardised, absolute, cqr; lac, aps, raps.")] = None,
     passes: Annotated[int | None, typer.Option(callback=_option("passes"), help="Stochastic passes.")] = None,
     seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
+    device: _Devices = None,
 ) -> None:
     """Fit intervals for future values on held-out rows, and keep them in the model's folder."""
     import numpy as np
@@ -149,7 +157,7 @@ def calibrate(
     from mcdrop.fitting import calibrate as fit
     from mcdrop.store import put_file, resolve
 
-    loaded = load(model)
+    loaded = load(model, devices=device or ())
     y = read_targets(rows, target)
     with _progress(str(rows), "", "reading") as advance:
         x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])
@@ -170,6 +178,7 @@ def screen(
     reference: Annotated[Path | None, typer.Option(help="File of inliers; by default the model's own screen.")] = None,
     score: Annotated[str, typer.Option(help="With --reference: what is compared.")] = "variance",
     prefix: Annotated[str, typer.Option(help="Put before the name of every new column.")] = "",
+    device: _Devices = None,
 ) -> None:
     """Flag the anomalies of a table: its columns followed by score, p_value and is_anomaly."""
     from mcdrop.artifact import load
@@ -180,7 +189,7 @@ def screen(
         raise typer.BadParameter("give --fdr or --fpr, not both", param_hint="--fdr")
     if _same_file(rows, output):
         raise typer.BadParameter("the output would replace the input; choose another file", param_hint="--output")
-    loaded = load(model)
+    loaded = load(model, devices=device or ())
     fitted = None if reference is None else _fitted_screen(loaded, reference, score, fpr)
     name = loaded.inputs[0].name
     with _progress(str(rows), str(output), "screening") as advance:
@@ -225,6 +234,7 @@ def serve(
     store: Annotated[Path | None, typer.Argument(help="Folder of models.", show_default="models/store")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65_535, help="0 is any free.", show_default="8000")] = None,
+    device: _Devices = None,
 ) -> None:
     """Serve the models of a store over HTTP. MCDROP_... variables set what is not given here."""
     try:  # by name: the service knows mcdrop, never the reverse
@@ -232,7 +242,7 @@ def serve(
         server = importlib.import_module("service.server")
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or str(error), "serve") from None
-    given = {"store": store, "host": host, "port": port}
+    given = {"store": store, "host": host, "port": port, "devices": device}
     server.serve(settings.read_settings(**{name: value for name, value in given.items() if value is not None}))
 
 
@@ -240,24 +250,16 @@ def predicted(
     model: "Model", source: str, options: dict[str, Any], prefix: str, advance: Callable[[int], None]
 ) -> Iterator["Table"]:
     """Predicts a table block by block; tells ``advance`` how many bytes of it are done."""
+    from mcdrop.files import only_input
     from mcdrop.predict import predict as predict_block
     from mcdrop.table import read_rows, with_prediction
 
-    spec = _only_input(model)
+    spec = only_input(model)
     width = math.prod(spec.shape[1:])
     for block in read_rows(source, width=width, features=model.features, dtype=spec.dtype):
         inputs = {spec.name: block.values.reshape(-1, *spec.shape[1:])}
         yield with_prediction(block, predict_block(model, inputs, **options), prefix=prefix)
         advance(block.position)
-
-
-def _only_input(model: "Model") -> "InputSpec":
-    if len(model.inputs) != 1:
-        names = ", ".join(spec.name for spec in model.inputs)
-        raise InputError(
-            f"the model takes several inputs ({names}) and a table gives one; call mcdrop.predict in Python"
-        )
-    return model.inputs[0]
 
 
 def _fitted_screen(model: "Model", reference: Path, score: str, fpr: float | None) -> "Screen":

@@ -106,6 +106,8 @@ class _NormInputs(TorchFunctionMode):
         super().__init__()
         self.seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._paths = module_paths(module)
+        # by the layer that holds the statistics: the nodes of an exported program have no layer of their own
+        self._owners = {id(buffer): name.rpartition(".")[0] for name, buffer in module.named_buffers()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -113,7 +115,8 @@ class _NormInputs(TorchFunctionMode):
         """Looks at calls of batch norm with running statistics, and runs everything as it is."""
         if func is F.batch_norm and len(args) > 2 and args[2] is not None:
             x = args[0].detach().float().transpose(0, 1).flatten(1)
-            self.seen.setdefault(caller(self._paths), []).append((x.mean(1), x.square().mean(1), args[2]))
+            path = self._owners.get(id(args[2])) or caller(self._paths)
+            self.seen.setdefault(path, []).append((x.mean(1), x.square().mean(1), args[2]))
         return func(*args, **(kwargs or {}))
 
 

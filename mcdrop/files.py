@@ -14,9 +14,9 @@ from mcdrop.errors import InputError, MissingExtra
 from mcdrop.table import Block, Table, read_rows, write_rows
 
 if TYPE_CHECKING:
-    from mcdrop.model import Model
+    from mcdrop.model import InputSpec, Model
 
-__all__ = ["Advance", "append_columns", "read_inputs", "read_targets", "size_of"]
+__all__ = ["Advance", "append_columns", "only_input", "read_inputs", "read_targets", "size_of"]
 
 Advance = Callable[[int], None]
 
@@ -35,7 +35,7 @@ def read_inputs(
     Raises:
         InputError: the model takes several inputs, or the file does not hold what it reads.
     """
-    shape = _only_input(model).shape[1:]
+    shape = only_input(model).shape[1:]
     blocks = _parquet_blocks if _is_parquet(source) else _csv_blocks
     for position, values in blocks(model, source, without):
         yield values.reshape(-1, *shape)
@@ -86,7 +86,12 @@ def _is_parquet(source: str | Path) -> bool:
     return Path(source).suffix.lower() in _PARQUET
 
 
-def _only_input(model: "Model") -> Any:
+def only_input(model: "Model") -> "InputSpec":
+    """Gives the one input of a model that can read tables.
+
+    Raises:
+        InputError: it takes several.
+    """
     if len(model.inputs) != 1:
         names = ", ".join(spec.name for spec in model.inputs)
         raise InputError(f"the model takes several inputs ({names}) and a table gives one; use mcdrop in Python")
@@ -114,7 +119,7 @@ def _features(model: "Model", source: str | Path, without: Sequence[str]) -> lis
 
 
 def _csv_source(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[Block]:
-    spec, features = _only_input(model), _features(model, source, without)
+    spec, features = only_input(model), _features(model, source, without)
     return read_rows(source, width=math.prod(spec.shape[1:]), features=features, dtype=spec.dtype)
 
 
@@ -153,7 +158,7 @@ def _open_parquet(source: str | Path) -> Any:
 
 
 def _parquet_blocks(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[tuple[int, NDArray[Any]]]:
-    spec, names = _only_input(model), _features(model, source, without) or _header(source)
+    spec, names = only_input(model), _features(model, source, without) or _header(source)
     width, header = math.prod(spec.shape[1:]), _header(source)
     if missing := [name for name in names if name not in header]:
         raise InputError(f"{source} lacks the column {missing[0]!r}; the model takes {', '.join(names[:20])}")

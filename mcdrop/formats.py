@@ -3,7 +3,7 @@
 To add a format, add two functions and one line to ``FORMATS``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,19 @@ from mcdrop.model import Model
 from mcdrop.rows import Rows
 from mcdrop.wrapping import wrap, wrap_graph
 
-__all__ = ["FORMATS", "Format", "default_format", "load_file", "positional"]
+__all__ = ["FORMATS", "Format", "Source", "default_format", "load_file", "positional"]
+
+_RUNNING = ("compile", "precision", "tuning")  # of what wrap was asked for, how passes are run
+
+
+@dataclass(frozen=True)
+class Source:
+    """The network's file, what the manifest says of the weights, the file's sha256, and the devices to run it on."""
+
+    path: Path
+    said: Mapping[str, Any]
+    sha256: str
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,15 @@ class Format:
     """A format: the file's name in a model folder, how it is written, and how it is read.
 
     ``write`` takes the model, the file and what the manifest is to say of the weights, and gives what it says besides.
-    ``read`` takes the file, what the manifest says of the weights, the example, the task and the sha256. ``by_name``
-    says whether inputs may be given to the network by name; where they may not, they go by position.
+    ``read`` takes the source, the example and the task. ``by_name`` says whether inputs may be given to the network by
+    name; where they may not, they go by position. ``movable`` says whether it may run on any device of torch.
     """
 
     file: str
     write: Callable[[Model, Path, Mapping[str, Any]], dict[str, Any]]
-    read: Callable[[Path, Mapping[str, Any], Any, str, str], Model]
+    read: Callable[[Source, Any, str], Model]
     by_name: bool = False
+    movable: bool = True
 
 
 def positional(rows: Rows) -> Rows:
@@ -63,12 +76,23 @@ def _wrap_options(model: Model) -> dict[str, Any]:
     return options
 
 
-def _read_weights(path: Path, said: Mapping[str, Any], example: Any, task: str, sha256: str) -> Model:
+def _read_weights(source: Source, example: Any, task: str) -> Model:
     from mcdrop.factory import fill, network  # here, because a graph needs no torch
 
-    module = network(said)
-    fill(module, path)
-    return wrap(module, example=example, task=task, **{"tuning": {}, **said.get("wrap", {})})
+    module = network(source.said)
+    fill(module, source.path)
+    return _wrapped(module, example, task, source.devices, source.said.get("wrap", {}))
+
+
+def _wrapped(module: Any, example: Any, task: str, devices: Sequence[str], options: Mapping[str, Any]) -> Model:
+    """Wraps a torch network on the first of the devices, and shares the rows out where there are more."""
+    from mcdrop.forward import moved
+
+    here = devices[0] if devices else "cpu"
+    usual: dict[str, Any] = {"tuning": {}}
+    # what was timed on a CPU says nothing of another device
+    asked = {**usual, **options} if here == "cpu" else {**options, **usual}
+    return wrap(moved(module, here), example=example, task=task, devices=devices if len(devices) > 1 else (), **asked)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -81,28 +105,39 @@ def _write_graph(model: Model, path: Path, said: Mapping[str, Any]) -> dict[str,
     return {"digest": model.backend.digest(), "output": graph.output, "inject": dict(graph.inject)}
 
 
-def _read_graph(path: Path, said: Mapping[str, Any], example: Any, task: str, sha256: str) -> Model:
-    data = read_plain(path, sha256=sha256)
+def _read_graph(source: Source, example: Any, task: str) -> Model:
+    _check_stays(source.devices)
+    data, said = read_plain(source.path, sha256=source.sha256), source.said
     inject = {str(node): float(p) for node, p in said.get("inject", {}).items()}
     return wrap_graph(data, example=example, task=task, output=said.get("output"), inject=inject, digest=said["digest"])
+
+
+def _check_stays(devices: Sequence[str]) -> None:
+    if any(device != "cpu" for device in devices):
+        raise InputError(f"an ONNX graph runs on the CPU, not on {', '.join(devices)}; a torch network runs there")
 
 
 def _write_program(model: Model, path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     from mcdrop.programs import exported
 
     path.write_bytes(exported(model.backend, model.example))
-    return {}
+    running = {name: model.asked[name] for name in _RUNNING if name in model.asked}
+    return {"wrap": running} if running else {}
 
 
-def _read_program(path: Path, said: Mapping[str, Any], example: Any, task: str, sha256: str) -> Model:
-    return _wrap_program(read_plain(path, sha256=sha256), str(path), example, task, None)
+def _read_program(source: Source, example: Any, task: str) -> Model:
+    data, asked = read_plain(source.path, sha256=source.sha256), source.said.get("wrap", {})
+    running = {name: asked[name] for name in _RUNNING if name in asked}
+    return _wrap_program(data, str(source.path), example, task, source.devices, running)
 
 
-def _wrap_program(data: bytes, name: str, example: Any, task: str, output: Any) -> Model:
+def _wrap_program(
+    data: bytes, name: str, example: Any, task: str, devices: Sequence[str], options: Mapping[str, Any]
+) -> Model:
     from mcdrop.programs import lost_attention, read_program
 
-    module = read_program(data, name)
-    model = wrap(module, example=example, task=task, output=output, tuning={})
+    module = read_program(data, name, device=devices[0] if devices else "cpu")
+    model = _wrapped(module, example, task, devices, options)
     lost = lost_attention(module)
     if not lost:
         return model
@@ -114,7 +149,7 @@ def _wrap_program(data: bytes, name: str, example: Any, task: str, output: Any) 
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("model.onnx", _write_graph, _read_graph),
+    "onnx": Format("model.onnx", _write_graph, _read_graph, movable=False),
     "pt2": Format("model.pt2", _write_program, _read_program),
     "safetensors": Format("weights.safetensors", _write_weights, _read_weights, by_name=True),
 }
@@ -131,20 +166,22 @@ def default_format(model: Model, factory: str | None) -> str:
 
 
 def load_file(
-    path: Path, *, sha256: str | None, task: str, example: Any, output: Any, inject: Mapping[str, float] | None
-) -> Model:
+    path: Path, *, sha256: str | None, task: str, example: Any, output: Any, inject: Mapping[str, float] | None,
+    devices: Sequence[str] = (),
+) -> Model:  # fmt: skip
     """Reads a network from a file that is not in a model folder.
 
     Raises:
         ArtifactError: it is not ONNX or ``.pt2``, could run code, or is not the file that was pinned.
-        InputError: a ``.pt2`` needs example rows.
+        InputError: a ``.pt2`` needs example rows, or a device cannot be used.
     """
     data = read_plain(path, sha256=sha256)
     if kind_of(data, str(path)) == "onnx":
+        _check_stays(devices)
         model = wrap_graph(data, example=example, task=task, output=output, inject=inject)
         return replace(model, name=path.stem)
     if inject:
         raise InputError("inject is for ONNX graphs; a .pt2 file keeps its dropout")
     if example is None:
         raise InputError(f"{path} needs example rows: mcdrop.load(path, task=..., example=rows)")
-    return replace(_wrap_program(data, str(path), example, task, output), name=path.stem)
+    return replace(_wrap_program(data, str(path), example, task, devices, {"output": output}), name=path.stem)

@@ -19,11 +19,13 @@ __all__ = [
     "VOLATILE",
     "draws_off",
     "forward",
+    "moved",
     "out_of_memory",
     "place_of",
     "placed",
     "said_of",
     "to_tensors",
+    "using",
 ]
 
 VOLATILE = "_mcdrop_volatile"  # on a shadow's root: (owner, name, start) of its own buffers that passes write to
@@ -38,6 +40,33 @@ def place_of(state: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
     """Gives the device and the floating type of a network with such weights and buffers."""
     device = state[0].device if state else torch.device("cpu")
     return device, next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
+
+
+def moved(module: nn.Module, device: str | torch.device) -> nn.Module:
+    """Puts a network on a device.
+
+    Raises:
+        InputError: the device cannot be used.
+    """
+    with using(device) as there:
+        return module.to(there)
+
+
+@contextmanager
+def using(device: str | torch.device) -> Iterator[torch.device]:
+    """Gives a device to move a network to.
+
+    Raises:
+        InputError: it is not there, holds no numbers, or its memory is out.
+    """
+    try:
+        there = torch.device(device)
+        torch.zeros(1, device=there).cpu()
+        yield there
+    except (RuntimeError, AssertionError) as error:
+        named = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        said = f"device {str(device)!r} cannot be used ({first_line(error)}); there is: {', '.join(named)}"
+        raise InputError(said) from None
 
 
 def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:

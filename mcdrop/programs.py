@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from mcdrop.backends import Backend
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ArtifactError, ModelRefused, NoStochasticSite
-from mcdrop.forward import to_tensors
+from mcdrop.forward import to_tensors, using
 from mcdrop.preflight import preflight
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
@@ -40,20 +41,33 @@ _RECURRENT = {
     _aten.rnn_relu.input: torch.rnn_relu,
     _aten.rnn_tanh.input: torch.rnn_tanh,
 }
-_SAME: dict[Any, Any] = {  # the same arguments, by a function that masks can reach
+_SAME: dict[Any, Any] = {  # the same arguments, by a function that masks or a capture can reach
+    _aten.avg_pool2d.default: F.avg_pool2d,
     _aten.bernoulli.default: torch.bernoulli,
     _aten.bernoulli.p: torch.bernoulli,
+    _aten.bmm.default: torch.bmm,
+    _aten.cat.default: torch.cat,
+    _aten.conv1d.default: torch.conv1d,
+    _aten.conv2d.default: torch.conv2d,
+    _aten.conv3d.default: torch.conv3d,
+    _aten.gru_cell.default: torch.gru_cell,
+    _aten.linear.default: F.linear,
+    _aten.lstm_cell.default: torch.lstm_cell,
+    _aten.matmul.default: torch.matmul,
+    _aten.max_pool2d.default: F.max_pool2d,
     _aten.normal.Tensor_Tensor: torch.normal,
     _aten.normal.Tensor_float: torch.normal,
     _aten.rand.default: torch.rand,
     _aten.rand_like.default: torch.rand_like,
     _aten.randn.default: torch.randn,
     _aten.randn_like.default: torch.randn_like,
+    _aten.rnn_relu_cell.default: torch.rnn_relu_cell,
+    _aten.rnn_tanh_cell.default: torch.rnn_tanh_cell,
     _aten.rrelu.default: F.rrelu,
     _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
 }
+_DRAWS = {torch.bernoulli, torch.normal, torch.rand, torch.rand_like, torch.randn, torch.randn_like, F.rrelu}
 _TRAIN = 6  # position of the flag among the arguments of a recurrent layer
-_NORM_TRAIN = 5
 _ROWS = 3
 _RECIPE = (
     "export it with torch.export.export(model.eval(), ...) and save it before any run_decompositions(), or use "
@@ -99,19 +113,21 @@ class _Positional(nn.Module):
         return output
 
 
-def read_program(data: bytes, name: str) -> nn.Module:
-    """Gives the network of a ``.pt2`` file, every dropout in it as a module in eval mode.
+def read_program(data: bytes, name: str, device: str = "cpu") -> nn.Module:
+    """Gives the network of a ``.pt2`` file on a device, every dropout in it as a module in eval mode.
 
     Raises:
+        InputError: the device cannot be used.
         ArtifactError: the file holds what could run code, or is damaged.
         NoStochasticSite: its dropout was decomposed away.
     """
     sound = preflight(data, name)
     try:
         with quiet():
-            module = torch.export.load(io.BytesIO(sound)).module()
+            program = torch.export.load(io.BytesIO(sound))
     except Exception as error:  # damaged in a way that only shows when it is put together
         raise ArtifactError(f"{name} is not a sound .pt2 file: {' '.join(str(error).split())[:300]}") from error
+    module = _placed(program, device).module()
     found = _retargeted(module)
     if not found:
         raise NoStochasticSite(
@@ -121,6 +137,12 @@ def read_program(data: bytes, name: str) -> nn.Module:
     flat = torch.fx.GraphModule(module, module.graph)
     flat.recompile()
     return flat.eval()
+
+
+def _placed(program: torch.export.ExportedProgram, device: str) -> torch.export.ExportedProgram:
+    """Moves a program with all that it makes by itself, which names the device that it was exported on."""
+    with quiet(), using(device) as there:
+        return move_to_device_pass(program, there)
 
 
 def _retargeted(module: Any) -> int:
@@ -139,12 +161,15 @@ def _retargeted(module: Any) -> int:
         elif node.target is _aten.native_dropout.default:
             draws += _native(module, node)
         elif node.target is _aten.batch_norm.default:
-            arguments = list(node.args)
-            arguments[_NORM_TRAIN] = False
-            node.args = tuple(arguments)
+            x, weight, bias, mean, variance, _, momentum, eps, *_ = node.args
+            node.target, node.args = F.batch_norm, (x, mean, variance, weight, bias, False, momentum, eps)
+        elif node.target is _aten.layer_norm.default:
+            node.target, node.args = F.layer_norm, node.args[:5]
         elif node.target in _SAME:
             node.target = _SAME[node.target]
-            draws += node.target is not F.scaled_dot_product_attention or bool(_attention_rate(node))
+            draws += node.target in _DRAWS or bool(
+                node.target is F.scaled_dot_product_attention and _attention_rate(node)
+            )
     graph.set_codegen(torch.fx.graph.CodeGen())
     graph.lint()
     return draws

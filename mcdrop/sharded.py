@@ -16,7 +16,7 @@ from torch import nn
 
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
-from mcdrop.errors import InputError
+from mcdrop.forward import moved
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 from mcdrop.shadow import unwrapped
@@ -36,13 +36,14 @@ class ShardedBackend(TorchBackend):
         super().__init__(first.live, first.plain, first.pick, first.off, first.force, first.precision, first.compiled)
         self.chunk_bytes = first.chunk_bytes
         self._module = unwrapped(module)
-        try:
-            copies = [copy.deepcopy(self._module).to(device) for device in devices]
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"devices {', '.join(map(str, devices))} cannot all be used: {error}") from None
-        self._copies = copies
+        self._copies = copies = [moved(copy.deepcopy(self._module), device) for device in devices]
         self._shards = [first.over(one) for one in copies]
         self._pool = ThreadPoolExecutor(len(copies), thread_name_prefix="mcdrop-device")
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that the rows are shared out to."""
+        return tuple(device for shard in self._shards for device in shard.devices)
 
     def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
         """Gives rows ready for passes, a part of them on each device."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,9 +85,11 @@ def wrap(
     backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
     audit = diagnose(backend, rows, found.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
+    backend = _shared_out(backend, module, devices)
+    audit = replace(audit, devices=backend.devices)
     asked = _unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}, audit)
     return Model(
-        module=module, backend=_shared_out(backend, module, devices), audit=audit, task=task, asked=asked,
+        module=module, backend=backend, audit=audit, task=task, asked=asked,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # a redirect is no JSON answer
     )
     app.state.settings = settings
-    app.state.registry = Registry(settings.store, settings.default_model)
+    app.state.registry = Registry(settings.store, settings.default_model, settings.devices)
     app.state.limiter = anyio.CapacityLimiter(settings.threads)
     app.add_middleware(Guard)
     app.add_exception_handler(MCDropError, _refused)

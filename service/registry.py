@@ -1,6 +1,7 @@
 """The models that are served: read from a store once, then only looked up."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from mcdrop.artifact import load
 from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelNotFound
+from mcdrop.formats import FORMATS
 from mcdrop.model import Model
 from mcdrop.sampling import sample
 from mcdrop.store import MANIFEST, Entry, list_models
@@ -35,11 +37,13 @@ class Served:
 class Registry:
     """All versions of all models of a store. Nothing is served before everything is loaded.
 
-    ``on_failure`` is called, from the thread that loads, when the store cannot be served; ``problem`` then says why.
+    ``devices`` are those of torch that its networks run on; an ONNX graph stays on the CPU. ``on_failure`` is called,
+    from the thread that loads, when the store cannot be served; ``problem`` then says why.
     """
 
     store: Path
     default: str | None = None
+    devices: tuple[str, ...] = ()
     on_failure: Callable[[], None] | None = None
     problem: str | None = None
     _models: dict[str, dict[str, Served]] | None = field(default=None, repr=False)
@@ -114,20 +118,29 @@ class Registry:
     def _read(self) -> dict[str, dict[str, Served]]:
         models: dict[str, dict[str, Served]] = {}
         for entry in self.entries():
-            try:
-                model = load(entry.folder)
-            except MCDropError as error:
-                raise ArtifactError(f"the model in {entry.folder} cannot be served: {error}") from error
+            model = self._loaded(entry)
             versions = models.setdefault(entry.name, {})
             if entry.version in versions:
                 raise ArtifactError(
                     f"{entry.folder} says that it is {entry.name} {entry.version}, and so does another folder"
                 )
-            # the masks of the usual plan are drawn here, so that no request waits for them
-            sample(model, model.example, model.defaults.plan)
             watch = None if model.screen is None else Watch(f"{entry.name} {entry.version}", model.screen)
             versions[entry.version] = Served(model, entry.manifest, watch)
         return models
+
+    def _loaded(self, entry: Entry) -> Model:
+        """Reads one model and asks it once, so that no request waits for what only the first one needs."""
+        weights, began = entry.manifest["weights"], time.monotonic()
+        form = FORMATS.get(str(weights.get("format"))) if isinstance(weights, dict) else None
+        try:
+            model = load(entry.folder, devices=self.devices if form is None or form.movable else ())
+            for _ in range(2 if self.devices else 1):  # a GPU records a run when it is asked for again
+                sample(model, model.example, model.defaults.plan)
+        except MCDropError as error:
+            raise ArtifactError(f"the model in {entry.folder} cannot be served: {error}") from error
+        where, took = ", ".join(model.audit.devices), time.monotonic() - began
+        logger.info("%s %s: prepared in %.1f s on %s", entry.name, entry.version, took, where)
+        return model
 
 
 def _check_layout(store: Path) -> None:

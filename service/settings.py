@@ -1,14 +1,19 @@
 """What the service can be told: arguments, or environment variables with the prefix ``MCDROP_``."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from mcdrop.errors import InputError
 
 __all__ = ["Settings", "read_settings"]
+
+
+def _names(given: Any) -> Any:
+    """Names between commas, as an environment variable holds them."""
+    return [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else given
 
 
 class Settings(BaseSettings):
@@ -22,6 +27,9 @@ class Settings(BaseSettings):
     store: Path = Field(default=Path("models/store"), description="folder of models: STORE/NAME/VERSION")
     default_model: str | None = Field(
         default=None, description="the model of requests that name none, where there are several"
+    )
+    devices: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        default=(), description="of torch, where its networks run, such as cuda:0,cuda:1; none is the CPU"
     )
     wait_for_models: bool = Field(
         default=False, description="load before the first request, instead of answering 503 meanwhile"

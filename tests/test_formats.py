@@ -51,6 +51,20 @@ def test_round_trips(name: str, form: str, tmp_path: Path) -> None:
         assert np.abs(getattr(ours, field) - getattr(theirs, field)).max() <= 1e-5
 
 
+@pytest.mark.parametrize("name", [*NETS, *(one.name for one in ZOO)])
+def test_a_program_runs_as_the_network_it_came_from_and_is_audited_as_it(name: str, tmp_path: Path) -> None:
+    module, example = _net(name)
+    model = mcdrop.wrap(module, example=example, tuning={})
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2"))
+    ours, theirs = model.audit, loaded.audit
+    assert (theirs.tier, theirs.exact_last) == (ours.tier, ours.exact_last)
+    assert [norm.path for norm in theirs.norms] == [norm.path for norm in ours.norms]
+    for found, expected in zip(theirs.norms, ours.norms, strict=True):
+        assert found.mask_effect == pytest.approx(expected.mask_effect, rel=1e-3)
+    shifts = [[text for text in audit.warnings if "shifts the variance" in text] for audit in (ours, theirs)]
+    assert len(shifts[0]) == len(shifts[1])
+
+
 @pytest.mark.parametrize("form", ["onnx", "pt2", "safetensors"])
 def test_calibrations_and_screens_stay_bound(form: str, tmp_path: Path) -> None:
     module, _ = _net("digits")

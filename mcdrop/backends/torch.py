@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from mcdrop.backends import Block
 from mcdrop.digits import digits
 from mcdrop.features import hidden_features, weights_digest
-from mcdrop.forward import draws_off
+from mcdrop.forward import draws_off, place_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
 from mcdrop.plans import Plans
@@ -51,6 +51,11 @@ class TorchBackend:
         self.room = Room(_room(live))
         self.plans = Plans(live, plain, pick, off, force, precision=precision, compiled=compiled, tuning=tuning)
         self._digest: tuple[object, str] | None = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device that the network is on."""
+        return (str(_device(self.live)),)
 
     @property
     def chunk_bytes(self) -> int:
@@ -170,5 +175,10 @@ class TorchBackend:
 
 def _room(module: nn.Module) -> int:
     """What the activations of a chunk may take: about a cache on a CPU, an eighth of what is free on a GPU."""
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    device = _device(module)
     return torch.cuda.mem_get_info(device)[0] // 8 if device.type == "cuda" else CHUNK_BYTES
+
+
+def _device(module: nn.Module) -> torch.device:
+    device, _ = place_of([*module.parameters(), *module.buffers()])
+    return device
