@@ -171,7 +171,7 @@ def load(
     example: Any = None,
     output: str | int | None = None,
     inject: Mapping[str, float] | None = None,
-    devices: Sequence[str] = (),
+    devices: str | Sequence[str] = (),
 ) -> Model:
     """Reads a model folder, the newest version inside ``STORE/NAME``, or a bare ONNX or ``.pt2`` file.
 
@@ -189,6 +189,7 @@ def load(
         ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
         InputError: a device that cannot be used.
     """
+    devices = (devices,) if isinstance(devices, str) else tuple(devices)
     if Path(folder).is_file():
         return load_file(
             Path(folder), sha256=sha256, task=task or "regression", example=example, output=output, inject=inject,
@@ -209,7 +210,7 @@ def load(
         raise ArtifactError(f"{place / MANIFEST} does not describe a model: {type(error).__name__}: {error}") from error
 
 
-def _build(place: Path, manifest: Mapping[str, Any], devices: Sequence[str]) -> Model:
+def _build(place: Path, manifest: Mapping[str, Any], devices: tuple[str, ...]) -> Model:
     weights = manifest["weights"]
     if weights["format"] not in FORMATS:
         raise UnknownName("format", weights["format"], FORMATS)
@@ -219,7 +220,7 @@ def _build(place: Path, manifest: Mapping[str, Any], devices: Sequence[str]) -> 
     given = example.args[0] if positional == 1 and not example.kwargs else (example.args or example.kwargs)
     if example.args and example.kwargs:
         raise ArtifactError(f"{place / EXAMPLE} mixes inputs by position and by name")
-    source = Source(place / form.file, weights, manifest["sha256"].get(form.file, ""), tuple(devices))
+    source = Source(place / form.file, weights, manifest["sha256"].get(form.file, ""), devices)
     model = form.read(source, given, manifest["task"])
     names = [str(spec["name"]) for spec in manifest["inputs"]]
     if not form.by_name and len(names) == len(model.inputs):  # a graph's own names are the exporter's

@@ -27,7 +27,7 @@ from mcdrop.trace import Trace, trace, widened
 __all__ = ["Plans"]
 
 _MASK_BYTES = 64 * 2**20  # of masks
-_VALUE_BYTES = 32 * 2**20  # of what a captured program makes of them
+_VALUE_BYTES = 64 * 2**20  # of what a captured program makes of them
 _GPU_SHARE = 32  # of a GPU's memory for each: it waits for masks that a CPU draws
 _FEW = 4
 

