@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from devices import on_each_device
-from fastapi.testclient import TestClient
 from graphs import exported
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -18,6 +17,7 @@ from mcdrop.cli import app
 from mcdrop.errors import InputError
 from models.networks import digits
 from service import Settings, create_app
+from service.work import answer
 
 SHAPE = {"hidden_layers": 2, "inputs": 4}
 FACTORY: dict[str, Any] = {"factory": "models.networks:digits", "arguments": SHAPE}
@@ -119,18 +119,17 @@ def test_the_command_line_is_told_by_device(models: Path, tmp_path: Path) -> Non
 @on_each_device
 def test_the_service_runs_networks_where_it_is_told(device: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MCDROP_DEVICES", f"{device}, {device}")
-    settings = Settings(store=models, wait_for_models=True)
+    settings = Settings(store=models)
     assert settings.devices == (device, device)
-    with TestClient(create_app(settings)) as client:
-        where = {
-            form: client.get(f"/models/{form}").json()["audit"]["devices"] for form in ("onnx", "pt2", "safetensors")
-        }
-        assert where.pop("onnx") == ["cpu"]
-        assert {place.partition(":")[0] for places in where.values() for place in places} == {device}
-        for form in where:
-            answer = client.post("/predict", json={"model": form, "inputs": X.tolist()}).json()
-            expected = mcdrop.predict(mcdrop.load(models / form), X)
-            np.testing.assert_allclose(answer["mean"], expected.mean, rtol=1e-4, atol=1e-6)
+    registry = create_app(settings).state.registry
+    registry.load()
+    where = {form: registry.find(form).model.audit.devices for form in ("onnx", "pt2", "safetensors")}
+    assert where.pop("onnx") == ("cpu",)
+    assert {place.partition(":")[0] for places in where.values() for place in places} == {device}
+    for form in where:
+        asked = json.dumps({"model": form, "inputs": X.tolist()}).encode()
+        found, expected = json.loads(answer(asked, registry, settings)), mcdrop.predict(mcdrop.load(models / form), X)
+        np.testing.assert_allclose(found["mean"], expected.mean, rtol=1e-4, atol=1e-6)
 
 
 def test_a_service_without_its_device_does_not_start(models: Path) -> None:
