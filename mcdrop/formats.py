@@ -89,9 +89,8 @@ def _wrapped(module: Any, example: Any, task: str, devices: Sequence[str], optio
     from mcdrop.forward import moved
 
     here = devices[0] if devices else "cpu"
-    usual: dict[str, Any] = {"tuning": {}}
     # what was timed on a CPU says nothing of another device
-    asked = {**usual, **options} if here == "cpu" else {**options, **usual}
+    asked = {**options, "tuning": options.get("tuning", {}) if here == "cpu" else {}}
     return wrap(moved(module, here), example=example, task=task, devices=devices if len(devices) > 1 else (), **asked)
 
 

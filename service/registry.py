@@ -129,7 +129,7 @@ class Registry:
         return models
 
     def _loaded(self, entry: Entry) -> Model:
-        """Reads one model and asks it once, so that no request waits for what only the first one needs."""
+        """Reads one model and asks it, so that no request waits for what only the first one needs."""
         weights, began = entry.manifest["weights"], time.monotonic()
         form = FORMATS.get(str(weights.get("format"))) if isinstance(weights, dict) else None
         try:

@@ -58,6 +58,7 @@ def test_it_equals_predict_for_any_number_of_rows(name: str, task: str, tmp_path
 
 
 def test_votes_that_rounding_decides_are_no_difference(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     hidden, order = torch.nn.Linear(8, 64), torch.randperm(32, generator=torch.Generator().manual_seed(0))
     head = torch.nn.Linear(64, 2)
     with torch.no_grad():
@@ -69,10 +70,11 @@ def test_votes_that_rounding_decides_are_no_difference(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Dropout(0.3), hidden, torch.nn.Tanh(), head)
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
     model = mcdrop.wrap(net, example=x, task="classification")
-    found = _run(mcdrop.export_onnx(model, tmp_path / "posterior.onnx"), x.numpy())
-    expected = mcdrop.predict(model, x, passes=50)
-    np.testing.assert_allclose(found["mean"], 0.5, atol=1e-6)
-    assert np.abs(found["variation_ratio"] - expected.variation_ratio).max() > 0.01  # 1 of 50 votes and more
+    votes = mcdrop.predict(model, x, passes=50)
+    np.testing.assert_allclose(votes.mean, 0.5, atol=1e-6)
+    assert votes.variation_ratio is not None
+    assert votes.variation_ratio.max() > 0.1  # both classes get votes, and nothing but rounding tells them apart
+    mcdrop.export_onnx(model, tmp_path / "posterior.onnx")
     mcdrop.export_torch(model, tmp_path / "posterior.pt2")
 
 
