@@ -1,4 +1,4 @@
-"""Operations of a graph that run as one: layers and what follows them by oneDNN, on a GPU masks and what is before."""
+"""Operations of a graph that run as one: layers and what follows them by oneDNN, on a GPU what follows by triton."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import torch
 from torch import fx
 
 from mcdrop.kernels import CONV, LINEAR
-from mcdrop.masking import DTYPES, masked, runs_on
+from mcdrop.masking import DTYPES, after_conv, masked, runs_on
 from mcdrop.onednn import available, conv, conv_add_relu, linear, packed
-from mcdrop.rewrites import alike, replace, sizes
+from mcdrop.rewrites import alike, replace, sizes, unfolded
 
 __all__ = ["fuse"]
 
@@ -18,8 +18,10 @@ aten = torch.ops.aten
 def fuse(graph: fx.Graph) -> None:
     """Lets convolutions over images take over a sum and a ReLU, and linear layers in bfloat16 a ReLU and their bias.
 
-    Linear layers in float32 gain nothing by it. On a GPU masks take over the ReLU before them.
+    Linear layers in float32 gain nothing by it. On a GPU one kernel does all that follows a convolution, and another
+    multiplies with a mask and takes over the ReLU before it.
     """
+    _put_after_convs(graph)
     _put_masks(graph)
     for node in [*graph.nodes]:
         source = node.args[0] if node.target is aten.relu.default else None
@@ -34,6 +36,51 @@ def fuse(graph: fx.Graph) -> None:
         if _fits(node):
             _put(node, node, "none")
     graph.eliminate_dead_code()
+
+
+def _put_after_convs(graph: fx.Graph) -> None:
+    """Lets one kernel do what follows a convolution on a GPU: bias and norm, a sum, a ReLU, a mask of channels."""
+    for layer in [*graph.nodes]:
+        value = layer.meta.get("val") if layer.target is CONV else None
+        if value is None or value.dtype not in DTYPES or not runs_on(value.device):
+            continue
+        weight, *before = unfolded(*layer.args[1:3])
+        axes = len(sizes(weight) or ()) - 2
+        last, *after = _following(layer, axes)
+        if last is layer and not any(before):
+            continue
+        with graph.inserting_before(last):
+            alone = graph.call_function(CONV, (layer.args[0], weight, None, *layer.args[3:]))
+            output = graph.call_function(after_conv, (alone, axes, *before, *after))
+        alone.meta, output.meta = dict(layer.meta), dict(last.meta)
+        replace(last, output)
+    graph.eliminate_dead_code()
+
+
+def _following(layer: fx.Node, axes: int) -> tuple[fx.Node, fx.Node | None, bool, fx.Node | None]:
+    """Gives the last node of what follows a convolution, what is added, whether there is a ReLU, and the mask."""
+    last, other, mask = layer, None, None
+    if user := _only_user(last, aten.add.Tensor):
+        term = _beside(user, last)
+        if not user.kwargs and term is not None and alike(term, last):
+            last, other = user, term
+    relu = _only_user(last, aten.relu.default)
+    last = relu or last
+    if user := _only_user(last, aten.mul.Tensor):
+        factor, channels = _beside(user, last), (sizes(layer) or ())[-axes - 1]
+        if _places(user, last, factor) == axes and (sizes(factor) or ())[2:3] == (channels,):  # type: ignore[arg-type]
+            last, mask = user, factor
+    return last, other, relu is not None, mask
+
+
+def _beside(node: fx.Node, one: fx.Node) -> fx.Node | None:
+    """The other tensor that an operation of two reads."""
+    return next((other for other in node.args if isinstance(other, fx.Node) and other is not one), None)
+
+
+def _only_user(node: fx.Node, target: Any) -> fx.Node | None:
+    """What alone reads a node, where that is a certain operation."""
+    return next((user for user in node.users if len(node.users) == 1 and user.target is target), None)
 
 
 def _put_masks(graph: fx.Graph) -> None:

@@ -94,13 +94,13 @@ class Model:
         audit = replace(self.audit, calibrated=calibration is not None)
         return replace(self, calibration=calibration, audit=audit, references={}, lock=threading.Lock())
 
-    def rows(self, x: Any) -> Rows:
-        """Reads inputs and checks them against what the network was wrapped with.
+    def rows(self, x: Any, *, later: bool = False) -> Rows:
+        """Reads inputs and checks them against what the network was wrapped with; ``later`` as for ``Rows.of``.
 
         Raises:
             InputError: unusable rows, unknown or missing names, or a wrong number of axes or columns.
         """
-        rows = self._placed(x)
+        rows = self._placed(x, later)
         given = rows.leaves
         if len(given) != len(self.inputs):
             raise InputError(f"the network takes {len(self.inputs)} inputs ({self._names()}), got {len(given)}")
@@ -110,10 +110,10 @@ class Model:
         left = iter(checked)
         return rows.map(lambda leaf: next(left))
 
-    def _placed(self, x: Any) -> Rows:
+    def _placed(self, x: Any, later: bool) -> Rows:
         """Puts inputs given by name where the network takes them."""
         if not isinstance(x, Mapping):
-            rows = Rows.of(x)
+            rows = Rows.of(x, later=later)
             if rows.kwargs or len(rows.args) == self.positional:
                 return rows
             raise InputError(f"the network takes inputs by name: {self._names()}; got {len(rows.args)} without names")

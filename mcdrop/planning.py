@@ -60,7 +60,7 @@ def make_plan(
     dtype = PRECISIONS[precision]
     try:
         captured = capture(live, few, pick, found, stacks, dtype=dtype)
-        program = Program(captured, dtype=dtype)
+        program = Program(captured, dtype=dtype, few_digits=precision == "tf32")
         if compiled:
             program = program.compiled()
         with quiet() if compiled else nullcontext():  # torch's compiler warns of torch

@@ -11,7 +11,7 @@ from torch.fx.experimental import _config
 from mcdrop.capture import Captured
 from mcdrop.masks import Site
 from mcdrop.quiet import ALONE
-from mcdrop.replay import Finish, Recordings
+from mcdrop.replay import Finish, Played, Recordings
 from mcdrop.stages import Values, make_stages
 
 __all__ = ["Program", "Values"]
@@ -28,17 +28,18 @@ class Program:
 
     def __init__(
         self, captured: Captured, *, dtype: torch.dtype | None = None, exact: Sequence[Site] | None = None,
-        kept: bool = False, fused: bool = True,
+        kept: bool = False, fused: bool = True, few_digits: bool = False,
     ) -> None:  # fmt: skip
         """Takes a captured graph, and the type that weights and inputs are to be given in (None: their own).
 
         With ``exact``, the sites of its masks, outputs are mean and variance over the last mask, (T, N, ..., 2 D);
-        with ``kept`` each pass computes with the units that it keeps. Layers are ``fused`` with what follows them.
+        with ``kept`` each pass computes with the units that it keeps. Layers are ``fused`` with what follows them;
+        ``few_digits`` says that a GPU multiplies in tf32.
         """
         self._captured = captured
         self.dtype = dtype
         self._held: dict[tuple[int, int], bool] = {}
-        made = make_stages(captured, exact, kept, fused)
+        made = make_stages(captured, exact, kept=kept, fused=fused, few_digits=few_digits)
         self._stages, self._per_pass, self._fixed = made.run, made.per_pass, made.fixed
         self._only_looks = made.only_looks and dtype is None
         self._looked: tuple[list[Tensor], Values] | None = None
@@ -70,7 +71,7 @@ class Program:
         """Gives what follows from weights that ``today`` gave, or from those of now."""
         tensors = tensors or self.today() or []
         if not self._only_looks:
-            typed = [t.to(self.dtype) if t.is_floating_point() else t for t in tensors] if self.dtype else tensors
+            typed = tensors if self.dtype is None else _typed(tensors, self.dtype)
             return *self._run("weights", *typed), *self._run("folded", *typed)
         looked = self._looked
         if looked is None or looked[0] is not tensors:
@@ -89,7 +90,7 @@ class Program:
     def rows(self, weights: Values, leaves: Sequence[Tensor], count: int) -> Values:
         """Gives what comes before the first draw, for a block of rows."""
         if self.dtype is not None:
-            leaves = [leaf.to(self.dtype) if leaf.is_floating_point() else leaf for leaf in leaves]
+            leaves = _typed(leaves, self.dtype)
         if self.plain is not self:  # compiled: it tells a part of another tensor from a whole one, and compiles anew
             leaves = [leaf.clone() for leaf in leaves]
         return self._run("rows", *weights, *leaves, count)
@@ -100,13 +101,18 @@ class Program:
         return output
 
     def played(
-        self, weights: list[Tensor], masks: Values, leaves: Sequence[Tensor], count: int, finish: Finish
-    ) -> tuple[Tensor, ...] | None:
-        """Gives what is made of the outputs, by a CUDA graph of the whole run; None where there is none."""
+        self, weights: list[Tensor], masks: Values, leaves: Sequence[Tensor], count: int, finish: Finish,
+        arithmetic: Callable[[], AbstractContextManager[None]],
+    ) -> Played | None:  # fmt: skip
+        """Gives what is made of the outputs, by a CUDA graph of the whole run; None where there is none.
+
+        It computes as within ``arithmetic`` at the time of its recording.
+        """
 
         def run(masks: Values, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            given = self.weights(weights)
-            return finish(self.passes(given, masks, self.rows(given, leaves, count), finish.together, count))
+            with arithmetic():
+                given = self.weights(weights)
+                return finish(self.passes(given, masks, self.rows(given, leaves, count), finish.together, count))
 
         if not self._recordable or not all(isinstance(mask, Tensor) for mask in masks):
             return None
@@ -130,6 +136,15 @@ class Program:
     def _run(self, stage: str, *values: Any) -> Values:
         found: Values = self._stages[stage](*values)
         return found
+
+
+def _typed(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Gives real tensors another type; all at once, since on a GPU each would take a kernel of its own."""
+    typed = [torch.empty_like(t, dtype=dtype) if t.is_floating_point() else t for t in tensors]
+    real = [place for place, t in enumerate(tensors) if t.is_floating_point()]
+    if real:
+        torch._foreach_copy_([typed[place] for place in real], [tensors[place] for place in real])
+    return typed
 
 
 def _alone(run: Callable[..., Values], fixed: Sequence[Sequence[int]]) -> Callable[..., Values]:

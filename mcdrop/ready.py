@@ -1,7 +1,9 @@
 """Rows that are ready for passes: as tensors, and for a captured network with what comes before its first draw."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from mcdrop.moments import Summing
 from mcdrop.plan import CAPTURED, Plan, straight
 from mcdrop.plans import Plans
 from mcdrop.program import Program, Values
-from mcdrop.replay import Finish
+from mcdrop.replay import Finish, Played
 from mcdrop.rows import Rows
 from mcdrop.stacks import Span
 from mcdrop.sums import summed_up
@@ -24,9 +26,9 @@ __all__ = ["Ready", "Room", "as_numpy"]
 
 Outputs = NDArray[np.float32]
 
-_MANY = 2**14  # outputs: fewer take less time to move, and to sum up here
+_MANY = 3000  # outputs: fewer take less time to move, and to sum up here
 _SUMMING = 13 * 4  # bytes for each output, where classes are told by float64: probabilities, votes, differences
-_SMALL = 8  # times a small run fits into what there is
+_SMALL = 4  # times a small run fits into what there is
 
 
 @dataclass
@@ -128,9 +130,8 @@ class Ready:
             self._short = True
             self._plans.release()
             return None
-        assert isinstance(sums, Tensor)
-        array: NDArray[np.float64] = sums.cpu().numpy()
-        return array
+        there: NDArray[Any] = sums if isinstance(sums, np.ndarray) else sums.cpu().numpy()
+        return there
 
     def deterministic(self) -> Outputs:
         """Gives the outputs with every draw off: a pass of its own, unless it rode along with the first passes."""
@@ -181,16 +182,23 @@ class Ready:
         """Runs the program: it keeps nothing on itself, so other threads may run it meanwhile."""
         rides = self._plan.rides and span.start == 0 and self._off is None
         values = self._plans.values(self._plan, span, ride=rides)  # kept, so made outside of torch's inference mode
-        found: tuple[Outputs | Tensor, ...]
-        with program.without_gradients(), self._plans.arithmetic(self._tensors), said_of(self._tensors):
-            if self._on_gpu:
-                finish = Finish(span.passes, rides, summing)
-                found = self._played(program, values, finish) or finish(self._run(program, values, finish.together))
-            else:  # numpy takes less time to cut
-                outputs = as_numpy(self._run(program, values, span.passes + rides))
-                found = (outputs[: span.passes], outputs[-1])
+        finish = Finish(span.passes, rides, summing)
+        found: Sequence[Outputs | Tensor]
+        with program.without_gradients(), said_of(self._tensors):
+            played = self._played(program, values, finish) if self._on_gpu else None
+            if played is None or not played.finite:
+                self._rows.look()
+            if played is None:
+                with self._plans.arithmetic(self._tensors):
+                    found = finish(self._run(program, values, finish.together))
+            else:
+                self._rows.unseen.clear()
+                found = played.found
+            if summing is None:  # numpy takes less time to cut
+                outputs = as_numpy(found[0])
+                found = outputs[: span.passes], outputs[-1]
         if rides:
-            off = found[1]
+            off = found[1] if isinstance(found[1], np.ndarray) else found[1].clone()  # else all passes stay with it
             self._off = off[..., : off.shape[-1] // 2] if self._exact_last else off  # the mean alone
         return found[0]
 
@@ -200,7 +208,7 @@ class Ready:
             self._begun = weights, program.rows(weights, self._tensors.leaves, self._rows.count)
         return program.passes(self._begun[0], masks, self._begun[1], passes, self._rows.count)
 
-    def _played(self, program: Program, masks: Values, finish: Finish) -> tuple[Tensor, ...] | None:
+    def _played(self, program: Program, masks: Values, finish: Finish) -> Played | None:
         """Plays a recording of a small run on a GPU, where there is one; later chunks have less to do than it does."""
         leaves, weights, rows = self._tensors.leaves, self._weights, self._rows.count
         if weights is None or self._begun is not None:
@@ -210,13 +218,13 @@ class Ready:
         # a larger run keeps the GPU busy for longer than it takes to start, or is one of several chunks
         if _SMALL * finish.passes * rows * self._room.pass_bytes(self._whole) > self._room.bytes:
             return None
-        return program.played(weights, masks, leaves, rows, finish)
+        return program.played(weights, masks, leaves, rows, finish, lambda: self._plans.arithmetic(self._tensors))
 
 
 def as_numpy(output: Outputs | Tensor) -> Outputs:
     """Gives outputs as an array."""
     if isinstance(output, np.ndarray):
-        return output
+        return output.astype(np.float32, copy=False)
     there = output.dtype == torch.float32 and output.is_cpu
     array: Outputs = (output if there else output.to("cpu", torch.float32)).detach().numpy()
     return array

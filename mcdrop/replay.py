@@ -12,13 +12,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mcdrop.moments import Summing
 from mcdrop.sums import summed_up
 
-__all__ = ["Finish", "Recordings", "Run"]
+__all__ = ["Finish", "Played", "Recordings", "Run"]
 
 _MOST = 32
 _MOST_SEEN = 256
@@ -31,7 +33,7 @@ Run = Callable[[tuple[Any, ...], Sequence[Tensor]], Tensors]
 
 
 class Finish(NamedTuple):
-    """What is made of a run's outputs: they, or what sums them up, and where it ``rides`` the last one on its own."""
+    """What is made of a run's outputs: they, or what sums them up and, where it ``rides``, the last one on its own."""
 
     passes: int
     rides: bool
@@ -39,9 +41,10 @@ class Finish(NamedTuple):
 
     def __call__(self, outputs: Tensor) -> Tensors:
         """Gives it."""
-        wanted = outputs[: self.passes]
-        found = wanted if self.summing is None else summed_up(wanted, self.summing)
-        return (found, outputs[-1].clone()) if self.rides else (found,)  # all outputs would stay with a part of them
+        if self.summing is None:
+            return (outputs,)
+        sums = summed_up(outputs[: self.passes], self.summing)
+        return (sums, outputs[-1]) if self.rides else (sums,)
 
     @property
     def together(self) -> int:
@@ -54,25 +57,42 @@ class Finish(NamedTuple):
         return self.passes, self.rides, self.summing and (self.summing.of, self.summing.levels)
 
 
+class Played(NamedTuple):
+    """What a run ``found``, on the CPU; ``finite`` says that all numbers it was given are, else nobody knows."""
+
+    found: tuple[NDArray[Any], ...]
+    finite: bool
+
+
 @dataclass
 class _Recording:
-    """A graph, the tensors that it reads, the memory of the CPU that it writes to, and the masks it was given last."""
+    """A graph, the tensors that it reads, the memory of the CPU that it writes to, and the masks it was given last.
+
+    ``shapes`` are those of what it finds, which lie side by side in that memory.
+    """
 
     graph: torch.cuda.CUDAGraph
     leaves: list[Tensor]
     masks: list[Tensor]
-    found: Tensors
+    memory: NDArray[Any]
+    shapes: list[torch.Size]
     given: Any = None
 
-    def play(self, masks: tuple[Any, ...], leaves: Sequence[Tensor]) -> Tensors:
-        """Gives what the run gives for these masks and leaves, on the CPU."""
+    def play(self, masks: tuple[Any, ...], leaves: Sequence[Tensor]) -> Played:
+        """Gives what the run gives for these masks and leaves."""
         if self.masks and self.given is not masks:
             torch._foreach_copy_(self.masks, list(masks))
             self.given = masks
-        torch._foreach_copy_(self.leaves, list(leaves))
+        for own, leaf in zip(self.leaves, leaves, strict=True):
+            own.copy_(leaf)
         self.graph.replay()
-        torch.cuda.current_stream(self.leaves[0].device).synchronize()  # the next one writes to the same memory
-        return tuple(tensor.clone() for tensor in self.found)
+        torch.cuda.current_stream(self.leaves[0].device).synchronize()
+        memory, found, begin = self.memory.copy(), [], 0  # the next one writes to the same memory
+        for shape in self.shapes:
+            end = begin + shape.numel()
+            found.append(memory[begin:end].reshape(shape))
+            begin = end
+        return Played(tuple(found), bool(np.isfinite(memory[begin:]).all()))
 
 
 class Recordings:
@@ -91,7 +111,7 @@ class Recordings:
 
     def play(
         self, key: object, run: Run, weights: list[Tensor], masks: tuple[Any, ...], leaves: Sequence[Tensor]
-    ) -> Tensors | None:
+    ) -> Played | None:
         """Gives what ``run(masks, leaves)`` gives with these weights; None where it is to be run as it is."""
         if not self._possible:
             return None
@@ -176,15 +196,25 @@ def _recorded(memory: _Memory, run: Run, masks: tuple[Any, ...], leaves: Sequenc
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             before = run(tuple(own_masks), own_leaves)  # what the libraries need for this thread and stream is made
-            found = tuple(torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in before)
+            there = _side_by_side(before, own_leaves)
+            here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
             graph.capture_begin(pool=anchor.pool(), capture_error_mode="thread_local")
             try:
-                for here, there in zip(found, run(tuple(own_masks), own_leaves), strict=True):
-                    here.copy_(there, non_blocking=True)
+                here.copy_(_side_by_side(run(tuple(own_masks), own_leaves), own_leaves), non_blocking=True)
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
-    return _Recording(graph, own_leaves, own_masks, found)
+    return _Recording(graph, own_leaves, own_masks, here.numpy(), [one.shape for one in before])
+
+
+def _side_by_side(found: Tensors, leaves: Sequence[Tensor]) -> Tensor:
+    """Puts all that leaves a GPU together, since each piece of memory takes a copy of its own.
+
+    At the end are the sums of the leaves, which are finite only where all of these are.
+    """
+    dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
+    sums = [leaf.sum(dtype=torch.float32) for leaf in leaves if leaf.is_floating_point()]
+    return torch.cat([one.reshape(-1).to(dtype) for one in (*found, *sums)])
 
 
 @contextmanager

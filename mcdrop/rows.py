@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,21 @@ __all__ = ["Rows"]
 class Rows:
     """One batch of inputs: positional leaves and keyword leaves, all with the same number of rows.
 
-    A leaf is a numpy array, or a tensor that is passed through as it is.
+    A leaf is a numpy array, or a tensor that is passed through as it is. ``unseen`` are tensors on a GPU whose numbers
+    nobody has looked at yet, with their names.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     count: int
+    unseen: list[tuple[str, Any]] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
-    def of(cls, x: Any) -> "Rows":
+    def of(cls, x: Any, *, later: bool = False) -> "Rows":
         """Reads an array or tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+        Numbers on a GPU may be looked at ``later``, since it takes as long to hear of them as to run a small network:
+        whoever runs it does so, or calls ``look``.
 
         Raises:
             InputError: text, ragged rows, no rows, a number that is not finite, or leaves of unequal length.
@@ -33,12 +38,18 @@ class Rows:
         if isinstance(x, Rows):
             return x
         if hasattr(x, "shape"):  # a single array or tensor, which is neither of the others
-            return cls._counted((_leaf(x, "inputs"),), {})
-        args = tuple(_leaf(value, f"input {i}") for i, value in enumerate(x)) if isinstance(x, tuple) else ()
-        kwargs = {name: _leaf(value, repr(name)) for name, value in x.items()} if isinstance(x, Mapping) else {}
-        if not isinstance(x, tuple | Mapping):
-            args = (_leaf(x, "inputs"),)
-        return cls._counted(args, kwargs)
+            named = {"inputs": x}
+        elif isinstance(x, tuple):
+            named = {f"input {i}": value for i, value in enumerate(x)}
+        else:
+            named = {repr(name): value for name, value in x.items()} if isinstance(x, Mapping) else {"inputs": x}
+        leaves = {name: _leaf(value, name) for name, value in named.items()}
+        by_name = dict(zip(x, leaves.values(), strict=True)) if isinstance(x, Mapping) else {}
+        rows = cls._counted(() if by_name else tuple(leaves.values()), by_name)
+        rows.unseen.extend((name, leaf) for name, leaf in leaves.items() if hasattr(leaf, "detach"))
+        if not later or not all(leaf.is_cuda for _, leaf in rows.unseen):
+            rows.look()
+        return rows
 
     @classmethod
     def _counted(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Rows":
@@ -53,6 +64,18 @@ class Rows:
             raise InputError("inputs hold no rows; give at least one")
         return cls(args, kwargs, count)
 
+    def look(self) -> None:
+        """Looks at the numbers that nobody has looked at.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        for name, leaf in self.unseen:
+            # a sum is finite only where all of it is, and cheaper; one that overflows is looked at number by number
+            if leaf.is_floating_point() and not math.isfinite(leaf.sum()) and not bool(leaf.isfinite().all()):
+                raise InputError(f"{name} must be finite numbers; {_first_bad(leaf.float().cpu().numpy())}")
+        self.unseen.clear()
+
     @property
     def leaves(self) -> tuple[Any, ...]:
         """All leaves, the positional ones first."""
@@ -65,6 +88,7 @@ class Rows:
 
     def map(self, change: Callable[[Any], Any]) -> "Rows":
         """Gives the same inputs with every leaf changed; the change may alter the number of rows."""
+        self.look()
         args = tuple(change(leaf) for leaf in self.args)
         kwargs = {name: change(leaf) for name, leaf in self.kwargs.items()}
         first = args[0] if args else next(iter(kwargs.values()))
@@ -87,9 +111,6 @@ def _leaf(value: Any, name: str) -> Any:
             raise InputError(f"{name} must have rows as its first dimension, got a single number")
         if leaf.is_complex():
             raise InputError(f"{name} must be numbers, got values of type {leaf.dtype}")
-        # a sum is finite only where all of it is, and cheaper; one that overflows is looked at number by number
-        if leaf.is_floating_point() and not math.isfinite(leaf.sum()) and not bool(leaf.isfinite().all()):
-            raise InputError(f"{name} must be finite numbers; {_first_bad(leaf.float().cpu().numpy())}")
         return leaf
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
         value = [item.detach().cpu() if hasattr(item, "detach") else item for item in value]

@@ -30,7 +30,7 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     Raises:
         InputError: unusable inputs, kept passes that would not fit in memory, or a closed form of what has none.
     """
-    rows = model.rows(x)
+    rows = model.rows(x, later=True)
     task = TASKS[model.task]
     if plan.exact_last and model.task != "regression":
         raise InputError(
@@ -46,6 +46,7 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
                 "give fewer rows or passes, or an interval that does not need them all, such as 'student_t'"
             )
     result = run_passes(model.backend, rows, plan, statistics=task.statistics)
+    rows.look()
     bank = screen.bank if screen is not None else model.screen.bank if model.screen is not None else None
     return result if bank is None else replace(result, features=features_of(model, rows, bank.layer))
 

@@ -49,8 +49,10 @@ class Stages:
     only_looks: bool
 
 
-def make_stages(captured: Captured, exact: Sequence[Site] | None, kept: bool, fused: bool) -> Stages:
-    """Rewrites a graph and cuts it.
+def make_stages(
+    captured: Captured, exact: Sequence[Site] | None, *, kept: bool, fused: bool, few_digits: bool
+) -> Stages:
+    """Rewrites a graph and cuts it; the arguments are those of ``Program``.
 
     Raises:
         NotCaptured: a size is not made of the numbers of rows and passes, or what is asked for is not there.
@@ -73,7 +75,7 @@ def make_stages(captured: Captured, exact: Sequence[Site] | None, kept: bool, fu
     split_linear(graph, passes, captured.symbols)
     if fused:  # else the compiler does both
         fuse(graph)
-        channels_last(graph)
+        channels_last(graph, few_digits=few_digits)
     symbols = {symbol for symbol, axis in captured.symbols.items() if axis == "T"}
     return _cut(graph, given, output, symbols, fused)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import Operations, apart, loop, made, passes
+from devices import on_each_device
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mcdrop
-from mcdrop.onednn import FLOPS
+from mcdrop.onednn import FLOPS, available
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch comes without oneDNN")
 
@@ -49,13 +50,33 @@ SUMS: dict[str, Callable[[Sums, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_a_sum_that_a_convolution_takes_over_is_that_of_the_network(name: str) -> None:
+@on_each_device
+def test_a_sum_that_a_convolution_takes_over_is_that_of_the_network(name: str, device: str) -> None:
     torch.manual_seed(0)
-    model = mcdrop.wrap(Sums(SUMS[name]).eval(), example=IMAGES[:4])
+    net, x = Sums(SUMS[name]).eval().to(device), IMAGES.to(device)
+    model = mcdrop.wrap(net, example=x[:4])
     assert model.audit.tier == "captured", model.audit.tier_reason
     for rows, count in ((9, 5), (1, 3), (4, 1)):
-        for _ in range(2):  # what was written over by the first would show in the second
-            assert apart(passes(model, IMAGES[:rows], count), loop(model, IMAGES[:rows], count)) < 1e-5
+        for _ in range(3):  # what was written over by the first would show in the second
+            assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_one_kernel_does_what_follows_a_convolution_on_a_gpu(precision: str) -> None:
+    """Norms too, which are then folded into nothing; with few digits channels stay last all the way."""
+    net, x = made("residual", "cuda")
+    model = mcdrop.wrap(net, example=x[:4], precision=precision)
+    with Operations() as ran:
+        got = passes(model, x, 4)
+    convolutions = ran.named("aten.conv2d")
+    assert len(convolutions) == 3
+    assert all(args[2] is None for args in convolutions)
+    assert ran.named("aten.relu") == ran.named("aten.add.Tensor") == ran.named("rsqrt") == []
+    if precision != "fp32":
+        assert all(args[0].is_contiguous(memory_format=torch.channels_last) for args in convolutions[1:])
+    assert apart(got, loop(model, x, 4)) < (1e-5 if precision == "fp32" else 2e-2)
 
 
 def test_sums_and_relus_are_part_of_the_convolutions() -> None:
@@ -83,6 +104,7 @@ def test_the_operations_of_fused_layers_are_counted() -> None:
     assert counter.get_total_flops() == 2 * 3 * (count + 1) * (8 * 16 + 16 * 2)
 
 
+@pytest.mark.skipif(not available(torch.bfloat16, torch.device("cpu")), reason="this processor has no bfloat16")
 def test_linear_layers_in_bfloat16_add_their_bias_and_relu_as_they_write() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.4), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)).eval()

@@ -1,9 +1,12 @@
-"""The kernel of masks on a GPU: torch's product, whatever the shapes, and where there is no number."""
+"""The kernel of what follows a layer on a GPU: torch's own numbers, whatever the shapes, and where there is none."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mcdrop.masking import masked, runs_on
+from mcdrop.masking import after_conv, masked, runs_on
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -44,3 +47,66 @@ def test_no_number_stays_none() -> None:
     got = masked(x, torch.ones(1, 1, 3, device="cuda"), 0, True)
     assert torch.equal(got.isnan(), x.isnan())
     assert got[0, 0, 1:].tolist() == [0.0, float("inf")]
+
+
+# outputs of convolutions, of all passes and of one for all, and how many axes their places have
+CONVS: list[tuple[tuple[int, ...], int]] = [
+    ((4, 3, 6, 5), 1),
+    ((3, 6, 5), 1),
+    ((4, 3, 6, 5, 2), 2),
+    ((20, 33, 16, 32, 32), 2),
+    ((3, 6, 5, 2), 2),
+    ((2, 3, 6, 5, 2, 3), 3),
+    ((3, 6, 5, 2, 3), 3),
+]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "axes"), CONVS)
+def test_what_follows_a_convolution_is_torchs(
+    shape: tuple[int, ...], axes: int, dtype: torch.dtype, last: bool
+) -> None:
+    """Each part alone and all together, also with channels last in memory, which they stay."""
+    torch.manual_seed(0)
+    channels, passes = shape[-axes - 1], shape[0] if len(shape) == axes + 3 else 4
+
+    def made(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device="cuda").to(dtype)
+
+    def by_channel(one: Tensor) -> Tensor:
+        return one.double().view(-1, *(1,) * axes)
+
+    def as_cudnn(one: Tensor) -> Tensor:
+        return one.movedim(-axes - 1, -1).contiguous().movedim(-1, -axes - 1) if last else one
+
+    x, other, bias = as_cudnn(made(*shape)), as_cudnn(made(*shape)), made(channels)
+    mean, variance, gain, shift = made(channels), made(channels).abs() + 0.1, made(channels), made(channels)
+    mask = (torch.rand(passes, 1, channels, *(1,) * axes, device="cuda") > 0.5).to(dtype) * 2
+    nothing: Any = (None, None, None, None, None, 0.0, None, False, None)
+    norm = (mean, variance, gain, shift, 1e-5)
+    plain = (x.double() - by_channel(mean)) / (by_channel(variance) + 1e-5).sqrt()
+    normed = plain * by_channel(gain) + by_channel(shift)
+    cases: dict[str, tuple[Any, Tensor]] = {
+        "bias": ((bias, *nothing[1:]), x.double() + by_channel(bias)),
+        "norm": ((None, *norm, None, False, None), normed),
+        "norm without weights": ((None, mean, variance, None, None, 1e-5, None, False, None), plain),
+        "sum": ((*nothing[:6], other, False, None), x.double() + other.double()),
+        "ReLU": ((*nothing[:7], True, None), x.double().relu()),
+        "mask": ((*nothing[:8], mask), x.double() * mask),
+        "norm, sum and ReLU": ((None, *norm, other, True, None), (normed + other.double()).relu()),
+        "norm, ReLU and mask": ((None, *norm, None, True, mask), normed.relu() * mask),
+    }
+    for name, (given, expected) in cases.items():
+        found = after_conv(x, axes, *given)
+        assert found.dtype == dtype
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5, msg=name
+        )
+        assert found.movedim(-axes - 1, -1).is_contiguous() == last, name
+
+
+def test_what_is_no_number_before_a_norm_stays_none() -> None:
+    x = torch.full((1, 2, 3, 2, 2), float("nan"), device="cuda")
+    one = torch.ones(3, device="cuda")
+    assert after_conv(x, 2, one, one, one, one, one, 1e-5, x, True, None).isnan().all()

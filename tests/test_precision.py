@@ -52,6 +52,7 @@ def test_answers_in_bf16_are_within_their_error_of_full_precision(device: str) -
 
 
 @pytest.mark.parametrize(("name", "rides"), [("mlp", False), ("residual", True), ("lstm", True)])
+@pytest.mark.filterwarnings("ignore:RNN module weights")  # those of net(x) at the end have other memory
 @on_each_device
 def test_the_deterministic_output_has_the_digits_of_the_passes(name: str, rides: bool, device: str) -> None:
     """It rides along where plain eval is a pass at the masks' expectations, which that of an alpha dropout is not."""
