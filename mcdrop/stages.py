@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from mcdrop.capture import Captured, NotCaptured
 from mcdrop.exact import make_exact, sources
 from mcdrop.fuse import fuse
+from mcdrop.heads import straighten_heads
 from mcdrop.kept import make_kept
 from mcdrop.masks import Site
 from mcdrop.rewrites import REWRITES, channels_last, is_view, lower, sizes, split_linear, write_in_place
@@ -62,7 +63,7 @@ def make_stages(
     (end,) = graph.graph_copy(captured.graph, copies)  # type: ignore[misc]
     output = graph.output((end,))
     passes, rows = _with_sizes(graph, captured.symbols)
-    for rewrite in REWRITES:
+    for rewrite in (*REWRITES, straighten_heads):
         rewrite(graph)
     given = {"T": [passes], "N": [rows]}
     for name in ("weights", "leaves", "masks"):
