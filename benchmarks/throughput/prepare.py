@@ -13,6 +13,7 @@ from mcdrop.errors import MCDropError
 __all__ = ["Ready", "prepared"]
 
 SLOW = 1.0  # seconds of the plain loop above which the mode is chosen by a tenth of the passes
+LONG = 5.0  # seconds of a first run above which a second one does not tell how long later ones take
 
 
 @dataclass
@@ -55,7 +56,7 @@ def _warmed(name: str, setting: Setting, truth: Reference) -> tuple[Ready, Momen
         mode = _fastest(WAYS[name], trial, list(modes))
     run, first = modes[mode], list[Moments]()
     seconds = first_seconds = sampled(lambda: first.append(run(0))).seconds
-    if seconds < SLOW:
+    if seconds < LONG:
         seconds = sampled(lambda: run(0)).seconds
     found, runs = pooled(run, first[0], seconds)
     return Ready(name, mode, run, prepare_ms, first_seconds * 1e3, seconds), found, runs
