@@ -20,7 +20,7 @@ from mcdrop.audit import Audit, NormReport
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
 from mcdrop.moments import Found, mean_gap, moments_of, total_variance
-from mcdrop.onednn import FLOPS
+from mcdrop.onednn import FLOPS, available
 from mcdrop.ready import as_numpy
 from mcdrop.record import caller, module_paths
 from mcdrop.rows import Rows
@@ -55,7 +55,7 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
         exact_last=plan.exact is not None, prepare_seconds=prepared, norms=norms, prefix_share=prefix,
         speed_up=speed_up,
         mean_gap=mean_gap(found, backend.deterministic(rows)), precision=backend.precision, precision_error=error,
-        warnings=(*audit.warnings, *_norm_warnings(norms)),
+        warnings=(*audit.warnings, *_norm_warnings(norms), *_precision_warnings(backend)),
     )  # fmt: skip
     if seconds * len(audit.live) > _SECONDS:
         return audit
@@ -76,6 +76,13 @@ def _shares(backend: TorchBackend, rows: Rows, audit: Audit, everything: Found) 
 
 def _moments(passes: Tensor) -> Found:
     return moments_of(map(as_numpy, passes))
+
+
+def _precision_warnings(backend: TorchBackend) -> list[str]:
+    place = torch.device(backend.devices[0])
+    if backend.precision != "bf16" or place.type != "cpu" or available(torch.bfloat16, place):
+        return []
+    return ["precision='bf16' is slower than 'fp32' here: this processor has no instructions for bfloat16"]
 
 
 def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> float | None:

@@ -101,6 +101,13 @@ def test_new_weights_are_seen_in_bf16() -> None:
     assert apart(loop(model, x[:4], 3), before + 1) < 2e-2
 
 
+def test_a_processor_without_bfloat16_is_named() -> None:
+    net, x = made("mlp")
+    said = [mcdrop.wrap(net, example=x[:4], precision=precision).audit.warnings for precision in ("bf16", "fp32")]
+    slow = [any("slower than 'fp32' here" in text for text in texts) for texts in said]
+    assert slow == [not torch.ops.mkldnn._is_mkldnn_bf16_supported(), False]
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from mcdrop.digits import digits
 __all__ = ["copied_per_second", "limit_ms", "peaks"]
 
 SIZES = {"cpu": 2048, "cuda": 8192}
+SMALLEST, LONG = 256, 0.2  # seconds of a product above which no larger one is tried, as in bf16 where nothing helps it
 COPIED = 2**31
 TRIES = 10
 
@@ -40,9 +41,15 @@ def _seconds(device: str, run: Callable[[], object]) -> float:
 
 
 def _best(device: str, dtype: torch.dtype) -> float:
-    size = SIZES[device]
+    size = SMALLEST
+    while size < SIZES[device] and 8 * min(_products(device, dtype, size, 2)) < LONG:
+        size *= 2
+    return 2 * size**3 / min(_products(device, dtype, size, TRIES))
+
+
+def _products(device: str, dtype: torch.dtype, size: int, tries: int) -> list[float]:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return max(2 * size**3 / _seconds(device, lambda: a @ b) for _ in range(TRIES))
+    return [_seconds(device, lambda: a @ b) for _ in range(tries)]
 
 
 def limit_ms(network: Network, rows: int, passes: int, peak: float) -> float:

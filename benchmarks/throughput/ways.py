@@ -16,6 +16,7 @@ import mcdrop
 from benchmarks.throughput.networks import draws_on
 from benchmarks.throughput.peers import baal, torch_uncertainty
 from benchmarks.throughput.setting import Moments, Run, Setting, Skipped, moments
+from mcdrop.onednn import available
 
 __all__ = ["EXACT", "WAYS", "Way", "precision_of"]
 
@@ -39,6 +40,8 @@ def ours(exact_last: bool = False, **asked: Any) -> Way:
             raise Skipped("compiled in one case of each network")
         if asked.get("precision") == "tf32" and not setting.x.is_cuda:
             raise Skipped("on CUDA devices only")
+        if asked.get("precision") == "bf16" and not (setting.x.is_cuda or available(torch.bfloat16, setting.x.device)):
+            raise Skipped("this processor has no instructions for it")
         model = setting.model(**asked)
 
         def run(seed: int) -> Moments:
