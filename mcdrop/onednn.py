@@ -4,6 +4,7 @@ These are operations of torch that its own compiler writes; they are nodes of a 
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from mcdrop.kernels import folded
 __all__ = ["FLOPS", "IN_PLACE", "ONEDNN", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear", "packed"]
 
 _IMAGE = 2  # axes of what is convolved
+_MOST_SIZES = 3  # that a weight is kept for: those of rows, of a chunk of passes, and of the last one
 
 
 def available(dtype: torch.dtype, device: torch.device) -> bool:
@@ -25,25 +27,50 @@ def available(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
+class Packed:
+    """A convolution's weight in the orders that it is read in fastest: another one for each size of what it convolves.
+
+    An order that was chosen for other sizes can take twenty times as long, on processors without AVX-512.
+    """
+
+    def __init__(self, weight: Tensor, how: tuple[Any, ...]) -> None:
+        """Takes the weight, and stride, padding, dilation and groups."""
+        self._weight, self._how = weight.detach().contiguous(), how
+        self._held: dict[torch.Size, Tensor] = {}
+        self._turn = threading.Lock()
+
+    def of(self, x: Tensor) -> Tensor:
+        """Gives the weight for an input; of no use to anything else."""
+        held = self._held.get(x.shape)
+        if held is not None:
+            return held
+        stride, padding, dilation, groups = self._how
+        made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            self._weight, padding, stride, dilation, groups, x.shape
+        )
+        with self._turn:
+            if len(self._held) >= _MOST_SIZES:
+                self._held.pop(next(iter(self._held)))
+            self._held[x.shape] = made
+        return made
+
+
 def packed(
     weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
-    """Gives a convolution's weight in the order that it is read in; of no use to anything else."""
-    output: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-        weight.detach().contiguous(), padding, stride, dilation, groups
-    )
-    return output
+) -> Packed:
+    """Gives a convolution's weight as ``conv`` takes it."""
+    return Packed(weight, (stride, padding, dilation, groups))
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    x: Tensor, weight: Packed, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, then: str,
 ) -> Tensor:  # fmt: skip
     """A convolution of images (..., N, C, H, W) with a packed weight, and then "relu" or "none"."""
 
     def run(x: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            _channels_last(x), weight, bias, padding, stride, dilation, groups, then, [], ""
+            _channels_last(x), weight.of(x), bias, padding, stride, dilation, groups, then, [], ""
         )
         return output
 
@@ -53,21 +80,21 @@ def conv(
 def conv_add_relu(other: Tensor, x: Tensor, *how: Any) -> Tensor:
     """A convolution as in ``conv``, added to a tensor of its output's shape and cut off below 0."""
     run = torch.ops.mkldnn._convolution_pointwise.binary
-    return folded(x, _IMAGE, lambda flat: run(_channels_last(flat), _flat(other), *_sum(*how)))
+    return folded(x, _IMAGE, lambda flat: run(_channels_last(flat), _flat(other), *_sum(flat, *how)))
 
 
 def conv_add_relu_(other: Tensor, x: Tensor, *how: Any) -> Tensor:
     """The same, written over the other tensor."""
     run = torch.ops.mkldnn._convolution_pointwise_.binary
-    return folded(x, _IMAGE, lambda flat: run(_flat(other), _channels_last(flat), *_sum(*how)))
+    return folded(x, _IMAGE, lambda flat: run(_flat(other), _channels_last(flat), *_sum(flat, *how)))
 
 
 def _sum(
-    weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    groups: int,
+    x: Tensor, weight: Packed, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What both are asked for besides, in oneDNN's order."""
-    return weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
+    return weight.of(x), bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
