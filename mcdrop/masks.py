@@ -28,6 +28,8 @@ SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
 _SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
 _AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
+_PIECE = 2**13  # units that are ranked together
+_SKIPPED = 2**10  # counters of a pass above which those that nobody wants are skipped
 
 # The orders of four things that leave the first in its place, two bits for each; shifted by xor they are all orders.
 _ORDERS = np.array([sum(x << 2 * (i + 1) for i, x in enumerate(o)) for o in itertools.permutations((1, 2, 3))], "u4")
@@ -78,9 +80,10 @@ def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 
         words = np.empty((passes, *site.shape), np.uint32)
         for place, extent in _blocks(site.shape):
             key = f"{seed}/{site.name}/{'.'.join(str(part.start) for part in place)}"
-            block = draw(key, start, passes, math.prod(extent)).reshape(passes, *extent)
-            clipped = tuple(slice(0, part.stop - part.start) for part in place)
-            words[(slice(None), *place)] = block[(slice(None), *clipped)]
+            sizes = tuple(part.stop - part.start for part in place)
+            kept = (*sizes[:1], *extent[1:])  # what is clipped of the first axis comes last, and is not drawn
+            block = draw(key, start, passes, math.prod(extent), math.prod(kept)).reshape(passes, *kept)
+            words[(slice(None), *place)] = block[(slice(None), *(slice(0, size) for size in sizes))]
         masks[site.name] = KINDS[site.kind](words, site.p)
     return masks
 
@@ -100,21 +103,27 @@ def _edges(size: int) -> Iterator[tuple[int, int]]:
         low, high = high, max(_FIRST_EDGE, 2 * high)
 
 
-def _philox(key: str, start: int, passes: int, units: int) -> Words:
-    """Gives 32 random bits for each unit of each pass, (T, units); a pass begins on a whole Philox counter."""
-    counters = -(-units // 8)  # one counter step gives four 64-bit words, so eight units
+def _philox(key: str, start: int, passes: int, units: int, wanted: int) -> Words:
+    """Gives 32 random bits for the first units of each pass, (T, wanted); a pass begins on a whole Philox counter."""
+    counters, few = -(-units // 8), -(-wanted // 8)  # one counter step gives four 64-bit words, so eight units
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=start * counters)
-    words: NDArray[np.uint64] = generator.random_raw(passes * counters * 4)
-    return words.astype("<u8", copy=False).view("<u4").reshape(passes, counters * 8)[:, :units]
+    if counters - few < _SKIPPED:
+        words: NDArray[np.uint64] = generator.random_raw(passes * counters * 4)
+    else:
+        words = np.empty((passes, few * 4), np.uint64)
+        for one in words:
+            one[:] = generator.random_raw(few * 4)
+            generator.advance(counters - few)
+    return words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)[:, :wanted]
 
 
-def _iid(key: str, start: int, passes: int, units: int) -> Words:
+def _iid(key: str, start: int, passes: int, units: int, wanted: int) -> Words:
     """Independent passes."""
-    return _philox(key, start, passes, units)
+    return _philox(key, start, passes, units, wanted)
 
 
-def _balanced(key: str, start: int, passes: int, units: int) -> Words:
+def _balanced(key: str, start: int, passes: int, units: int, wanted: int) -> Words:
     """Passes stratified in blocks of 16: within a block each unit's numbers fall once in every 16th of [0, 1).
 
     A unit with drop rate p is so dropped floor(16 p) or ceil(16 p) times a block, while each single pass stays exactly
@@ -122,34 +131,35 @@ def _balanced(key: str, start: int, passes: int, units: int) -> Words:
     pass 64 on, four such blocks make one of 64, whose numbers fall once in every 64th (nested strata, Owen 1995): few
     passes have enough blocks to tell their error by, and many have a smaller one.
     """
-    words = np.empty((passes, units), np.uint32)
-    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * units))
+    words = np.empty((passes, wanted), np.uint32)
+    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * wanted))
     for begin in range(start - start % stretch, start + passes, stretch):
         low, high = max(start, begin), min(start + passes, begin + stretch)
-        words[low - start : high - start] = _stratified(key, low, high, units)
+        words[low - start : high - start] = _stratified(key, low, high, units, wanted)
     return words
 
 
-def _stratified(key: str, low: int, high: int, units: int) -> Words:
+def _stratified(key: str, low: int, high: int, units: int, wanted: int) -> Words:
     """Gives the balanced words of passes ``low`` to ``high``."""
     blocks = np.arange(low // _SMALL, -(-high // _SMALL))
     begin, count = blocks[0] * _SMALL, len(blocks) * _SMALL
-    sixteenth = _ranks(_philox(f"{key}/order", begin, count, units).reshape(len(blocks), _SMALL, units))
-    strata = sixteenth.reshape(count, units).astype(np.uint32) << np.uint32(28)
-    inside = _philox(f"{key}/inside", begin, count, units) >> np.uint32(4)
+    sixteenth = _ranks(_philox(f"{key}/order", begin, count, units, wanted).reshape(len(blocks), _SMALL, wanted))
+    strata = sixteenth.reshape(count, wanted).astype(np.uint32) << np.uint32(28)
+    inside = _philox(f"{key}/inside", begin, count, units, wanted) >> np.uint32(4)
     nested = blocks * _SMALL >= _LARGE
     if nested.any():
         place = slice(count - nested.sum() * _SMALL, None)
-        quarter = _quarters(key, blocks[nested], sixteenth[nested])
-        inside[place] = (inside[place] >> np.uint32(2)) | (quarter.reshape(-1, units) << np.uint32(26))
+        quarter = _quarters(key, blocks[nested], sixteenth[nested], units)
+        inside[place] = (inside[place] >> np.uint32(2)) | (quarter.reshape(-1, wanted) << np.uint32(26))
     return (strata | inside)[low - begin : high - begin]
 
 
-def _quarters(key: str, blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8]) -> Words:
+def _quarters(key: str, blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8], units: int) -> Words:
     """Gives each of the passes of a large block that share a 16th a quarter of it, (blocks, 16, units)."""
     whole, place = np.divmod(blocks, _LARGE // _SMALL)
-    wholes, units = whole[-1] + 1 - whole[0], sixteenth.shape[-1]
-    words = _philox(f"{key}/quarter", whole[0] * _SMALL, wholes * _SMALL, units).reshape(wholes, _SMALL, units)
+    wholes, wanted = whole[-1] + 1 - whole[0], sixteenth.shape[-1]
+    words = _philox(f"{key}/quarter", whole[0] * _SMALL, wholes * _SMALL, units, wanted)
+    words = words.reshape(wholes, _SMALL, wanted)
     chance = np.take_along_axis(words[whole - whole[0]], sixteenth.astype(np.intp), axis=1)
     orders = np.take(_ORDERS, (chance >> np.uint32(2)) % np.uint32(len(_ORDERS)))
     quarter: Words = ((orders >> (2 * place[:, None, None]).astype(np.uint32)) ^ chance) & np.uint32(3)
@@ -159,15 +169,20 @@ def _quarters(key: str, blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8])
 def _ranks(order: Words) -> NDArray[np.uint8]:
     """Ranks the passes of each block (blocks, 16, units), the earlier first where two are equal.
 
-    Every pair is compared once: for 16 numbers that is three times as fast as sorting them.
+    Each is compared with all later ones at once, in pieces that stay in the cache: for 16 numbers that is several times
+    as fast as sorting them.
     """
-    ranks = np.zeros(order.shape, np.uint8)
-    for later in range(order.shape[1]):
-        for earlier in range(later):
-            before = order[:, earlier] <= order[:, later]
-            ranks[:, later] += before
-            ranks[:, earlier] += ~before
-    return ranks
+    blocks, count, units = order.shape
+    flat = np.ascontiguousarray(order.transpose(1, 0, 2)).reshape(count, -1)
+    ranks = np.empty(flat.shape, np.uint8)
+    ranks[:] = np.arange(count - 1, -1, -1, dtype=np.uint8)[:, None]  # as if all later ones were smaller
+    for begin in range(0, flat.shape[1], _PIECE):
+        words, found = flat[:, begin : begin + _PIECE], ranks[:, begin : begin + _PIECE]
+        for place in range(count - 1):
+            before = (words[place] <= words[place + 1 :]).view(np.uint8)
+            found[place + 1 :] += before
+            found[place] -= np.add.reduce(before, axis=0, dtype=np.uint8)
+    return np.ascontiguousarray(ranks.reshape(count, blocks, units).transpose(1, 0, 2))
 
 
 def _bernoulli(words: Words, p: float) -> NDArray[np.float32]:
@@ -187,7 +202,7 @@ def _normal(words: Words, p: float) -> NDArray[np.float32]:
 
 # Passes that depend on one another: sizes of blocks, and the pass with which the first of each size begins.
 BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
-SAMPLERS: dict[str, Callable[[str, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
+SAMPLERS: dict[str, Callable[[str, int, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
 KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
     "bernoulli": _bernoulli,
     "normal": _normal,

@@ -61,6 +61,14 @@ def test_a_longer_shape_extends_a_shorter_one_along_every_axis(
 
 
 @every_sampler
+def test_what_is_clipped_of_a_large_block_moves_nothing(sampler: str) -> None:
+    """Where so much is left out that the generator skips it, in passes that depend on few and on many others."""
+    for start, passes in ((0, 5), (60, 20)):
+        whole = masks((16, 64, 40), passes, seed=2, start=start, sampler=sampler)
+        np.testing.assert_array_equal(masks((8, 64, 40), passes, seed=2, start=start, sampler=sampler), whole[:, :8])
+
+
+@every_sampler
 @every_kind
 def test_sites_do_not_depend_on_the_sites_beside_them(sampler: str, kind: str) -> None:
     first, second = Site("site0", (9,), 0.5, kind), Site("site1", (9,), 0.5, kind)
