@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
 _SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
 _AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
+_UNITS = 2**13  # of small blocks that are drawn together
 _PIECE = 2**13  # units that are ranked together
 _SKIPPED = 2**10  # counters of a pass above which those that nobody wants are skipped
 
@@ -78,22 +80,71 @@ def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 
         if site.kind not in KINDS:
             raise UnknownName("kind of draw", site.kind, KINDS)
         words = np.empty((passes, *site.shape), np.uint32)
-        for place, extent in _blocks(site.shape):
-            key = f"{seed}/{site.name}/{'.'.join(str(part.start) for part in place)}"
-            sizes = tuple(part.stop - part.start for part in place)
-            kept = (*sizes[:1], *extent[1:])  # what is clipped of the first axis comes last, and is not drawn
-            block = draw(key, start, passes, math.prod(extent), math.prod(kept)).reshape(passes, *kept)
-            words[(slice(None), *place)] = block[(slice(None), *(slice(0, size) for size in sizes))]
+        for some in _together(list(_blocks(site.shape))):
+            streams = [Stream(f"{seed}/{site.name}/{block.name}", block.units, block.wanted) for block in some]
+            drawn = draw(streams, start, passes)
+            ends = np.cumsum([stream.wanted for stream in streams])
+            for block, part in zip(some, np.split(drawn, ends[:-1], axis=1), strict=True):
+                words[(slice(None), *block.place)] = part.reshape(passes, *block.kept)[block.clip]
         masks[site.name] = KINDS[site.kind](words, site.p)
     return masks
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
-    """The dyadic blocks that cover a shape: where each lies (clipped to the shape), and its whole extent."""
+class Stream(NamedTuple):
+    """The random numbers of a block: their key, the units of a pass, and of how many, the first, they are wanted."""
+
+    key: str
+    units: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A dyadic block of a shape: where it lies, clipped to the shape, and its whole extent."""
+
+    place: tuple[slice, ...]
+    extent: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return ".".join(str(part.start) for part in self.place)
+
+    @property
+    def units(self) -> int:
+        return math.prod(self.extent)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The extent without what is clipped of the first axis, which comes last and is not drawn."""
+        return (*(part.stop - part.start for part in self.place[:1]), *self.extent[1:])
+
+    @property
+    def wanted(self) -> int:
+        return math.prod(self.kept)
+
+    @property
+    def clip(self) -> tuple[slice, ...]:
+        return (slice(None), *(slice(0, part.stop - part.start) for part in self.place))
+
+
+def _together(blocks: list[_Block]) -> Iterator[list[_Block]]:
+    """Cuts blocks into groups: many small ones are drawn in as few calls as a large one."""
+    some: list[_Block] = []
+    for block in blocks:
+        if some and sum(one.wanted for one in some) + block.wanted > _UNITS:
+            yield some
+            some = []
+        some.append(block)
+    if some:
+        yield some
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[_Block]:
+    """The dyadic blocks that cover a shape."""
     axes = [list(_edges(size)) for size in shape]
     for parts in itertools.product(*axes):
         place = tuple(slice(low, min(high, size)) for (low, high), size in zip(parts, shape, strict=True))
-        yield place, tuple(high - low for low, high in parts)
+        yield _Block(place, tuple(high - low for low, high in parts))
 
 
 def _edges(size: int) -> Iterator[tuple[int, int]]:
@@ -103,10 +154,23 @@ def _edges(size: int) -> Iterator[tuple[int, int]]:
         low, high = high, max(_FIRST_EDGE, 2 * high)
 
 
-def _philox(key: str, start: int, passes: int, units: int, wanted: int) -> Words:
-    """Gives 32 random bits for the first units of each pass, (T, wanted); a pass begins on a whole Philox counter."""
-    counters, few = -(-units // 8), -(-wanted // 8)  # one counter step gives four 64-bit words, so eight units
-    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+def _philox(streams: Sequence[Stream], what: str, start: int, passes: int) -> Words:
+    """Gives 32 random bits for each wanted unit of each pass, (T, units), the streams side by side."""
+    if len(streams) == 1:
+        return _one_philox(streams[0], what, start, passes)
+    words = np.empty((passes, sum(stream.wanted for stream in streams)), np.uint32)
+    begin = 0
+    for stream in streams:
+        words[:, begin : begin + stream.wanted] = _one_philox(stream, what, start, passes)
+        begin += stream.wanted
+    return words
+
+
+def _one_philox(stream: Stream, what: str, start: int, passes: int) -> Words:
+    """Gives those of one stream; a pass begins on a whole Philox counter."""
+    # one counter step gives four 64-bit words, so eight units
+    counters, few = -(-stream.units // 8), -(-stream.wanted // 8)
+    digest = hashlib.blake2b(f"{stream.key}{what}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=start * counters)
     if counters - few < _SKIPPED:
         words: NDArray[np.uint64] = generator.random_raw(passes * counters * 4)
@@ -115,15 +179,15 @@ def _philox(key: str, start: int, passes: int, units: int, wanted: int) -> Words
         for one in words:
             one[:] = generator.random_raw(few * 4)
             generator.advance(counters - few)
-    return words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)[:, :wanted]
+    return words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)[:, : stream.wanted]
 
 
-def _iid(key: str, start: int, passes: int, units: int, wanted: int) -> Words:
+def _iid(streams: Sequence[Stream], start: int, passes: int) -> Words:
     """Independent passes."""
-    return _philox(key, start, passes, units, wanted)
+    return _philox(streams, "", start, passes)
 
 
-def _balanced(key: str, start: int, passes: int, units: int, wanted: int) -> Words:
+def _balanced(streams: Sequence[Stream], start: int, passes: int) -> Words:
     """Passes stratified in blocks of 16: within a block each unit's numbers fall once in every 16th of [0, 1).
 
     A unit with drop rate p is so dropped floor(16 p) or ceil(16 p) times a block, while each single pass stays exactly
@@ -131,35 +195,36 @@ def _balanced(key: str, start: int, passes: int, units: int, wanted: int) -> Wor
     pass 64 on, four such blocks make one of 64, whose numbers fall once in every 64th (nested strata, Owen 1995): few
     passes have enough blocks to tell their error by, and many have a smaller one.
     """
-    words = np.empty((passes, wanted), np.uint32)
-    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * wanted))
+    units = sum(stream.wanted for stream in streams)
+    words = np.empty((passes, units), np.uint32)
+    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * units))
     for begin in range(start - start % stretch, start + passes, stretch):
         low, high = max(start, begin), min(start + passes, begin + stretch)
-        words[low - start : high - start] = _stratified(key, low, high, units, wanted)
+        words[low - start : high - start] = _stratified(streams, low, high)
     return words
 
 
-def _stratified(key: str, low: int, high: int, units: int, wanted: int) -> Words:
+def _stratified(streams: Sequence[Stream], low: int, high: int) -> Words:
     """Gives the balanced words of passes ``low`` to ``high``."""
     blocks = np.arange(low // _SMALL, -(-high // _SMALL))
     begin, count = blocks[0] * _SMALL, len(blocks) * _SMALL
-    sixteenth = _ranks(_philox(f"{key}/order", begin, count, units, wanted).reshape(len(blocks), _SMALL, wanted))
-    strata = sixteenth.reshape(count, wanted).astype(np.uint32) << np.uint32(28)
-    inside = _philox(f"{key}/inside", begin, count, units, wanted) >> np.uint32(4)
+    order = _philox(streams, "/order", begin, count)
+    sixteenth = _ranks(order.reshape(len(blocks), _SMALL, -1))
+    strata = sixteenth.reshape(order.shape).astype(np.uint32) << np.uint32(28)
+    inside = _philox(streams, "/inside", begin, count) >> np.uint32(4)
     nested = blocks * _SMALL >= _LARGE
     if nested.any():
         place = slice(count - nested.sum() * _SMALL, None)
-        quarter = _quarters(key, blocks[nested], sixteenth[nested], units)
-        inside[place] = (inside[place] >> np.uint32(2)) | (quarter.reshape(-1, wanted) << np.uint32(26))
+        quarter = _quarters(streams, blocks[nested], sixteenth[nested])
+        inside[place] = (inside[place] >> np.uint32(2)) | (quarter.reshape(inside[place].shape) << np.uint32(26))
     return (strata | inside)[low - begin : high - begin]
 
 
-def _quarters(key: str, blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8], units: int) -> Words:
+def _quarters(streams: Sequence[Stream], blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8]) -> Words:
     """Gives each of the passes of a large block that share a 16th a quarter of it, (blocks, 16, units)."""
     whole, place = np.divmod(blocks, _LARGE // _SMALL)
-    wholes, wanted = whole[-1] + 1 - whole[0], sixteenth.shape[-1]
-    words = _philox(f"{key}/quarter", whole[0] * _SMALL, wholes * _SMALL, units, wanted)
-    words = words.reshape(wholes, _SMALL, wanted)
+    wholes = whole[-1] + 1 - whole[0]
+    words = _philox(streams, "/quarter", whole[0] * _SMALL, wholes * _SMALL).reshape(wholes, _SMALL, -1)
     chance = np.take_along_axis(words[whole - whole[0]], sixteenth.astype(np.intp), axis=1)
     orders = np.take(_ORDERS, (chance >> np.uint32(2)) % np.uint32(len(_ORDERS)))
     quarter: Words = ((orders >> (2 * place[:, None, None]).astype(np.uint32)) ^ chance) & np.uint32(3)
@@ -202,7 +267,7 @@ def _normal(words: Words, p: float) -> NDArray[np.float32]:
 
 # Passes that depend on one another: sizes of blocks, and the pass with which the first of each size begins.
 BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
-SAMPLERS: dict[str, Callable[[str, int, int, int, int], Words]] = {"balanced": _balanced, "iid": _iid}
+SAMPLERS: dict[str, Callable[[Sequence[Stream], int, int], Words]] = {"balanced": _balanced, "iid": _iid}
 KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
     "bernoulli": _bernoulli,
     "normal": _normal,
