@@ -80,7 +80,7 @@ def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 
         if site.kind not in KINDS:
             raise UnknownName("kind of draw", site.kind, KINDS)
         words = np.empty((passes, *site.shape), np.uint32)
-        for some in _together(list(_blocks(site.shape))):
+        for some in _together(_blocks(site.shape)):
             streams = [Stream(f"{seed}/{site.name}/{block.name}", block.units, block.wanted) for block in some]
             drawn = draw(streams, start, passes)
             ends = np.cumsum([stream.wanted for stream in streams])
@@ -127,14 +127,16 @@ class _Block:
         return (slice(None), *(slice(0, part.stop - part.start) for part in self.place))
 
 
-def _together(blocks: list[_Block]) -> Iterator[list[_Block]]:
+def _together(blocks: Iterator[_Block]) -> Iterator[list[_Block]]:
     """Cuts blocks into groups: many small ones are drawn in as few calls as a large one."""
     some: list[_Block] = []
+    units = 0
     for block in blocks:
-        if some and sum(one.wanted for one in some) + block.wanted > _UNITS:
+        if some and units + block.wanted > _UNITS:
             yield some
-            some = []
+            some, units = [], 0
         some.append(block)
+        units += block.wanted
     if some:
         yield some
 
