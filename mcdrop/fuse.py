@@ -7,7 +7,7 @@ from torch import fx
 
 from mcdrop.kernels import CONV, LINEAR
 from mcdrop.masking import DTYPES, after_conv, masked, runs_on
-from mcdrop.onednn import available, conv, conv_add_relu, linear, packed
+from mcdrop.onednn import Packed, available, conv, conv_add_relu, linear
 from mcdrop.rewrites import alike, replace, sizes, unfolded
 
 __all__ = ["fuse"]
@@ -155,7 +155,7 @@ def _packed(layer: fx.Node) -> tuple[Any, ...]:
 
 def _pack(graph: fx.Graph, weight: Any, *how: Any) -> fx.Node:
     for user in weight.users:
-        if user.target is packed and user.args[1:] == how:
+        if user.target is Packed and user.args[1:] == how:
             return user  # type: ignore[no-any-return]
     with graph.inserting_after(weight):
-        return graph.call_function(packed, (weight, *how))
+        return graph.call_function(Packed, (weight, *how))

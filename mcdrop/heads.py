@@ -31,9 +31,9 @@ def straighten_heads(graph: fx.Graph) -> None:
 
 
 def _turn_after(layer: fx.Node) -> None:
-    """Turns two axes after a linear layer instead of before it: it sees neither."""
+    """Turns two axes after a linear layer instead of before it, where heads are split next: it sees neither."""
     turned = _alone(layer.args[0], (aten.transpose.int,))
-    if turned is None:
+    if turned is None or any(user.target not in _VIEWS for user in layer.users):
         return
     count = len(sizes(turned) or ())
     first, second = sorted(int(axis) % count for axis in turned.args[1:])  # type: ignore[arg-type]

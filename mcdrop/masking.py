@@ -6,6 +6,7 @@ convolution just as slowly, and folding a norm into the weights takes six small 
 these were 30 % of a residual network.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -65,10 +66,11 @@ def after_conv(
         x, places = x.movedim(-axes - 1, -1), 1
         other = None if other is None else other.movedim(-axes - 1, -1)
         shape = torch.Size((*shape[: -axes - 1], *shape[len(shape) - axes :], channels))
-    x, other = x.contiguous(), None if other is None else other.contiguous()
     output = x.new_empty(shape)
-    given = (None if one is None else one.contiguous() for one in (bias, mean, variance, gain, shift, other))
-    _launch(x, None if mask is None else mask.contiguous(), output, passes, channels, places, relu, eps, *given)
+    mask, *given = (
+        None if one is None else one.contiguous() for one in (mask, bias, mean, variance, gain, shift, other)
+    )
+    _launch(x.contiguous(), mask, output, passes, channels, places, relu, eps, given)
     return output.movedim(-1, -axes - 1) if last else output
 
 
@@ -93,12 +95,11 @@ def _one_by_one(
 
 def _launch(
     x: Tensor, mask: Tensor | None, output: Tensor, passes: int, units: int, places: int, relu: bool, eps: float = 0.0,
-    *others: Tensor | None,
+    others: Sequence[Tensor | None] = (None,) * 6,
 ) -> None:  # fmt: skip
     import triton
 
     inner = output.numel() // passes
-    others = others or (None,) * 6
     with torch.cuda.device(x.device):
         _kernel()[(passes * triton.cdiv(inner, _BLOCK),)](
             x, mask, output, *others, inner // (units * places), eps, units, places, x.numel() < output.numel(), relu,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import conv_flop_count
 
 from mcdrop.kernels import folded
 
-__all__ = ["FLOPS", "IN_PLACE", "ONEDNN", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear", "packed"]
+__all__ = ["FLOPS", "IN_PLACE", "ONEDNN", "Packed", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear"]
 
 _IMAGE = 2  # axes of what is convolved
 _MOST_SIZES = 3  # that a weight is kept for: those of rows, of a chunk of passes, and of the last one
@@ -33,9 +33,11 @@ class Packed:
     An order that was chosen for other sizes can take twenty times as long, on processors without AVX-512.
     """
 
-    def __init__(self, weight: Tensor, how: tuple[Any, ...]) -> None:
-        """Takes the weight, and stride, padding, dilation and groups."""
-        self._weight, self._how = weight.detach().contiguous(), how
+    def __init__(
+        self, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    ) -> None:
+        """Takes the weight, and how it is convolved with."""
+        self._weight, self._how = weight.detach().contiguous(), (padding, stride, dilation, groups)
         self._held: dict[torch.Size, Tensor] = {}
         self._turn = threading.Lock()
 
@@ -44,22 +46,12 @@ class Packed:
         held = self._held.get(x.shape)
         if held is not None:
             return held
-        stride, padding, dilation, groups = self._how
-        made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-            self._weight, padding, stride, dilation, groups, x.shape
-        )
+        made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self._weight, *self._how, x.shape)
         with self._turn:
             if len(self._held) >= _MOST_SIZES:
                 self._held.pop(next(iter(self._held)))
             self._held[x.shape] = made
         return made
-
-
-def packed(
-    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Packed:
-    """Gives a convolution's weight as ``conv`` takes it."""
-    return Packed(weight, (stride, padding, dilation, groups))
 
 
 def conv(
@@ -111,7 +103,7 @@ def _flat(x: Tensor) -> Tensor:
     return _channels_last(x.reshape(-1, *x.shape[-1 - _IMAGE :]))
 
 
-ONEDNN = frozenset({conv, conv_add_relu, conv_add_relu_, linear, packed})
+ONEDNN = frozenset({Packed, conv, conv_add_relu, conv_add_relu_, linear})
 IN_PLACE = {conv_add_relu: conv_add_relu_}
 
 
