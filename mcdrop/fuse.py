@@ -1,14 +1,15 @@
 """Operations of a graph that run as one: layers and what follows them by oneDNN, on a GPU what follows by triton."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from mcdrop.kernels import CONV, LINEAR
-from mcdrop.masking import DTYPES, after_conv, masked, runs_on
+from mcdrop.blockwise import attend, takes
+from mcdrop.kernels import CONV, LAYER_NORM, LINEAR, MATMUL
+from mcdrop.masking import DTYPES, WIDEST, after_conv, masked, runs_on, summed
 from mcdrop.onednn import Packed, available, conv, conv_add_relu, linear
-from mcdrop.rewrites import alike, replace, sizes, unfolded
+from mcdrop.rewrites import alike, alone, replace, sizes, unfolded
 
 __all__ = ["fuse"]
 
@@ -18,10 +19,12 @@ aten = torch.ops.aten
 def fuse(graph: fx.Graph) -> None:
     """Lets convolutions over images take over a sum and a ReLU, and linear layers in bfloat16 a ReLU and their bias.
 
-    Linear layers in float32 gain nothing by it. On a GPU one kernel does all that follows a convolution, and another
-    multiplies with a mask and takes over the ReLU before it.
+    Linear layers in float32 gain nothing by it. On a GPU one kernel does all that follows a convolution, another all of
+    attention, and others multiply with a mask and take over the ReLU before it, or the sum and the norm after it.
     """
     _put_after_convs(graph)
+    _put_attention(graph)
+    _put_sums(graph)
     _put_masks(graph)
     for node in [*graph.nodes]:
         source = node.args[0] if node.target is aten.relu.default else None
@@ -81,6 +84,103 @@ def _beside(node: fx.Node, one: fx.Node) -> fx.Node | None:
 def _only_user(node: fx.Node, target: Any) -> fx.Node | None:
     """What alone reads a node, where that is a certain operation."""
     return next((user for user in node.users if len(node.users) == 1 and user.target is target), None)
+
+
+class _Scores(NamedTuple):
+    """What a softmax of attention is of."""
+
+    query: fx.Node
+    keys: fx.Node
+    scale: float
+    bias: fx.Node | None
+    hidden: fx.Node | None
+
+
+def _put_attention(graph: fx.Graph) -> None:
+    """Lets one kernel do all of attention whose weights are multiplied with a mask, on a GPU."""
+    for product in [*graph.nodes]:
+        if product.target is not MATMUL or not runs_on(product.meta["val"].device):
+            continue
+        weights, values = product.args
+        for softmax, mask in (weights.args, weights.args[::-1]) if alone(weights, aten.mul.Tensor) else ():
+            scores = _scores(softmax)
+            if scores is None or not _heads(product, scores, mask, values):
+                continue
+            value, units = product.meta["val"], (sizes(scores.query) or ())[-1]
+            if takes(value.device, value.dtype, units, (sizes(values) or ())[-1]):
+                with graph.inserting_before(product):
+                    given = (scores.query, scores.keys, values, mask, scores.scale, _hiding(graph, scores))
+                    output = graph.call_function(attend, given)
+                output.meta = dict(product.meta)
+                replace(product, output)
+                break
+    graph.eliminate_dead_code()
+
+
+def _scores(softmax: Any) -> _Scores | None:
+    """Reads what a softmax over the last axis is of; None where that is no product of queries and keys."""
+    if not alone(softmax, aten._softmax.default):
+        return None
+    node, axis, widened = softmax.args
+    scale, bias, hidden = 1.0, None, None
+    if widened or axis not in (-1, len(sizes(softmax) or ()) - 1):
+        return None
+    if alone(node, aten.masked_fill.Scalar) and node.args[2] == -torch.inf:
+        node, hidden = node.args[:2]
+    if alone(node, aten.add.Tensor) and not node.kwargs:
+        inner = next((one for one in node.args if alone(one, MATMUL, aten.mul.Tensor, aten.div.Tensor)), None)
+        node, bias = inner, _beside(node, inner)  # type: ignore[arg-type]
+        if bias is None:
+            return None
+    if alone(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], int | float):
+        scale = float(node.args[1]) if node.target is aten.mul.Tensor else 1.0 / node.args[1]
+        node = node.args[0]
+    if not alone(node, MATMUL):
+        return None
+    query, keys = node.args
+    return _Scores(query, keys, scale, bias, hidden)
+
+
+def _hiding(graph: fx.Graph, scores: _Scores) -> fx.Node | None:
+    """What is added to scores, where hidden ones are told apart: less than any number to these."""
+    if scores.hidden is None:
+        return scores.bias
+    return graph.call_function(torch.where, (scores.hidden, -torch.inf, 0.0 if scores.bias is None else scores.bias))
+
+
+def _heads(product: fx.Node, scores: _Scores, mask: Any, values: Any) -> bool:
+    """Whether attention is over heads (T, N, H, ...) of one type, and masks are the same for all rows."""
+    whole = sizes(product) or ()
+    tensors = (scores.query, scores.keys, values, mask)
+    if len(whole) != 5 or not all(isinstance(one, fx.Node) for one in tensors):
+        return False
+    *lead, seen = *whole[:4], (sizes(scores.keys) or (None,))[-1]
+    same = all((sizes(one) or ())[-4:-2] == whole[1:3] for one in tensors[:3])
+    typed = {one.meta["val"].dtype for one in (*tensors, *([scores.bias] if scores.bias is not None else []))}
+    return same and len(typed) == 1 and sizes(mask) == (lead[0], 1, *lead[2:], seen)
+
+
+def _put_sums(graph: fx.Graph) -> None:
+    """Lets one kernel multiply with a mask, add what goes around the layer before it, and take the norm, on a GPU."""
+    for node in [*graph.nodes]:
+        total = _only_user(node, aten.add.Tensor) if node.target is aten.mul.Tensor else None
+        if total is None or total.kwargs or not runs_on(node.meta["val"].device):
+            continue
+        other, whole = _beside(total, node), sizes(node) or ()
+        if other is None or other.meta["val"].dtype != node.meta["val"].dtype or not isinstance(whole[-1], int):
+            continue
+        for x, mask in (node.args, node.args[::-1]):
+            if _places(node, x, mask) != 0 or sizes(other) not in (whole, whole[1:]) or whole[-1] > WIDEST:
+                continue
+            norm = _only_user(total, LAYER_NORM)
+            norm = norm if norm is not None and [*norm.args[1]] == [whole[-1]] else None  # type: ignore[misc]
+            last, how = (total, (None, None, 0.0)) if norm is None else (norm, norm.args[2:])
+            with graph.inserting_before(last):
+                output = graph.call_function(summed, (x, mask, other, norm is not None, *how))
+            output.meta = dict(last.meta)
+            replace(last, output)
+            break
+    graph.eliminate_dead_code()
 
 
 def _put_masks(graph: fx.Graph) -> None:

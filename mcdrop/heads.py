@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from mcdrop.kernels import LINEAR
-from mcdrop.rewrites import replace, sizes
+from mcdrop.rewrites import alone, replace, sizes
 
 __all__ = ["straighten_heads"]
 
@@ -32,7 +32,7 @@ def straighten_heads(graph: fx.Graph) -> None:
 
 def _turn_after(layer: fx.Node) -> None:
     """Turns two axes after a linear layer instead of before it, where heads are split next: it sees neither."""
-    turned = _alone(layer.args[0], (aten.transpose.int,))
+    turned = alone(layer.args[0], aten.transpose.int)
     if turned is None or any(user.target not in _VIEWS for user in layer.users):
         return
     count = len(sizes(turned) or ())
@@ -49,8 +49,8 @@ def _turn_after(layer: fx.Node) -> None:
 
 def _split_at_once(node: fx.Node) -> None:
     """Splits heads from rows before the turn that parts them from steps, not after it: (S, N H, D) to (N, H, S, D)."""
-    turned = _alone(node.args[0], (aten.transpose.int,))
-    merged = _alone(turned.args[0], _VIEWS) if turned is not None else None
+    turned = alone(node.args[0], aten.transpose.int)
+    merged = alone(turned.args[0], *_VIEWS) if turned is not None else None
     whole, after = sizes(node) or (), sizes(merged.args[0]) if merged is not None else None  # type: ignore[arg-type]
     if turned is None or merged is None or after is None or len(whole) < 4:
         return
@@ -72,9 +72,9 @@ def _split_at_once(node: fx.Node) -> None:
 
 def _turn_before(node: fx.Node) -> None:
     """Turns heads (S, N, H, D) to rows before the layer that reads them, which are turned after it: (S N, H D)."""
-    split = _alone(node.args[0], _VIEWS)
-    layer = _alone(split.args[0], (LINEAR,)) if split is not None else None
-    merged = _alone(layer.args[0], _VIEWS) if layer is not None else None
+    split = alone(node.args[0], *_VIEWS)
+    layer = alone(split.args[0], LINEAR) if split is not None else None
+    merged = alone(layer.args[0], *_VIEWS) if layer is not None else None
     source = merged.args[0] if merged is not None else None
     if split is None or layer is None or merged is None or not isinstance(source, fx.Node):
         return
@@ -102,10 +102,3 @@ def _asked(view: fx.Node) -> list[Any]:
     """The sizes that a view asks for."""
     asked: Any = view.args[1]
     return [*asked]
-
-
-def _alone(node: Any, targets: tuple[Any, ...]) -> fx.Node | None:
-    """A node that is one of some operations and is read by one other alone."""
-    if isinstance(node, fx.Node) and node.target in targets and len(node.users) == 1:
-        return node
-    return None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcdrop.attention import ATTENTION
 from mcdrop.intercept import Interception, Rules
 from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, POOL, RECURRENT
 from mcdrop.rules import RULES
@@ -106,6 +107,23 @@ def _matmul_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rule
 
 
+def _attention_rule(
+    mode: Interception, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention without a draw."""
+    if dropout_p or not 3 <= query.dim() == key.dim() == value.dim():
+        with_draws: Any = RULES[F.scaled_dot_product_attention]
+        return with_draws(  # type: ignore[no-any-return]
+            mode, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    output: Tensor = ATTENTION(query, key, value, attn_mask, is_causal, scale)
+    return output
+
+
 def _layer(
     function: Callable[..., Any], bias: bool, both_ways: bool, rows_first: bool, states: int, *tensors: Tensor
 ) -> list[Tensor]:
@@ -119,6 +137,7 @@ KERNEL_RULES: Rules = {
     **RULES,
     torch.cat: _cat_rule,
     F.linear: _linear_rule,
+    F.scaled_dot_product_attention: _attention_rule,
     torch.conv1d: _conv_rule(torch.conv1d, 1),
     torch.conv2d: _conv_rule(torch.conv2d, 2),
     torch.conv3d: _conv_rule(torch.conv3d, 3),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcdrop.attention import ATTENTION, run_attention
 from mcdrop.sequences import for_cudnn, over_passes
 
 __all__ = ["BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "MATMUL", "POOL", "RECURRENT", "RUN", "folded"]
@@ -260,6 +261,7 @@ def _run_recurrent(
 
 
 RUN: dict[Any, Callable[..., Any]] = {
+    ATTENTION: run_attention,
     CAT: torch.cat,
     LINEAR: _run_linear,
     CONV: _run_conv,

@@ -1,9 +1,9 @@
-"""What follows a layer on a GPU, in one pass over the memory, by a kernel in triton: norm, sum, ReLU and mask.
+"""What follows a layer on a GPU, in one pass over the memory, by kernels in triton: norm, sum, ReLU and mask.
 
 torch's product of values (T, N, D) with a mask (T, 1, D) reads and writes memory at a third of its speed, and a ReLU
 before it goes over all of it once more; together that was 42 % of the time of a small network. It adds the bias of a
 convolution just as slowly, and folding a norm into the weights takes six small kernels a layer; with sums and masks
-these were 30 % of a residual network.
+these were 30 % of a residual network. Around attention it is a mask, a sum and a norm of layers.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DTYPES", "after_conv", "masked", "runs_on"]
+__all__ = ["DTYPES", "WIDEST", "after_conv", "masked", "runs_on", "summed"]
 
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}  # it computes in float32
+
+WIDEST = 8192  # numbers that a norm of layers is over: they stay in registers
 
 _BLOCK = 1024
 _MOST = 2**31 - _BLOCK  # numbers of a pass: places are counted in 32 bits
@@ -72,6 +75,31 @@ def after_conv(
     )
     _launch(x.contiguous(), mask, output, passes, channels, places, relu, eps, given)
     return output.movedim(-1, -axes - 1) if last else output
+
+
+def summed(
+    x: Tensor, mask: Tensor, other: Tensor, norm: bool, gain: Tensor | None, shift: Tensor | None, eps: float
+) -> Tensor:
+    """Gives the product of values (T, N, ..., D) and a mask (T, 1, ..., D), plus ``other``, and its ``norm`` over D.
+
+    Values and ``other`` may be those of all passes, (N, ..., D).
+    """
+    shape = torch.broadcast_shapes(x.shape, mask.shape, other.shape)
+    inner = shape[1:].numel()
+    if not shape.numel() or inner > _MOST:
+        whole = x * mask + other
+        return F.layer_norm(whole, shape[-1:], gain, shift, eps) if norm else whole
+    import triton
+
+    output, wide = x.new_empty(shape), triton.next_power_of_2(shape[-1])
+    given = [None if one is None else one.contiguous() for one in (x, mask, other, gain, shift)]
+    lines, together = inner // shape[-1], max(1, _BLOCK // wide)
+    with torch.cuda.device(x.device):
+        _sum_kernel()[(shape[0] * triton.cdiv(lines, together),)](
+            *given, output, lines, mask.numel() // shape[0] // shape[-1], eps, shape[-1], norm, x.dim() < len(shape),
+            other.dim() < len(shape), together, wide,
+        )  # fmt: skip
+    return output
 
 
 def _one_by_one(
@@ -141,3 +169,34 @@ def _kernel() -> Any:
         tl.store(output + start * inner + within, value.to(output.dtype.element_ty), mask=inside)
 
     return triton.jit(kernel, do_not_specialize=["rows"])  # other numbers of rows must not compile anew
+
+
+@cache
+def _sum_kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    def kernel(  # type: ignore[no-untyped-def]
+        x, mask, other, gain, shift, output, lines, steps, eps, WIDTH: tl.constexpr, NORM: tl.constexpr,
+        SHARED: tl.constexpr, OTHER_SHARED: tl.constexpr, LINES: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        blocks = tl.cdiv(lines, LINES)
+        start = (tl.program_id(0) // blocks).to(tl.int64)
+        line, unit = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)[:, None], tl.arange(0, WIDE)[None, :]
+        inside = (line < lines) & (unit < WIDTH)
+        within = line * WIDTH + unit
+        place = start * lines * WIDTH + within
+        value = tl.load(x + (within if SHARED else place), mask=inside, other=0.0).to(tl.float32)
+        factor = mask + start * steps * WIDTH + line % steps * WIDTH + unit
+        value *= tl.load(factor, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(other + (within if OTHER_SHARED else place), mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            apart = tl.where(inside, value - (tl.sum(value, 1) / WIDTH)[:, None], 0.0)
+            value = apart * tl.rsqrt(tl.sum(apart * apart, 1) / WIDTH + eps)[:, None]
+            if gain is not None:
+                value *= tl.load(gain + unit, mask=unit < WIDTH).to(tl.float32)
+            if shift is not None:
+                value += tl.load(shift + unit, mask=unit < WIDTH).to(tl.float32)
+        tl.store(output + place, value.to(output.dtype.element_ty), mask=inside)
+
+    return triton.jit(kernel, do_not_specialize=["lines"])

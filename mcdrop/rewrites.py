@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RECURRENT, RUN
-from mcdrop.masking import after_conv, masked
+from mcdrop.masking import after_conv, masked, summed
 from mcdrop.onednn import IN_PLACE, ONEDNN
 
 __all__ = [
-    "REWRITES", "alike", "channels_last", "is_view", "lower", "replace", "sizes", "split_linear", "unfolded",
+    "REWRITES", "alike", "alone", "channels_last", "is_view", "lower", "replace", "sizes", "split_linear", "unfolded",
     "write_in_place",
 ]  # fmt: skip
 
@@ -39,6 +39,11 @@ def replace(node: fx.Node, other: fx.Node) -> None:
     """Puts a node in the place of another."""
     node.replace_all_uses_with(other)
     node.graph.erase_node(node)
+
+
+def alone(node: Any, *targets: Any) -> fx.Node | None:
+    """Gives a node that is one of some operations and is read by one other alone."""
+    return node if isinstance(node, fx.Node) and node.target in targets and len(node.users) == 1 else None
 
 
 def drop_copies(graph: fx.Graph) -> None:
@@ -221,7 +226,7 @@ def _owned(node: fx.Node) -> bool:
     """Whether a node's memory is its own."""
     if node.op != "call_function":
         return False
-    if node.target in RUN or node.target in ONEDNN or node.target in (after_conv, masked):
+    if node.target in RUN or node.target in ONEDNN or node.target in (after_conv, masked, summed):
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

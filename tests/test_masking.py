@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mcdrop.masking import _one_by_one, after_conv, masked, runs_on
+from mcdrop.masking import _one_by_one, after_conv, masked, runs_on, summed
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -123,3 +124,42 @@ def test_what_is_no_number_before_a_norm_stays_none() -> None:
     x = torch.full((1, 2, 3, 2, 2), float("nan"), device="cuda")
     one = torch.ones(3, device="cuda")
     assert after_conv(x, 2, one, one, one, one, one, 1e-5, x, True, None).isnan().all()
+
+
+# values, a mask, what is added
+SUMS: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = [
+    ((5, 3, 7), (5, 1, 7), (5, 3, 7)),
+    ((3, 7), (5, 1, 7), (3, 7)),
+    ((5, 3, 4, 7), (5, 1, 4, 7), (3, 4, 7)),
+    ((20, 9, 64, 256), (20, 1, 64, 256), (20, 9, 64, 256)),
+    ((4, 3, 2, 2000), (4, 1, 2, 2000), (4, 3, 2, 2000)),
+]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shapes", SUMS)
+def test_a_mask_a_sum_and_a_norm_are_torchs(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, mask, other = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    gain, shift = (torch.randn(shapes[0][-1], device="cuda").to(dtype) for _ in range(2))
+    whole = x.double() * mask.double() + other.double()
+    rounding = 1e-5 if dtype == torch.float32 else 2e-2
+
+    def close(found: Tensor, expected: Tensor) -> bool:
+        return found.dtype == dtype and float((found - expected).abs().max()) < rounding * float(expected.abs().max())
+
+    assert close(summed(x, mask, other, False, None, None, 0.0), whole)
+    for by, plus in ((gain, shift), (gain, None), (None, None)):
+        doubled = (None if one is None else one.double() for one in (by, plus))
+        expected = F.layer_norm(whole, shapes[0][-1:], next(doubled), next(doubled), 1e-3)
+        assert close(summed(x, mask, other, True, by, plus, 1e-3), expected)
+
+
+@on_a_gpu
+def test_no_number_stays_none_in_a_norm() -> None:
+    x, one = torch.ones(1, 2, 3, device="cuda"), torch.ones(1, 1, 3, device="cuda")
+    x[0, 1, 2] = float("nan")
+    got = summed(x, one, x, True, None, None, 1e-5)
+    assert got[0, 1].isnan().all()
+    assert not got[0, 0].isnan().any()
