@@ -76,7 +76,8 @@ def _launch(given: Sequence[Any], whole: tuple[int, ...], scale: float) -> None:
     query, _, values, *_ = given
     units, others = query.shape[-1], values.shape[-1]
     wide, deep = (max(16, triton.next_power_of_2(size)) for size in (units, others))
-    most = 32 if max(wide, deep) > 64 and query.dtype == torch.float32 else 64  # so that all fits
+    # what all fits for; and triton 3.6 multiplies blocks of 64 wrongly where it cannot read their tensors in large pieces
+    most = 64 if all(map(_in_large_pieces, given[:3])) and query.itemsize * max(wide, deep) <= 256 else 32
     block, part = (max(16, min(most, triton.next_power_of_2(size))) for size in (steps, seen))
     digits = "tf32" if _MATMUL.fp32_precision == "tf32" else "ieee"
     strides = [(0,) * 5 if one is None else one.stride() for one in given]
@@ -85,6 +86,11 @@ def _launch(given: Sequence[Any], whole: tuple[int, ...], scale: float) -> None:
             *given, *strides, rows, heads, steps, seen, scale, units, others, digits, wide, deep, block, part,
             num_stages=2,
         )  # fmt: skip
+
+
+def _in_large_pieces(tensor: Tensor) -> bool:
+    """Whether a tensor's units lie one after another, from places that divide by 16."""
+    return tensor.data_ptr() % 16 == 0 and all(stride == 1 or stride % 16 == 0 for stride in tensor.stride())
 
 
 @cache
