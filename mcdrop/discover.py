@@ -101,7 +101,8 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     )
     if not audit.live:
         raise NoStochasticSite(_none_message(audit, found))
-    off = frozenset(report.name for report in reports if report.verdict == "excluded")
+    # what drops nothing is left off too: all before the first draw that does is run once for all passes
+    off = frozenset(report.name for report in reports if report.verdict == "excluded" or report.p == 0)
     return Discovery(live, plain, off, force, audit)
 
 

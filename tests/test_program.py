@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mcdrop
 from mcdrop.engine import PassPlan, PassResult, run_passes
+from mcdrop.masks import Site, sample_masks
 from mcdrop.onednn import FLOPS
 from mcdrop.stacks import Span
 from mcdrop.summaries import TASKS
@@ -49,6 +50,26 @@ def test_what_comes_before_the_first_draw_runs_once_a_row(chunk_bytes: int, devi
     conv = sum(count for name, count in counts.items() if "convolution" in str(name))
     assert conv == ROWS * CONV
     assert counter.get_total_flops() - conv <= ROWS * (PASSES + 1) * LINEAR
+
+
+@on_each_device
+@pytest.mark.parametrize("idle", [nn.Dropout(0.0), nn.AlphaDropout(0.0), nn.Dropout2d(0.0)])
+def test_what_drops_nothing_keeps_no_layer_in_the_passes(idle: nn.Module, device: str) -> None:
+    """A rate of 0 is common in trained networks: all before the first draw that drops something runs once a row."""
+    net, x = image_net(device)
+    conv, relu, flat, _, linear = net.children()
+    with_idle = nn.Sequential(idle, conv, idle, *[*net.children()][1:]).eval()
+    model = mcdrop.wrap(with_idle, example=x[:4])
+    assert [site.verdict for site in model.audit.sites] == ["idle", "idle", "live"]
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        got = run(model, x, passes=PASSES)
+    counts = counter.get_flop_counts()["Global"]
+    assert sum(count for name, count in counts.items() if "convolution" in str(name)) == ROWS * CONV
+    masks = sample_masks([Site("site2", (100,), 0.4)], PASSES, seed=0, sampler="balanced")[
+        "site2"
+    ]  # those of the third draw
+    outputs = [linear(flat(relu(conv(x))) * torch.from_numpy(mask).to(x) / 0.6) for mask in masks]
+    assert apart(got.mean, torch.stack(outputs).mean(0).detach().cpu()) < 1e-5
 
 
 @on_each_device

@@ -13,6 +13,7 @@ from mcdrop.errors import MCDropError
 __all__ = ["Ready", "prepared"]
 
 SLOW = 1.0  # seconds of the plain loop above which the mode is chosen by a tenth of the passes
+SHORT = 0.1  # seconds of a second run below which a third one tells how long later ones take: a GPU records the second
 LONG = 5.0  # seconds of a first run above which a second one does not tell how long later ones take
 
 
@@ -57,6 +58,8 @@ def _warmed(name: str, setting: Setting, truth: Reference) -> tuple[Ready, Momen
     run, first = modes[mode], list[Moments]()
     seconds = first_seconds = sampled(lambda: first.append(run(0))).seconds
     if seconds < LONG:
+        seconds = sampled(lambda: run(0)).seconds
+    if seconds < SHORT:
         seconds = sampled(lambda: run(0)).seconds
     found, runs = pooled(run, first[0], seconds)
     if runs > 1:  # what is kept for the seed that is timed may have made room for that of others
