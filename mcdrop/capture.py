@@ -2,7 +2,7 @@
 
 The network runs once on stand-ins for tensors, batched over the passes, while every operation is written down. The
 numbers of passes and of rows stay symbols, so one graph serves all; what the network's code decided from them is kept
-as guards. Weights and buffers are inputs of the graph: later changes of them are seen.
+as guards. Weights, buffers and tensors kept beside them are inputs of the graph: later changes of them are seen.
 """
 
 import logging
@@ -25,7 +25,7 @@ from mcdrop.outputs import Pick
 from mcdrop.quiet import quiet
 from mcdrop.record import draws
 from mcdrop.rows import Rows
-from mcdrop.standing import Standing, State, state_of
+from mcdrop.standing import Standing, State, constants_of, state_of
 from mcdrop.trace import Trace, one_pass
 
 __all__ = ["Captured", "NotCaptured", "capture"]
@@ -97,8 +97,9 @@ def capture(
     """
     if found.unclear or VOLATILE in vars(module):
         raise NotCaptured("its draws or buffers depend on the batch")
-    places, names = state_of(module), [*rows.kwargs]
-    state = [one for one in places if one.now() is not None]
+    places, beside, names = state_of(module), constants_of(module), [*rows.kwargs]
+    own = [one for one in places if one.now() is not None]
+    state = [*own, *beside]
 
     def passes(weights: list[Tensor], leaves: list[Tensor], stacks: list[Tensor]) -> Tensor:
         placed = Rows(tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), _ROWS)
@@ -126,8 +127,14 @@ def capture(
     if any(not symbol.is_symbol for symbol in symbols):
         raise NotCaptured("its operations are tied to the number of rows or passes (x.shape[0] is free, len(x) is not)")
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
-    weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
-    return Captured(graph, weights, leaves, stacks, Standing(places), symbols, _guards(env, symbols))
+    weights, leaves, stacks = ([next(placeholders) for _ in given] for given in arguments)
+    read = [(one, node) for one, node in zip(beside, weights[len(own) :], strict=True) if node.users]
+    for node in weights[len(own) :]:
+        if not node.users:  # what a forward leaves there may be another one every time
+            graph.erase_node(node)
+    standing = Standing([*places, *(one for one, _ in read)])
+    given = (*weights[: len(own)], *(node for _, node in read))
+    return Captured(graph, given, tuple(leaves), tuple(stacks), standing, symbols, _guards(env, symbols))
 
 
 def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -185,11 +192,13 @@ def _guards(env: ShapeEnv, symbols: dict[Any, str]) -> tuple[Any, ...]:
 def _holding(module: nn.Module, state: Sequence[State], tensors: Sequence[Tensor]) -> Iterator[None]:
     """Puts other tensors in the place of a shadow's weights, in dicts of its own: the user's are not touched.
 
-    Lists of weights that a layer keeps beside, as recurrent ones do, are replaced too.
+    Lists of weights that a layer keeps beside, as recurrent ones do, and plain attributes are replaced too.
     """
     new = {id(one.now()): tensor for one, tensor in zip(state, tensors, strict=True)}
 
     def replaced(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return new[id(value)]
         if isinstance(value, dict):
             return {name: new.get(id(tensor), tensor) for name, tensor in value.items()}
         return [new[id(tensor)] for tensor in value]
@@ -199,6 +208,7 @@ def _holding(module: nn.Module, state: Sequence[State], tensors: Sequence[Tensor
         for child in module.modules()
         for name, value in [*vars(child).items()]
         if name in ("_parameters", "_buffers")
+        or (isinstance(value, Tensor) and id(value) in new)
         or (isinstance(value, list) and value and all(id(item) in new for item in value))
     ]
     for child, name, value in before:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Standing", "State", "state_of"]
+__all__ = ["Standing", "State", "constants_of", "state_of"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ def state_of(module: nn.Module) -> tuple[State, ...]:
         for tensors in (child.__dict__["_parameters"], child.__dict__["_buffers"])
         for name in tensors
     )
+
+
+def constants_of(module: nn.Module) -> tuple[State, ...]:
+    """Lists the places of tensors that modules keep as plain attributes, as positions and masks often are."""
+    return tuple(
+        State(vars(child), name)
+        for child in module.modules()
+        for name, value in vars(child).items()
+        if type(value) is Tensor and not _wrapped(value)
+    )
+
+
+def _wrapped(tensor: Tensor) -> bool:
+    """Whether it is what a forward under vmap or functionalize has left behind."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
 
 
 def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:
