@@ -79,12 +79,13 @@ class _Posterior(nn.Module):
         self._backend, self._found, self._rows, self._plan, self._asked = backend, found, rows, plan, asked
         drawn = sample_masks(found.sites, plan.passes, seed=plan.seed, sampler=plan.sampler)
         for site in found.sites:
-            self.register_buffer(site.name, None if site.name in backend.off else torch.as_tensor(drawn[site.name]))
+            if site.name not in backend.off:  # torch 2.13 cannot export a buffer that is None
+                self.register_buffer(site.name, torch.as_tensor(drawn[site.name]))
         self._folds = all(layout is not None for layout in found.layouts)
 
     def forward(self, *leaves: Tensor) -> dict[str, Tensor]:
         """Gives the posterior."""
-        masks = [self._buffers[site.name] for site in self._found.sites]
+        masks = [self._buffers.get(site.name) for site in self._found.sites]
         passes = self._plan.passes
         if self._folds:
             copies = self._placed([leaf.repeat(passes, *(1,) * (leaf.dim() - 1)) for leaf in leaves])

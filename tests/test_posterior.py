@@ -175,6 +175,21 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     _compare(_run(target, x), mcdrop.predict(model, x, passes=20, level=0.9))
 
 
+@pytest.mark.parametrize(("rate", "exclude"), [(0.0, []), (0.3, ["1"])])
+def test_draws_that_are_left_off_are_no_part_of_a_posterior(rate: float, exclude: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.Dropout(rate), torch.nn.ReLU(), torch.nn.Dropout(0.4), torch.nn.Linear(6, 2)
+    )
+    x = torch.randn(5, 4)
+    model = mcdrop.wrap(net.eval(), example=x, exclude=exclude)
+    expected = mcdrop.predict(model, x, passes=20)
+    program = mcdrop.export_torch(model, tmp_path / "posterior.pt2", passes=20)
+    with quiet(), torch.no_grad():
+        _compare(torch.export.load(program).module()(x), expected)
+    _compare(_run(mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=20), x.numpy()), expected)
+
+
 @pytest.mark.parametrize("name", ["cnn", "encoder", "lstm", "mlp"])
 def test_the_same_as_a_program_of_torch(name: str, tmp_path: Path) -> None:
     module, x = built(name)

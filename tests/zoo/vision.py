@@ -64,9 +64,12 @@ def densenet() -> Built:
     return whole(library("torchvision.models").DenseNet(4, (2, 2), 8, drop_rate=0.2, num_classes=3))
 
 
-@specimen(draws=10, note="9 stochastic depths and a dropout in the head", requires=TORCHVISION)
-def efficientnet_b0() -> Built:
-    return whole(library("torchvision.models").efficientnet_b0(num_classes=3))
+@specimen(draws=4, note="3 stochastic depths and a dropout in the head", requires=TORCHVISION)
+def efficientnet() -> Built:
+    parts = library("torchvision.models.efficientnet")
+    stages = ((1, 3, 1, 8, 12, 2), (4, 3, 2, 12, 16, 2), (4, 5, 2, 16, 24, 2))
+    settings = [parts.MBConvConfig(*sizes, 1.0, 1.0) for sizes in stages]
+    return whole(parts.EfficientNet(settings, 0.2, num_classes=3))
 
 
 @specimen(draws=10, note="attention by hand, functional and module dropout, stochastic depth", requires=TORCHVISION)
