@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ATTENTION", "run_attention"]
+__all__ = ["ATTENTION", "in_groups", "run_attention"]
 
 
 @torch.library.custom_op("mcdrop::attention", mutates_args=())
@@ -32,6 +32,8 @@ def _attention_batched(
     scale: float | None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """All have the same axes, and get one more in front; a mask where it differs from pass to pass."""
+    if mask is not None and dims[:3] == (None,) * 3:  # the mask alone differs
+        query, dims = query.expand(info.batch_size, *query.shape), (0, *dims[1:])
     given = zip((query, keys, values), dims[:3], strict=True)
     query, keys, values = (one.unsqueeze(0) if dim is None else one.movedim(dim, 0) for one, dim in given)
     if mask is not None and dims[3] is not None:
@@ -44,6 +46,12 @@ def _attention_batched(
 _attention.register_vmap(_attention_batched)
 
 ATTENTION = torch.ops.mcdrop.attention.default
+
+
+def in_groups(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives keys and values a head for each of the queries, which groups of them share."""
+    groups = query.shape[-3] // keys.shape[-3]
+    return keys.repeat_interleave(groups, -3), values.repeat_interleave(groups, -3)
 
 
 def run_attention(

@@ -2,7 +2,8 @@
 
 The network runs once on stand-ins for tensors, batched over the passes, while every operation is written down. The
 numbers of passes and of rows stay symbols, so one graph serves all; what the network's code decided from them is kept
-as guards. Weights, buffers and tensors kept beside them are inputs of the graph: later changes of them are seen.
+as guards. Weights and buffers are inputs of the graph: later changes of them are seen. Tensors that are kept as plain
+attributes are inputs too: later writes to them are seen.
 """
 
 import logging
@@ -122,19 +123,32 @@ def capture(
         [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
     graph = _written_down(passes, arguments, mode)
-    axes = [("N", leaf) for leaf in arguments[1]] + [("T", stack) for stack in arguments[2]]
+    symbols = _symbols(env, *arguments[1:])
+    placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
+    weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
+    beside, read = _read(graph, beside, weights[len(own) :])
+    standing, weights = Standing([*places, *beside]), (*weights[: len(own)], *read)
+    return Captured(graph, weights, leaves, stacks, standing, symbols, _guards(env, symbols))
+
+
+def _symbols(env: ShapeEnv, leaves: Sequence[Tensor], stacks: Sequence[Tensor]) -> dict[Any, str]:
+    """The symbols of the numbers of rows and passes."""
+    axes = [("N", leaf) for leaf in leaves] + [("T", stack) for stack in stacks]
     symbols = {env.replace(_expression(tensor.shape[0])): axis for axis, tensor in axes}
     if any(not symbol.is_symbol for symbol in symbols):
         raise NotCaptured("its operations are tied to the number of rows or passes (x.shape[0] is free, len(x) is not)")
-    placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
-    weights, leaves, stacks = ([next(placeholders) for _ in given] for given in arguments)
-    read = [(one, node) for one, node in zip(beside, weights[len(own) :], strict=True) if node.users]
-    for node in weights[len(own) :]:
-        if not node.users:  # what a forward leaves there may be another one every time
+    return symbols
+
+
+def _read(
+    graph: fx.Graph, places: Sequence[State], nodes: Sequence[fx.Node]
+) -> tuple[tuple[State, ...], tuple[fx.Node, ...]]:
+    """Gives the places and inputs that a graph reads, and takes out the others."""
+    read = {node: place for place, node in zip(places, nodes, strict=True) if node.users}
+    for node in nodes:
+        if node not in read:
             graph.erase_node(node)
-    standing = Standing([*places, *(one for one, _ in read)])
-    given = (*weights[: len(own)], *(node for _, node in read))
-    return Captured(graph, given, tuple(leaves), tuple(stacks), standing, symbols, _guards(env, symbols))
+    return tuple(read.values()), tuple(read)
 
 
 def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

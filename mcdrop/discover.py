@@ -47,11 +47,11 @@ class Overrules:
 
 @dataclass(frozen=True)
 class Discovery:
-    """A network's two shadows (draws on; all off), the sites left off, which calls are forced, and the audit."""
+    """A network's two shadows (draws on; all off), modules whose draws stay off, forced calls, and the audit."""
 
     live: nn.Module
     plain: nn.Module
-    off: frozenset[str]
+    excluded: frozenset[str]
     force: Callable[[str], bool]
     audit: Audit
 
@@ -101,9 +101,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     )
     if not audit.live:
         raise NoStochasticSite(_none_message(audit, found))
-    # what drops nothing is left off too: all before the first draw that does is run once for all passes
-    off = frozenset(report.name for report in reports if report.verdict == "excluded" or report.p == 0)
-    return Discovery(live, plain, off, force, audit)
+    return Discovery(live, plain, excluded, force, audit)
 
 
 def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:

@@ -145,7 +145,11 @@ def _hiding(graph: fx.Graph, scores: _Scores) -> fx.Node | None:
     """What is added to scores, where hidden ones are told apart: less than any number to these."""
     if scores.hidden is None:
         return scores.bias
-    return graph.call_function(torch.where, (scores.hidden, -torch.inf, 0.0 if scores.bias is None else scores.bias))
+    bias: Any = 0.0 if scores.bias is None else scores.bias
+    output = graph.call_function(torch.where, (scores.hidden, -torch.inf, bias))
+    number = bias.meta["val"] if isinstance(bias, fx.Node) else bias
+    output.meta["val"] = torch.where(scores.hidden.meta["val"], -torch.inf, number)
+    return output
 
 
 def _heads(product: fx.Node, scores: _Scores, mask: Any, values: Any) -> bool:
@@ -154,10 +158,12 @@ def _heads(product: fx.Node, scores: _Scores, mask: Any, values: Any) -> bool:
     tensors = (scores.query, scores.keys, values, mask)
     if len(whole) != 5 or not all(isinstance(one, fx.Node) for one in tensors):
         return False
-    *lead, seen = *whole[:4], (sizes(scores.keys) or (None,))[-1]
-    same = all((sizes(one) or ())[-4:-2] == whole[1:3] for one in tensors[:3])
-    typed = {one.meta["val"].dtype for one in (*tensors, *([scores.bias] if scores.bias is not None else []))}
-    return same and len(typed) == 1 and sizes(mask) == (lead[0], 1, *lead[2:], seen)
+    values_of = [one.meta.get("val") for one in (*tensors, *([scores.bias] if scores.bias is not None else []))]
+    if len({getattr(one, "dtype", None) for one in values_of}) > 1:
+        return False
+    seen, steps = (sizes(scores.keys) or (None,))[-1], (sizes(scores.query) or ())[-2]
+    same = steps == whole[3] and all((sizes(one) or ())[-4:-2] == whole[1:3] for one in tensors[:3])
+    return same and sizes(mask) == (whole[0], 1, *whole[2:4], seen)
 
 
 def _put_sums(graph: fx.Graph) -> None:
@@ -167,10 +173,10 @@ def _put_sums(graph: fx.Graph) -> None:
         if total is None or total.kwargs or not runs_on(node.meta["val"].device):
             continue
         other, whole = _beside(total, node), sizes(node) or ()
-        if other is None or other.meta["val"].dtype != node.meta["val"].dtype or not isinstance(whole[-1], int):
+        if other is None or not isinstance(whole[-1], int) or whole[-1] > WIDEST or not _like(other, node):
             continue
         for x, mask in (node.args, node.args[::-1]):
-            if _places(node, x, mask) != 0 or sizes(other) not in (whole, whole[1:]) or whole[-1] > WIDEST:
+            if _places(node, x, mask) != 0:
                 continue
             norm = _only_user(total, LAYER_NORM)
             norm = norm if norm is not None and [*norm.args[1]] == [whole[-1]] else None  # type: ignore[misc]
@@ -181,6 +187,13 @@ def _put_sums(graph: fx.Graph) -> None:
             replace(last, output)
             break
     graph.eliminate_dead_code()
+
+
+def _like(other: fx.Node, node: fx.Node) -> bool:
+    """Whether a node gives tensors of another's type and shape, or of its shape for one pass."""
+    value, whole = other.meta.get("val"), sizes(node) or ()  # a number of rows has none
+    same = isinstance(value, torch.Tensor) and value.dtype == node.meta["val"].dtype
+    return same and sizes(other) in (whole, whole[1:])
 
 
 def _put_masks(graph: fx.Graph) -> None:

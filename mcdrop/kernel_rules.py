@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcdrop.attention import ATTENTION
+from mcdrop.attention import ATTENTION, in_groups
 from mcdrop.intercept import Interception, Rules
 from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, POOL, RECURRENT
 from mcdrop.rules import RULES
@@ -118,8 +118,7 @@ def _attention_rule(
             mode, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        key, value = in_groups(query, key, value)
     output: Tensor = ATTENTION(query, key, value, attn_mask, is_causal, scale)
     return output
 

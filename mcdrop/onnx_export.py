@@ -69,7 +69,7 @@ class _Nodes(Given):
         return numbers
 
     def next_site(self) -> int | None:
-        """Gives the number of the next draw, None if the user switched it off."""
+        """Gives the number of the next draw, None if it is left off."""
         index, self._next = self._next, self._next + 1
         return None if self._numbered[index].name in self._left_off else index
 
@@ -107,7 +107,7 @@ class _Pass(nn.Module):
         """Runs the pass on the leaves of a batch of rows."""
         left = iter(leaves)
         rows = Rows(tuple(next(left) for _ in self._rows.args), {name: next(left) for name in self._rows.kwargs}, 0)
-        with _Exporting(_Nodes(self._found, self._backend.off), RULES):
+        with _Exporting(_Nodes(self._found, self._found.left_off(self._backend.excluded)), RULES):
             return forward(self.live, rows, self._backend.pick)
 
 

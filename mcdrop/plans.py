@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mcdrop.digits import digits
+from mcdrop.errors import InputError
 from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
@@ -36,11 +37,11 @@ class Plans:
     """The plans of a network by input signature, and the masks that they need; safe to use from several threads."""
 
     def __init__(
-        self, live: nn.Module, plain: nn.Module, pick: Pick, off: frozenset[str], force: Callable[[str], bool], *,
+        self, live: nn.Module, plain: nn.Module, pick: Pick, excluded: frozenset[str], force: Callable[[str], bool], *,
         precision: str, compiled: bool, tuning: Tuning | None,
     ) -> None:  # fmt: skip
         """Takes what a backend takes."""
-        self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
+        self.live, self.plain, self.pick, self.excluded, self.force = live, plain, pick, excluded, force
         self.precision, self.compiled, self.tuning = precision, compiled, tuning
         held = [(one, tensor) for one in state_of(live) if (tensor := one.now()) is not None]
         floating = next((one for one, tensor in held if tensor.is_floating_point()), None)
@@ -123,12 +124,18 @@ class Plans:
 
     def _proved(self, tensors: Rows) -> Plan:
         found = trace(self.live, tensors, self.pick, self.force)
+        off = found.left_off(self.excluded)
+        if len(off) == len(found.sites):
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tensors.leaves)
+            raise InputError(
+                f"no draw of the network is on for inputs of the shape {shapes}: all passes would be alike"
+            )
 
         def some(found: Trace, passes: int) -> Stacks:
-            return self.stacks(Plan(found, self.off, "loop", ""), Span(passes, 0, 0, "iid"))
+            return self.stacks(Plan(found, off, "loop", ""), Span(passes, 0, 0, "iid"))
 
         plan = make_plan(
-            self.live, self.plain, tensors, self.pick, found, self.off, some,
+            self.live, self.plain, tensors, self.pick, found, off, some,
             precision=self.precision, compiled=self.compiled, tuning=self.tuning,
         )  # fmt: skip
         if plan.program is not None and self.tuning is None:

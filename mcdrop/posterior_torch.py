@@ -78,8 +78,9 @@ class _Posterior(nn.Module):
         self.live = backend.live
         self._backend, self._found, self._rows, self._plan, self._asked = backend, found, rows, plan, asked
         drawn = sample_masks(found.sites, plan.passes, seed=plan.seed, sampler=plan.sampler)
+        off = found.left_off(backend.excluded)
         for site in found.sites:
-            if site.name not in backend.off:  # torch 2.13 cannot export a buffer that is None
+            if site.name not in off:  # torch 2.13 cannot export a buffer that is None
                 self.register_buffer(site.name, torch.as_tensor(drawn[site.name]))
         self._folds = all(layout is not None for layout in found.layouts)
 

@@ -254,7 +254,7 @@ def record(
     paths = module_paths(module)
     leaf = rows.leaves[0]
     source = Recorder(paths, leaf.device, seed=seed, force=force)
-    spy = Spy(paths, watched(module), drawn=lambda: bool(source.draws))
+    spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in source.draws))
     with own_generator():
         foreign = _Foreign()
         with _own_tensor_dicts(module, spy), spy, Interception(source, RULES):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcdrop.attention import in_groups
 from mcdrop.intercept import Interception, Rules
 
 __all__ = ["SEQUENCE_RULES", "body_rule", "for_cudnn", "over_passes", "recurrent_rule"]
@@ -63,8 +64,7 @@ def _attention(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        key, value = in_groups(query, key, value)
     with mode:  # which may keep the product whole
         products = query @ key.transpose(-2, -1)
     weights = products * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -33,7 +33,9 @@ class ShardedBackend(TorchBackend):
         Raises:
             InputError: a device that is not there.
         """
-        super().__init__(first.live, first.plain, first.pick, first.off, first.force, first.precision, first.compiled)
+        super().__init__(
+            first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled
+        )
         self.chunk_bytes = first.chunk_bytes
         self._module = unwrapped(module)
         self._copies = copies = [moved(copy.deepcopy(self._module), device) for device in devices]

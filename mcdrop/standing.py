@@ -60,18 +60,23 @@ def state_of(module: nn.Module) -> tuple[State, ...]:
 
 
 def constants_of(module: nn.Module) -> tuple[State, ...]:
-    """Lists the places of tensors that modules keep as plain attributes, as positions and masks often are."""
+    """Lists the tensors that modules keep as plain attributes, as positions and masks often are.
+
+    They are those of now: a forward on rows of another shape may put others in their places.
+    """
     return tuple(
-        State(vars(child), name)
+        State({name: value}, name)
         for child in module.modules()
         for name, value in vars(child).items()
-        if type(value) is Tensor and not _wrapped(value)
+        if type(value) is Tensor and _plain(value)
     )
 
 
-def _wrapped(tensor: Tensor) -> bool:
-    """Whether it is what a forward under vmap or functionalize has left behind."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is of the usual kind, and not what a forward under vmap or functionalize has left behind."""
+    odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta
+    left = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+    return not odd and not left
 
 
 def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:

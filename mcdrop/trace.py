@@ -46,6 +46,15 @@ class Trace:
     row_bytes: int
     pass_bytes: int
 
+    def left_off(self, excluded: frozenset[str]) -> frozenset[str]:
+        """Names the draws that passes leave out: those of excluded modules, and dropout at a rate of 0.
+
+        So all before the first draw that drops something is run once for all passes.
+        """
+        return frozenset(
+            site.name for site in self.sites if site.path in excluded or (site.kind == "bernoulli" and not site.p)
+        )
+
 
 def one_pass(
     module: nn.Module,

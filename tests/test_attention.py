@@ -160,6 +160,11 @@ def _drawn_mask(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=net.drop(x)[:, None, None, :, 0])
 
 
+def _mask_alone(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = net.heads(x)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=net.drop(x)[:, None, None, :, 0])
+
+
 def _values_alone(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, _ = net.heads(x)
     return F.scaled_dot_product_attention(q, k, v)
@@ -189,6 +194,7 @@ FIXED: dict[str, Callable[..., Tensor]] = {
     "with a bias that is drawn": _drawn_mask,
     "with heads in groups": _grouped,
     "with values alone drawn": _values_alone,
+    "with a bias alone drawn": _mask_alone,
 }
 
 

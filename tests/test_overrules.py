@@ -195,3 +195,45 @@ def test_memory_is_a_number_of_bytes() -> None:
     for wrong in (0, -1, 2.5, "much", True):
         with pytest.raises(InputError, match="memory must be 'auto' or a whole number of bytes"):
             mcdrop.wrap(net, example=rows(), memory=wrong)  # type: ignore[arg-type]
+
+
+class Longer(nn.Module):
+    """Drops more of longer rows; a dropout before them draws only there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if x.shape[1] > 6:
+            h = F.dropout(h, 0.5, self.training)
+        h = F.dropout(h, 0.0 if x.shape[1] < 6 else 0.2, self.training)
+        return F.dropout(h, 0.1 if x.shape[1] < 8 else 0.0, self.training).mean((1, 2))
+
+
+def test_what_is_left_off_is_told_for_each_shape_of_rows() -> None:
+    """The first draw of a shape may be live where that of another drops nothing, and have another rate."""
+    torch.manual_seed(0)
+    net = Longer().eval()
+    model = mcdrop.wrap(net, example=torch.randn(4, 5, 2))
+    for length, rates in ((5, [0.1]), (6, [0.2, 0.1]), (7, [0.5, 0.2, 0.1]), (8, [0.5, 0.2])):
+        x = torch.randn(4, length, 2)
+        alone = mcdrop.wrap(net, example=x)
+        assert [site.p for site in alone.audit.live] == rates
+        ours, theirs = (mcdrop.predict(m, x, passes=50) for m in (model, alone))
+        np.testing.assert_allclose(ours.variance, theirs.variance, rtol=1e-4)
+
+
+class Shy(nn.Module):
+    """Drops nothing of short rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.0 if x.shape[1] < 6 else 0.3, self.training).mean((1, 2))
+
+
+def test_rows_of_a_shape_that_nothing_is_dropped_of_are_refused() -> None:
+    model = mcdrop.wrap(Shy().eval(), example=torch.randn(4, 7, 2))
+    assert mcdrop.predict(model, torch.randn(3, 9, 2)).std.min() > 0
+    with pytest.raises(InputError, match=r"no draw of the network is on for inputs of the shape \(3, 5, 2\)"):
+        mcdrop.predict(model, torch.randn(3, 5, 2))

@@ -65,9 +65,12 @@ def test_what_drops_nothing_keeps_no_layer_in_the_passes(idle: nn.Module, device
         got = run(model, x, passes=PASSES)
     counts = counter.get_flop_counts()["Global"]
     assert sum(count for name, count in counts.items() if "convolution" in str(name)) == ROWS * CONV
-    masks = sample_masks([Site("site2", (100,), 0.4)], PASSES, seed=0, sampler="balanced")[
-        "site2"
-    ]  # those of the third draw
+    bytes_each = [
+        backend_of(one).plans.plan(one.rows(x)).trace.pass_bytes for one in (model, mcdrop.wrap(net, example=x))
+    ]
+    assert bytes_each[0] == bytes_each[1]  # what chunks go by
+    third = Site("site2", (100,), 0.4)
+    masks = sample_masks([third], PASSES, seed=0, sampler="balanced")[third.name]
     outputs = [linear(flat(relu(conv(x))) * torch.from_numpy(mask).to(x) / 0.6) for mask in masks]
     assert apart(got.mean, torch.stack(outputs).mean(0).detach().cpu()) < 1e-5
 

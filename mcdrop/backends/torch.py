@@ -34,22 +34,22 @@ class TorchBackend:
         live: nn.Module,
         plain: nn.Module,
         pick: Pick,
-        off: frozenset[str] = frozenset(),
+        excluded: frozenset[str] = frozenset(),
         force: Callable[[str], bool] = nowhere,
         precision: str = "fp32",
         compiled: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
-        """Takes the shadow whose draws are on, the one with all of them off, and the names of sites left off.
+        """Takes the shadow whose draws are on, the one with all of them off, and the modules whose draws stay off.
 
         ``force`` says of a module path whether dropout calls that are switched off there drop all the same;
         ``precision`` is one of ``PRECISIONS``; ``compiled`` asks for torch's compiler,
         ``tuning`` holds choices that were timed before.
         """
-        self.live, self.plain, self.pick, self.off, self.force = live, plain, pick, off, force
+        self.live, self.plain, self.pick, self.excluded, self.force = live, plain, pick, excluded, force
         self.precision, self.compiled = precision, compiled
         self.room = Room(_room(live))
-        self.plans = Plans(live, plain, pick, off, force, precision=precision, compiled=compiled, tuning=tuning)
+        self.plans = Plans(live, plain, pick, excluded, force, precision=precision, compiled=compiled, tuning=tuning)
         self._digest: tuple[object, str] | None = None
 
     @property
@@ -132,7 +132,7 @@ class TorchBackend:
         for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
             theirs.training = ours.training
         other = TorchBackend(
-            live, plain, self.pick, self.off, self.force, self.precision, self.compiled, self.plans.tuning
+            live, plain, self.pick, self.excluded, self.force, self.precision, self.compiled, self.plans.tuning
         )
         if self.room.given:
             other.chunk_bytes = self.chunk_bytes

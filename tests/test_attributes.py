@@ -1,0 +1,114 @@
+"""Tensors that a network keeps as plain attributes, beside its weights and buffers, in captured passes."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from captures import apart, backend_of, loop, passes
+from torch import Tensor, nn
+
+import mcdrop
+
+
+class Keeping(nn.Module):
+    """Keeps tensors as plain attributes: positions, an order of steps, and what the last forward saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.drop, self.two = nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(4, 2)
+        self.positions, self.order, self.last = torch.randn(5, 4), torch.tensor([3, 0, 1]), torch.zeros(0)
+        self.view = self.one.weight.data[:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.drop(self.one(x)) + self.positions + self.view
+        out: Tensor = self.two(self.last[:, self.order])
+        return out.flatten(1)
+
+
+def test_tensors_that_are_kept_as_attributes_are_followed() -> None:
+    """Written to in place they are seen at once; what a forward leaves behind makes no new plan."""
+    torch.manual_seed(0)
+    net, x = Keeping().eval(), torch.randn(9, 5, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    plans = dict(backend_of(model).plans._plans)
+    writes: list[Callable[[], Tensor]] = [
+        lambda: net.positions.mul_(-2),
+        lambda: net.order.copy_(net.order.flip(0)),
+        lambda: net.view.add_(1),
+    ]
+    for write in writes:
+        before = passes(model, x[:5], 4)
+        write()
+        after = passes(model, x[:5], 4)
+        assert apart(after, before) > 1e-3
+        for rows in (5, 9, 1):
+            assert apart(passes(model, x[:rows], 3), loop(model, x[:rows], 3)) < 1e-5
+        with torch.no_grad():
+            assert apart(mcdrop.predict(model, x, passes=2).deterministic, net(x)) < 1e-5
+    assert backend_of(model).plans._plans == plans
+
+
+class Caching(nn.Module):
+    """Keeps positions for the last shape of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.drop, self.two = nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(4, 2)
+        self.size: tuple[int, ...] = ()
+        self.positions = torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, H, W, 4)
+        if self.size != tuple(x.shape[1:3]):
+            self.size = tuple(x.shape[1:3])
+            down, across = torch.arange(self.size[0]), torch.arange(self.size[1])
+            self.positions = (down[:, None] * 10.0 + across).reshape(-1, 1).expand(-1, 4).sin()
+        out: Tensor = self.two(self.drop(self.one(x)).flatten(1, 2) + self.positions)
+        return out.mean(1)
+
+
+def test_what_a_forward_keeps_for_rows_of_another_shape_is_not_mixed_up() -> None:
+    """Both shapes have as many places, so that only the numbers differ; and neither is planned again."""
+    torch.manual_seed(0)
+    net = Caching().eval()
+    wide, high = torch.randn(6, 2, 8, 4), torch.randn(6, 8, 2, 4)
+    model = mcdrop.wrap(net, example=wide[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    first = [passes(model, x, 3) for x in (wide, high)]
+    plans = dict(backend_of(model).plans._plans)
+    for _ in range(2):
+        for x, before in zip((wide, high), first, strict=True):
+            assert np.array_equal(passes(model, x, 3), before)
+            assert apart(before, loop(mcdrop.wrap(net, example=x[:4]), x, 3)) < 1e-5
+    assert backend_of(model).plans._plans == plans
+
+
+def test_known_shapes_are_answered_while_others_are_captured() -> None:
+    torch.manual_seed(0)
+    net, x = Caching().eval(), torch.randn(3, 2, 2, 4)
+    model = mcdrop.wrap(net, example=x)
+    expected, wrong, done = passes(model, x, 3), list[object](), threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            try:
+                wrong.extend([] if np.array_equal(passes(model, x, 3), expected) else ["another answer"])
+            except Exception as error:
+                wrong.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for width in range(3, 8):
+        passes(model, torch.randn(3, 2, width, 4), 3)
+    done.set()
+    asking.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kept", [torch.eye(3).to_sparse(), torch.zeros(2, device="meta")])
+def test_a_tensor_of_another_kind_may_be_kept(kept: Tensor) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(4, 2)).eval()
+    net.__dict__["kept"] = kept
+    assert mcdrop.wrap(net, example=torch.randn(3, 4)).audit.tier == "captured"
