@@ -147,8 +147,8 @@ def _hiding(graph: fx.Graph, scores: _Scores) -> fx.Node | None:
         return scores.bias
     bias: Any = 0.0 if scores.bias is None else scores.bias
     output = graph.call_function(torch.where, (scores.hidden, -torch.inf, bias))
-    number = bias.meta["val"] if isinstance(bias, fx.Node) else bias
-    output.meta["val"] = torch.where(scores.hidden.meta["val"], -torch.inf, number)
+    value = scores.hidden.meta["val"].to(torch.get_default_dtype())
+    output.meta["val"] = value if scores.bias is None else value + bias.meta["val"]
     return output
 
 

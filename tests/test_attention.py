@@ -134,6 +134,20 @@ def _both(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(scores.softmax(-1), 0.1, net.training) @ v
 
 
+def _one_query(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q[:, :, :1] @ k.transpose(-1, -2) + _bias(x)).softmax(-1), 0.1, net.training) @ v
+
+
+def _drawn_hidden(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = F.dropout(torch.ones(5, 5, device=x.device), 0.2, net.training) == 0
+    scores = (q @ k.transpose(-1, -2)).masked_fill(hidden, -torch.inf)
+    return (F.dropout(scores.softmax(-1), 0.1, net.training) @ v).nan_to_num()
+
+
+def _with_rows(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return net.drop(_own(net, x, q, k, v)) + x.shape[0]
+
+
 def _other_axis(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout((q @ k.transpose(-1, -2) / 2).softmax(-2), 0.1, net.training) @ v
 
@@ -183,6 +197,9 @@ DRAWN: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "with a bias and hidden steps": (_both, True),
     "with a scale": (_of_torch(scale=0.3), True),
     "one's own": (_own, True),
+    "of fewer queries than its bias has": (_one_query, False),
+    "with hidden steps that are drawn": (_drawn_hidden, True),
+    "with the number of rows added": (_with_rows, True),
     "over the other axis": (_other_axis, False),
     "with weights read twice": (_read_twice, False),
 }
