@@ -145,7 +145,8 @@ def _drawn_hidden(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tenso
 
 
 def _with_rows(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return net.drop(_own(net, x, q, k, v)) + x.shape[0]
+    out: Tensor = net.drop(_own(net, x, q, k, v)) + x.shape[0]
+    return out
 
 
 def _other_axis(net: Net, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
