@@ -76,7 +76,7 @@ def _launch(given: Sequence[Any], whole: tuple[int, ...], scale: float) -> None:
     query, _, values, *_ = given
     units, others = query.shape[-1], values.shape[-1]
     wide, deep = (max(16, triton.next_power_of_2(size)) for size in (units, others))
-    # what all fits for; and triton 3.6 multiplies blocks of 64 wrongly where it cannot read tensors in large pieces
+    # wider ones of 64 find no room; and triton 3.6 multiplies these wrongly where it cannot read in large pieces
     most = 64 if all(map(_in_large_pieces, given[:3])) and query.itemsize * max(wide, deep) <= 256 else 32
     block, part = (max(16, min(most, triton.next_power_of_2(size))) for size in (steps, seen))
     digits = "tf32" if _MATMUL.fp32_precision == "tf32" else "ieee"

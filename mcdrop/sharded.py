@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
@@ -20,6 +20,7 @@ from mcdrop.forward import moved
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 from mcdrop.shadow import unwrapped
+from mcdrop.standing import constants_of
 
 __all__ = ["ShardedBackend"]
 
@@ -37,8 +38,9 @@ class ShardedBackend(TorchBackend):
             first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled
         )
         self.chunk_bytes = first.chunk_bytes
-        self._module = unwrapped(module)
-        self._copies = copies = [moved(copy.deepcopy(self._module), device) for device in devices]
+        whole = unwrapped(module)
+        copies = [moved(copy.deepcopy(whole), device) for device in devices]
+        self._kept = [(one, _attributes(one)) for one in (whole, *copies)]
         self._shards = [first.over(one) for one in copies]
         self._pool = ThreadPoolExecutor(len(copies), thread_name_prefix="mcdrop-device")
 
@@ -59,12 +61,17 @@ class ShardedBackend(TorchBackend):
         return max(1, super().row_bytes(rows) // len(self._shards))
 
     def _take_over(self) -> None:
-        """Copies today's weights and buffers to the devices."""
-        ours = [*self._module.parameters(), *self._module.buffers()]
+        """Copies the numbers of today to the devices."""
+        ours, *copies = ([*one.parameters(), *one.buffers(), *kept] for one, kept in self._kept)
         with torch.no_grad():
-            for one in self._copies:
-                for mine, theirs in zip(ours, (*one.parameters(), *one.buffers()), strict=True):
+            for one in copies:
+                for mine, theirs in zip(ours, one, strict=True):
                     theirs.copy_(mine, non_blocking=True)
+
+
+def _attributes(module: nn.Module) -> list[Tensor]:
+    """The tensors that a network keeps beside its weights and buffers."""
+    return [tensor for one in constants_of(module) if (tensor := one.now()) is not None]
 
 
 class _Shards:

@@ -48,6 +48,17 @@ def test_new_weights_reach_all_devices() -> None:
     assert apart(mcdrop.predict(model, x).mean, before) < 1e-6
 
 
+def test_what_is_written_to_an_attribute_reaches_all_devices() -> None:
+    net, x = made("mlp")
+    net.shift = torch.zeros(4)
+    net.register_forward_pre_hook(lambda module, given: (given[0] + module.shift,))
+    one, three = (mcdrop.wrap(net, example=x[:4], devices=devices) for devices in ([], CPUS))
+    before = mcdrop.predict(one, x).mean
+    net.shift += 1
+    assert apart(mcdrop.predict(one, x).mean, before) > 1e-2
+    assert apart(mcdrop.predict(three, x).mean, mcdrop.predict(one, x).mean) < 1e-5
+
+
 def test_the_users_network_stays_where_it_is() -> None:
     net, x = made("mlp")
     before = {name: tensor.data_ptr() for name, tensor in net.state_dict().items()}
