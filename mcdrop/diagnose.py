@@ -21,6 +21,7 @@ from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
 from mcdrop.moments import Found, mean_gap, moments_of, total_variance
 from mcdrop.onednn import FLOPS, available
+from mcdrop.planning import LARGEST_ERROR
 from mcdrop.ready import as_numpy
 from mcdrop.record import caller, module_paths
 from mcdrop.rows import Rows
@@ -31,7 +32,6 @@ _ROWS, _PASSES = 4, 32
 _SECONDS = 5.0  # longer than this the shares are not worth waiting for
 _SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
 _PREDICTED_AT = 100
-_LARGEST_ERROR = 0.2  # of a lower precision, in standard deviations: it adds 4 % to the variance at most
 
 
 def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
@@ -95,10 +95,10 @@ def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> f
         for low, full in zip(map(as_numpy, everything), map(as_numpy, exact), strict=True):
             squares += float(np.nansum(np.square(low - full, dtype=np.float64)))
     error = math.sqrt(squares / _PASSES / total_variance(_moments(exact)))
-    if not error <= _LARGEST_ERROR:
+    if not error <= LARGEST_ERROR:
         raise ModelRefused(
             f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation, more "
-            f"than {_LARGEST_ERROR:.0%}: the spread of this network is too small for so few digits; use 'fp32'"
+            f"than {LARGEST_ERROR:.0%}: the spread of this network is too small for so few digits; use 'fp32'"
         )
     return error
 

@@ -10,6 +10,7 @@ from captures import apart, backend_of, loop, made, passes
 from devices import on_each_device
 from factories import FACTORIES, plain, trained
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import mcdrop
 import mcdrop.factory
@@ -108,6 +109,22 @@ def test_a_processor_without_bfloat16_is_named() -> None:
     assert slow == [not torch.ops.mkldnn._is_mkldnn_bf16_supported(), False]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_outputs_that_are_small_because_much_cancels_out_keep_the_digits_of_what_they_were_made_of(seed: int) -> None:
+    """Around 0 a difference is large beside an output, and small beside the spread, which is what the audit states."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 256), nn.Tanh(), nn.Dropout(0.02), nn.Linear(256, 1)).eval()
+    x = torch.randn(1, 4).repeat(4, 1)
+    with torch.no_grad():
+        net.get_parameter("3.bias").sub_(net(x[:1])[0])
+    model = mcdrop.wrap(net, example=x, precision="bf16")
+    assert model.audit.tier == "captured"
+    full, low = (run.double() for run in (loop(model, x, TOLD), passes(model, x, TOLD)))
+    error = float((low - full).square().mean().sqrt() / full.std())
+    assert 0 < error < 0.2
+    assert model.audit.precision_error == pytest.approx(error, rel=0.05)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +148,25 @@ class ByValue(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.body(x)
         return out * 2 if float(x.sum()) > 0 else out
+
+
+class OtherwiseInAGraph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = plain()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.body(x)
+        return out * 1.005 if get_proxy_mode() is not None else out
+
+
+def test_a_graph_that_differs_by_less_than_few_digits_would_tell_is_refused() -> None:
+    net, x = OtherwiseInAGraph().eval(), torch.ones(4, 4)
+    full = mcdrop.wrap(net, example=x)
+    assert full.audit.tier != "captured"
+    assert "the graph differs from the loop by 5.0e-03" in full.audit.tier_reason
+    with pytest.raises(ModelRefused, match=r"the graph differs from the loop by 5\.0e-03"):
+        mcdrop.wrap(net, example=x, precision="bf16")
 
 
 @pytest.mark.parametrize(
