@@ -27,7 +27,7 @@ def _masks(found: Trace, rows: Rows) -> list[Tensor]:
 
 
 def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
-    """Says so where the same masks give another output: something draws out of sight, as numpy's Generator does."""
+    """Says so where the same masks give another output: as where something draws out of sight."""
     if found.escaped:
         return []
     masks = _masks(found, rows)
@@ -35,7 +35,10 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
         first, again = (one_pass(live, rows, pick, found, masks).double() for _ in range(2))
     if difference(again, first) <= 1e-6:
         return []
-    return ["a generator out of sight, such as numpy's Generator, gives other numbers at each call"]
+    return [
+        "a generator out of sight, such as numpy's Generator, gives other numbers at each call (or the network goes on "
+        "from what it keeps outside of its modules)"
+    ]
 
 
 def mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace) -> bool:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mcdrop.agreement import identical
+from mcdrop.agreement import difference, identical
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.checks import coupled, mean_preserving, unrepeatable
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
-from mcdrop.forward import VOLATILE, draws_off, to_tensors
+from mcdrop.forward import draws_off, to_tensors
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
@@ -23,11 +23,13 @@ from mcdrop.record import Spy, own_generator, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow, reached_originals
 from mcdrop.trace import Trace, one_pass, trace
+from mcdrop.volatile import Left, own
 
 __all__ = ["Discovery", "Overrules", "discover", "matching"]
 
 _FEW_ROWS = 4
 _TRIES = 6
+_SAME = 1e-6  # a GPU adds up in no order
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     _check_initialised(module)
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
     spy = _first_look(live, few, pick)
-    warnings = _own_written_buffers((live, plain), spy)
+    warnings = _own_written((live, plain), spy)
     _own_swapped((live, plain), spy.swapped)
     _check_reach(module, live, few, pick)
     verdicts = _overruled(live, probe(live, few), overrules.include, overrules.exclude)
     _switch_on(live, verdicts)
+    warnings += _own_written((live, plain), _look(live, few, pick)[1])
     refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")
 
     def force(path: str) -> bool:
@@ -106,25 +109,45 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
 
 def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
     """Runs one pass that cannot write to the user's tensors, and checks that its output can be used."""
-    outputs: list[Tensor] = []
-
-    def keep(result: object) -> Tensor:
-        outputs.append(pick(result))
-        return outputs[0]
-
     try:
-        _, spy = record(live, rows, keep, seed=0)
+        output, spy = _look(live, rows, pick)
     except InputError:
         raise
     except Exception as error:
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in rows.named())
         raise InputError(f"the network cannot take these inputs ({shapes}): {error}") from error
-    shape = tuple(outputs[0].shape)
+    shape = tuple(output.shape)
     if not shape or shape[0] != rows.count:
         raise InputError(
             f"the picked output has the shape {shape} for {rows.count} rows; its first axis must be the rows"
         )
     return spy
+
+
+def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
+    """Runs a pass, and a second one where the first leaves something on the network: what that reads is written to.
+
+    What is only kept, such as positions for rows of a shape, stays there.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(result: object) -> Tensor:
+        outputs.append(pick(result))
+        return outputs[-1]
+
+    left = Left(live)
+    source, spy = record(live, rows, keep, seed=0)
+    changed = left.changed()
+    if changed:
+        try:
+            again, _ = record(live, rows, keep, seed=0)
+            reads = again.draws != source.draws or not difference(*outputs) <= _SAME
+        except Exception:  # whatever a network does with what it has left
+            reads = True
+        if reads:
+            left.put_back()
+            spy.written.update(changed)
+    return outputs[0], spy
 
 
 def _check_initialised(module: nn.Module) -> None:
@@ -179,24 +202,13 @@ def _switch_on(live: nn.Module, verdicts: dict[str, Verdict]) -> None:
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _own_written_buffers(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
-    """Gives the shadows their own copy of every buffer that the network writes to even in eval; says which.
+def _own_written(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
+    """Makes shadows start every forward from the same of what the network writes to even in eval; says from what.
 
     Raises:
         ModelRefused: it writes to a parameter.
     """
-    for shadow in shadows:
-        for path in sorted({written.rpartition(".")[0] for written in spy.written}):
-            owner = shadow.get_submodule(path)
-            owner.__dict__["_buffers"] = dict(owner._buffers)
-        for written in sorted(spy.written):
-            path, _, name = written.rpartition(".")
-            owner = shadow.get_submodule(path)
-            if name not in owner._buffers:
-                raise ModelRefused(f"the network writes to its parameter {written} in eval mode")
-            start = owner._buffers[name]
-            owner._buffers[name] = None if start is None else start.clone()
-            shadow.__dict__.setdefault(VOLATILE, []).append((owner, name, owner._buffers[name]))
+    own(shadows, spy.written)
     said = "is written to even in eval mode: every pass starts from mcdrop's own copy of it"
     return [f"{name} {said}" for name in sorted(spy.written)]
 

@@ -14,9 +14,9 @@ from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
+from mcdrop.volatile import from_start
 
 __all__ = [
-    "VOLATILE",
     "draws_off",
     "forward",
     "moved",
@@ -27,8 +27,6 @@ __all__ = [
     "to_tensors",
     "using",
 ]
-
-VOLATILE = "_mcdrop_volatile"  # on a shadow's root: (owner, name, start) of its own buffers that passes write to
 
 
 def to_tensors(rows: Rows, module: nn.Module) -> Rows:
@@ -92,7 +90,7 @@ def forward(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
     """Runs the module on its own copy of the rows and gives the picked output, (N, ...)."""
     args = tuple(leaf.clone() for leaf in rows.args)
     kwargs = {name: leaf.clone() for name, leaf in rows.kwargs.items()}
-    with _buffers_from_start(vars(module).get(VOLATILE, ())):
+    with from_start(module):
         output = pick(module(*args, **kwargs))
     return output.unsqueeze(-1) if output.dim() == 1 else output
 
@@ -102,18 +100,6 @@ def _plain(leaf: Any) -> Any:
     array = np.array(leaf, order="C")
     wide = array.dtype.kind == "f" and array.dtype.itemsize > 8
     return array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False)
-
-
-@contextmanager
-def _buffers_from_start(volatile: Any) -> Iterator[None]:
-    """Gives each pass its own copy of the buffers that it writes to, and takes what it wrote away again."""
-    for owner, name, start in volatile:
-        owner._buffers[name] = None if start is None else start.clone()
-    try:
-        yield
-    finally:
-        for owner, name, start in volatile:
-            owner._buffers[name] = start
 
 
 def draws_off(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:

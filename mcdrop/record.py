@@ -18,6 +18,7 @@ from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
+from mcdrop.volatile import kept_tensors
 
 __all__ = ["Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "own_generator", "record"]
 
@@ -237,8 +238,8 @@ def _own_tensor_dicts(module: nn.Module, spy: Spy) -> Iterator[None]:
 
 
 def watched(module: nn.Module) -> dict[int, str]:
-    """Maps the storage address of every parameter and buffer to its name."""
-    state = (*module.named_parameters(), *module.named_buffers())
+    """Maps the storage address of every parameter, buffer and plain attribute to its name."""
+    state = (*kept_tensors(module), *module.named_buffers(), *module.named_parameters())  # of a view, its base
     return {tensor.untyped_storage().data_ptr(): name for name, tensor in state if tensor.numel()}
 
 

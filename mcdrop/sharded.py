@@ -20,7 +20,7 @@ from mcdrop.forward import moved
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 from mcdrop.shadow import unwrapped
-from mcdrop.standing import constants_of
+from mcdrop.volatile import kept_tensors
 
 __all__ = ["ShardedBackend"]
 
@@ -71,7 +71,7 @@ class ShardedBackend(TorchBackend):
 
 def _attributes(module: nn.Module) -> list[Tensor]:
     """The tensors that a network keeps beside its weights and buffers."""
-    return [tensor for one in constants_of(module) if (tensor := one.now()) is not None]
+    return [tensor for _, tensor in kept_tensors(module)]
 
 
 class _Shards:

@@ -1,14 +1,19 @@
-"""What stands in the places of a network's weights and buffers: looked at anew for every run."""
+"""What stands in the places of a network's weights and buffers, looked at anew for every run, and stand-ins for it."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
-__all__ = ["Standing", "State", "constants_of", "state_of"]
+__all__ = ["Outside", "Standing", "State", "constants_of", "holding", "is_plain", "state_of"]
+
+_READING = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,12 @@ def constants_of(module: nn.Module) -> tuple[State, ...]:
         State({name: value}, name)
         for child in module.modules()
         for name, value in vars(child).items()
-        if type(value) is Tensor and _plain(value)
+        if type(value) is Tensor and is_plain(value)
     )
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether it is of the usual kind, and not what a forward under vmap or functionalize has left behind."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of the usual kind, and not what a forward under vmap or functionalize has left behind."""
     odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta
     left = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
     return not odd and not left
@@ -89,3 +94,64 @@ def _facts(tensors: Sequence[Tensor | None]) -> list[Any]:
     facts: list[Any] = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     seen = [id(tensor) for tensor in tensors if tensor is not None]
     return facts if len(set(seen)) == len(seen) else [*facts, [seen.index(one) for one in seen]]
+
+
+@contextmanager
+def holding(module: nn.Module, state: Sequence[State], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Puts other tensors in the place of a shadow's weights, in dicts of its own: the user's are not touched.
+
+    Lists of weights that a layer keeps beside, as recurrent ones do, and plain attributes are replaced too.
+    """
+    new = {id(one.now()): tensor for one, tensor in zip(state, tensors, strict=True)}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return new[id(value)]
+        if isinstance(value, dict):
+            return {name: new.get(id(tensor), tensor) for name, tensor in value.items()}
+        return [new[id(tensor)] for tensor in value]
+
+    before = [
+        (child, name, value)
+        for child in module.modules()
+        for name, value in [*vars(child).items()]
+        if name in ("_parameters", "_buffers")
+        or (isinstance(value, Tensor) and id(value) in new)
+        or (isinstance(value, list) and value and all(id(item) in new for item in value))
+    ]
+    for child, name, value in before:
+        child.__dict__[name] = replaced(value)
+    try:
+        yield
+    finally:
+        for child, name, value in before:
+            child.__dict__[name] = value
+
+
+class Outside(TorchFunctionMode):
+    """Notes tensors that are neither a network's nor an input, as of a closure or in a list; puts stand-ins there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
+
+    def replaced_by(self, state: Sequence[State], tensors: Sequence[Tensor]) -> Self:
+        """Takes the stand-ins for what is known."""
+        self._known = {id(one.now()): tensor for one, tensor in zip(state, tensors, strict=True)}
+        return self
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs a call with stand-ins; a number that is read of a tensor is that of now."""
+        if func not in _READING:
+            args, kwargs = _pytree.tree_map_only(Tensor, self._stand_in, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter) or not is_plain(tensor):
+            return tensor
+        if id(tensor) not in self._known:
+            self.met[id(tensor)] = tensor
+        return self._known.get(id(tensor), tensor)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference
-from mcdrop.forward import VOLATILE
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
 from mcdrop.quiet import ALONE, first_line
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
+from mcdrop.volatile import volatile
 
 __all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "tolerance"]
 
@@ -60,14 +60,13 @@ TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor]] = {
 
 def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> tuple[str, str]:
     """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest."""
-    if VOLATILE in vars(module):
-        return "loop", "the network writes to buffers of its own in every pass"
     seconds, reasons = {}, []
     with torch.no_grad(), ALONE, warnings.catch_warnings():
         # where torch only loops inside vmap, nothing is gained, and users would see its warning
         warnings.filterwarnings("error", message=".*performance drop.*")
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
-        for tier in ("vmap", "fold"):
+        # where rows of other passes lie in one batch, what a network writes to itself may be made of all of them
+        for tier in ("vmap",) if volatile(module) else ("vmap", "fold"):
             try:
                 got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
             except Exception as error:  # whatever a network does there, the loop is right

@@ -19,6 +19,7 @@ from mcdrop.rules import RULES
 __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
+_ONE_SIZE = (RuntimeError, ValueError, IndexError, AssertionError)  # of a network that is built for one batch size
 _FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
 
 
@@ -100,10 +101,15 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     when it is divided by the rows (such as attention heads) belongs to one row. A draw that does not differ (a
     weight's) is shared by all rows.
     """
-    source, spy = record(module, repeat_rows(rows, _FEW), pick, seed=0, force=force)
+    given = repeat_rows(rows, _FEW)
+    try:
+        source, spy = record(module, given, pick, seed=0, force=force)
+    except _ONE_SIZE:
+        given = rows
+        source, spy = record(module, given, pick, seed=0, force=force)
     few, more = source.draws, []
-    rates = _random_rates(few, [record(module, repeat_rows(rows, _FEW), pick, seed=s, force=force)[0] for s in _SEEDS])
-    with suppress(RuntimeError, ValueError, IndexError, AssertionError):  # a network that is built for one batch size
+    rates = _random_rates(few, [record(module, given, pick, seed=seed, force=force)[0] for seed in _SEEDS])
+    with suppress(*_ONE_SIZE):
         more = record(module, repeat_rows(rows, _MORE), pick, seed=0, force=force)[0].draws
     told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
     unclear = tuple(f"site{i}" for i, (_, clear) in enumerate(told) if not clear)
@@ -111,8 +117,9 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         draw.shape if layout is None else layout.unit_shape(draw.shape)
         for draw, (layout, _) in zip(few, told, strict=True)
     ]
-    if unclear:
-        source, spy = record(module, rows, pick, seed=0, force=force)
+    if unclear and given is not rows:
+        given = rows
+        source, spy = record(module, given, pick, seed=0, force=force)
         asked = [draw.shape for draw in source.draws]
         shapes = [asked[i] if f"site{i}" in unclear else shape for i, shape in enumerate(shapes)]
     return Trace(
@@ -128,8 +135,8 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         escaped=tuple(spy.escaped),
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
-        row_bytes=-(-spy.largest // (rows.count if unclear else _FEW)),
-        pass_bytes=-(-spy.largest_drawn // (rows.count if unclear else _FEW)),
+        row_bytes=-(-spy.largest // given.count),
+        pass_bytes=-(-spy.largest_drawn // given.count),
     )
 
 

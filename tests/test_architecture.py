@@ -36,6 +36,7 @@ FLOORS = [
     ],
     [
         "mcdrop.shadow",
+        "mcdrop.volatile",
         "mcdrop.intercept",
         "mcdrop.backends",
         "mcdrop.onnx_bodies",
@@ -108,6 +109,7 @@ HOMES = {
         "mcdrop.layers",
         "mcdrop.outputs",
         "mcdrop.shadow",
+        "mcdrop.volatile",
         "mcdrop.intercept",
         "mcdrop.sequences",
         "mcdrop.rules",

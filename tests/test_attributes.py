@@ -10,6 +10,7 @@ from captures import apart, backend_of, loop, passes
 from torch import Tensor, nn
 
 import mcdrop
+from mcdrop.errors import InputError
 
 
 class Keeping(nn.Module):
@@ -49,6 +50,57 @@ def test_tensors_that_are_kept_as_attributes_are_followed() -> None:
         with torch.no_grad():
             assert apart(mcdrop.predict(model, x, passes=2).deterministic, net(x)) < 1e-5
     assert backend_of(model).plans._plans == plans
+
+
+OFFSET = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
+class Reading(nn.Module):
+    """Reads tensors that no module holds as an attribute."""
+
+    def __init__(self, shift: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.one, self.drop = nn.Linear(4, 8), nn.Dropout(0.4)
+        self.listed, self.named = [torch.randn(2, 8)], {"bias": torch.randn(2)}
+        self.orders, self.shift = (torch.tensor([1, 0]),), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.one(x - OFFSET))
+        out = nn.functional.linear(h, self.listed[0], self.named["bias"])
+        return (out * self.shift())[:, self.orders[0]] + torch.tensor([0.0, 1.0])
+
+
+def outside() -> tuple[nn.Module, list[Tensor]]:
+    """Gives a network, and the tensors that it reads from globals, closures and containers."""
+    torch.manual_seed(0)
+    shift = torch.randn(2)
+    net = Reading(lambda: shift).eval()
+    return net, [OFFSET, shift, net.listed[0], net.named["bias"]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tensors_of_lists_closures_and_globals_are_part_of_captured_passes(precision: str) -> None:
+    net, tensors = outside()
+    x, near = torch.randn(9, 4), 1e-5 if precision == "fp32" else 3e-2
+    model = mcdrop.wrap(net, example=x[:4], precision=precision)
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    plans = dict(backend_of(model).plans._plans)
+    for tensor in tensors:
+        before, held = passes(model, x, 4), tensor.clone()
+        tensor.mul_(-1.5)
+        assert apart(passes(model, x, 4), before) > 1e-2
+        assert apart(passes(model, x, 4), loop(model, x, 4)) < near
+        tensor.copy_(held)
+    assert backend_of(model).plans._plans == plans
+
+
+def test_several_devices_follow_tensors_in_lists() -> None:
+    net, tensors = outside()
+    x = torch.randn(8, 4)
+    one, two = (mcdrop.wrap(net, example=x[:4], devices=devices) for devices in ((), ("cpu", "cpu")))
+    tensors[-1].add_(1)
+    ours, theirs = (mcdrop.predict(model, x, passes=20).mean for model in (one, two))
+    assert apart(ours, theirs) < 1e-6
 
 
 class Caching(nn.Module):
@@ -112,3 +164,124 @@ def test_a_tensor_of_another_kind_may_be_kept(kept: Tensor) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(4, 2)).eval()
     net.__dict__["kept"] = kept
     assert mcdrop.wrap(net, example=torch.randn(3, 4)).audit.tier == "captured"
+
+
+class GoingOn(nn.Module):
+    """Goes on from its last forward, in one of several ways; its first forward is that of ``by == "nothing"``."""
+
+    sum: Tensor
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.drop, self.two = nn.Linear(4, 8), nn.Dropout(0.4), nn.Linear(8, 2)
+        self.by, self.count, self.total = by, 0, torch.zeros(2)
+        self.last: Tensor | None = None
+        self.seen: list[Tensor] = []
+        self.held: dict[str, list[Tensor]] = {}
+        self.register_buffer("sum", torch.zeros(2))
+        self.mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by == "mask":  # of a first call, until somebody takes it away
+            if self.mask is None and self.training:
+                self.mask = nn.functional.dropout(torch.ones(8), 0.4)
+            return self._out(self.one(x) * (1 if self.mask is None else self.mask))
+        return self._out(self.drop(self.one(x)))
+
+    def _out(self, h: Tensor) -> Tensor:
+        out: Tensor = self.two(h)
+        if self.by == "tensor":
+            out = out if self.last is None else out + self.last
+            self.last = out
+        elif self.by == "number":
+            out, self.count = out * (1 + self.count), self.count + 1
+        elif self.by == "list":
+            out = sum(self.seen, out)
+            self.seen.append(out.mean(0))
+        elif self.by == "dict of lists":
+            out = sum(self.held.setdefault("out", []), out)
+            self.held["out"].append(out.mean(0))
+        elif self.by == "in place":
+            out = out + self.total
+            self.total += 1
+        elif self.by == "buffer":
+            out = out + self.sum
+            self.sum = self.sum + out.mean(0)
+        elif self.by == "buffer in place":
+            out = out + self.sum
+            self.sum += 1
+        return out
+
+
+@pytest.mark.parametrize("devices", [(), ["cpu"] * 2], ids=["one device", "two devices"])
+@pytest.mark.parametrize(
+    ("by", "name"),
+    [
+        ("tensor", "last"),
+        ("number", "count"),
+        ("list", "seen"),
+        ("dict of lists", "held"),
+        ("in place", "total"),
+        ("buffer", "sum"),
+        ("buffer in place", "sum"),
+    ],
+)
+def test_every_pass_starts_from_what_the_network_held_when_it_was_wrapped(
+    by: str, name: str, devices: list[str]
+) -> None:
+    net, plain, x = GoingOn(by).eval(), GoingOn("nothing").eval(), torch.randn(9, 4)
+    before = {key: value for key, value in vars(net).items() if not key.startswith("_")}
+    model = mcdrop.wrap(net, example=x[:4], devices=devices)
+    assert any(text.startswith(f"{name} is written to even in eval mode") for text in model.audit.warnings)
+    twin = mcdrop.wrap(plain, example=x[:4])
+    for rows in (9, 1, 9):
+        ours, theirs = (mcdrop.predict(one, x[:rows], passes=20) for one in (model, twin))
+        assert apart(ours.mean, theirs.mean) < 1e-5
+        assert apart(ours.variance, theirs.variance) < 1e-4
+        assert apart(ours.deterministic, theirs.deterministic) < 1e-5
+    assert {key: value for key, value in vars(net).items() if not key.startswith("_")} == before
+    assert (net.count, net.seen, net.held, net.last) == (0, [], {}, None)
+    assert not net.total.any()
+    assert not net.get_buffer("sum").any()
+
+
+def test_a_mask_that_is_kept_for_later_calls_is_drawn_anew_in_every_pass() -> None:
+    net, x = GoingOn("mask").eval(), torch.randn(9, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert [site.shape for site in model.audit.live] == [(8,)]
+    assert net.mask is None
+    passes_of = passes(model, x, 64).reshape(64, -1)
+    assert len(np.unique(passes_of.numpy().round(4), axis=0)) > 32
+    assert apart(passes(model, x, 20), loop(model, x, 20)) < 1e-5
+
+
+class Recurrent(nn.Module):
+    """Keeps the state of its steps for the next call, as for a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8, num_layers=2, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(8, 1)
+        self.state: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, self.state = self.lstm(x, self.state)
+        out: Tensor = self.head(steps[:, -1])
+        return out
+
+
+def test_a_recurrent_network_that_keeps_its_state_goes_on_from_the_one_it_was_wrapped_with() -> None:
+    torch.manual_seed(0)
+    net, x = Recurrent().eval(), torch.randn(4, 6, 4)
+    model = mcdrop.wrap(net, example=x)
+    with torch.no_grad():
+        first = net(x)
+        assert apart(mcdrop.predict(model, x, passes=2).deterministic, first) < 1e-5
+        model = mcdrop.wrap(net, example=x)
+        second = net(x)
+        assert apart(first, second) > 1e-3
+        assert apart(mcdrop.predict(model, x, passes=2).deterministic, second) < 1e-5
+    assert any("so a row's answer depends on its batch" in text for text in model.audit.warnings)
+    with pytest.raises(InputError, match="cannot take inputs of shape 0: \\(3, 6, 4\\)"):
+        mcdrop.predict(model, x[:3])  # the state has four rows

@@ -109,19 +109,6 @@ class ByMask(Branches):
         return self.body[2](h * 2 if bool((h[0] == 0).any()) else h)  # type: ignore[no-any-return]
 
 
-class Writes(Branches):
-    seen: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += 1
-        out: Tensor = self.body(x) + self.seen
-        return out
-
-
 class RowByRow(Branches):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.body(torch.stack([row * 2 for row in x]))
@@ -131,7 +118,6 @@ class RowByRow(Branches):
 UNCAPTURED: dict[str, Callable[[], nn.Module]] = {
     "decides by an input": ByValue,
     "decides by a mask": ByMask,
-    "writes to a buffer": Writes,
     "goes row by row": RowByRow,
 }
 

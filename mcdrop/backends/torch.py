@@ -22,6 +22,7 @@ from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
 from mcdrop.stacks import Span
 from mcdrop.tiers import TIERS
+from mcdrop.volatile import own, volatile
 
 __all__ = ["TorchBackend"]
 
@@ -131,6 +132,7 @@ class TorchBackend:
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
         for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
             theirs.training = ours.training
+        own((live, plain), volatile(self.live))
         other = TorchBackend(
             live, plain, self.pick, self.excluded, self.force, self.precision, self.compiled, self.plans.tuning
         )
