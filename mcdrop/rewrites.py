@@ -152,7 +152,7 @@ def _channels_last(weight: Tensor) -> Tensor:
 
 
 def split_linear(graph: fx.Graph, passes: fx.Node, symbols: dict[Any, str]) -> None:
-    """Writes float32 linear layers on a CPU as a product and a sum in place: a third faster where they are small."""
+    """Writes float32 linear layers on a CPU as products of matrices: a third faster where they are small."""
     for node in [*graph.nodes]:
         value = node.meta.get("val")
         if node.target is not LINEAR or value.dtype != torch.float32 or value.device.type != "cpu":
@@ -165,9 +165,8 @@ def split_linear(graph: fx.Graph, passes: fx.Node, symbols: dict[Any, str]) -> N
         with graph.inserting_before(node):
             turned = graph.call_function(aten.t.default, (weight,))
             flat = x if len(lead) == 1 else graph.call_function(aten.view.default, (x, [-1, (sizes(x) or ())[-1]]))
-            output = graph.call_function(aten.mm.default, (flat, turned))
-            if bias is not None:
-                output = graph.call_function(aten.add_.Tensor, (output, bias))
+            given = (aten.mm.default, (flat, turned)) if bias is None else (aten.addmm.default, (bias, flat, turned))
+            output = graph.call_function(*given)
             if len(lead) > 1:
                 output = graph.call_function(aten.view.default, (output, [*lead, value.shape[-1]]))
         output.meta = dict(node.meta)
@@ -245,6 +244,7 @@ _FAST: dict[Any, Callable[..., Any]] = {
     aten._unsafe_view.default: Tensor.reshape,
     aten.add.Tensor: torch.add,
     aten.add_.Tensor: Tensor.add_,
+    aten.addmm.default: torch.addmm,
     aten.bmm.default: torch.bmm,
     aten.mm.default: torch.mm,
     aten.mul.Tensor: torch.mul,
