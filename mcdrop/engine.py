@@ -146,9 +146,11 @@ class PassResult:
 
 def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Statistics) -> PassResult:
     """Runs a plan over all rows. Memory follows the chunk, not the number of passes, unless samples are kept."""
-    size = max(1, backend.chunk_bytes // max(1, backend.row_bytes(rows)))
     run = _fixed if plan.tolerance is None else _adaptive
     with np.errstate(invalid="ignore"):  # infinite passes have no variance: NaN says so
+        if rows.count == 1:  # not to be cut
+            return run(backend, rows, plan, statistics)
+        size = max(1, backend.chunk_bytes // max(1, backend.row_bytes(rows)))
         return PassResult.join([run(backend, block, plan, statistics) for block in rows.split(size)])
 
 
