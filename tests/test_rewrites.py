@@ -204,3 +204,18 @@ def test_copies_and_detours_of_the_networks_code_are_left_out(name: str, device:
             program.passes(weights, masks, begun, 3, 5)
     assert ran.seen
     assert [name for name, _ in ran.seen if any(part in name for part in ("detach", "alias", "lift_fresh"))] == []
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["AVX2", "AVX-512"])
+def test_a_linear_layer_is_that_of_torch_on_each_kind_of_processor(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcdrop.rewrites._WIDE", wide)
+    torch.manual_seed(0)
+    layers = (nn.Linear(4, 100), nn.ReLU(), nn.Dropout(0.2), nn.Linear(100, 7, bias=False), nn.Linear(7, 2))
+    net, x = nn.Sequential(*layers).eval(), torch.randn(9, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    with Operations() as ran:
+        passes(model, x, 5)
+    # the layer without a bias is a plain product either way
+    assert (len(ran.named("aten.addmm")), len(ran.named("aten.mm"))) == ((0, 3) if wide else (2, 1))
+    for rows in (1, 9):
+        assert apart(passes(model, x[:rows], 5), loop(model, x[:rows], 5)) < 1e-6
