@@ -4,10 +4,14 @@ A buffer that is written to in eval, the hidden state that a recurrent network k
 grows: passes that went on from one another would depend on their order, and on how many there were before.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from mcdrop.errors import ModelRefused
@@ -18,7 +22,9 @@ __all__ = ["Left", "from_start", "kept_tensors", "own", "volatile"]
 _VOLATILE = "_mcdrop_volatile"  # on a shadow's root: the names of what its forwards write to, as in state_dict
 _ABSENT = object()
 _OURS = frozenset(vars(nn.Module())) | {_VOLATILE}
-_DEEPEST, _MOST = 3, 1000  # containers inside containers, and their entries, that are looked into
+_CLOSED = (nn.Module, Tensor, np.ndarray, type, FunctionType, MethodType, ModuleType, partial)  # not looked into
+_NAMED, _LISTED = (dict, OrderedDict, defaultdict), (list, deque, tuple)
+_DEEPEST, _MOST, _BYTES = 3, 1000, 2**24  # things inside of things, their entries, and arrays that are looked into
 
 
 def volatile(module: nn.Module) -> tuple[str, ...]:
@@ -89,36 +95,104 @@ class Left:
 
 
 class _Held:
-    """What stands in one place, with what a container held."""
+    """What stands in one place, with all that it holds."""
 
     def __init__(self, place: dict[str, Any], key: str) -> None:
         self._place, self._key = place, key
         self._value = place.get(key, _ABSENT)
-        self._content = _mapped(self._value, _itself)
+        self._content = _Content(self._value)
 
     def lend(self) -> None:
-        """Puts copies of tensors in their places; a container stays the same, since others may hold it too."""
-        copied = _mapped(self._value, _cloned)
-        if _is_container(self._value):
-            _refill(self._value, copied)
-        elif copied is not self._value:
-            self._place[self._key] = copied
+        """Puts copies of tensors in their places; what holds them stays the same, since others may hold it too."""
+        if isinstance(self._value, Tensor):
+            self._place[self._key] = self._value.clone()
+        self._content.lend()
 
     def stands(self) -> bool:
         """Whether it is as it was."""
-        now = self._place.get(self._key, _ABSENT)
-        if type(now) in (bool, int, float, str):  # as often as not another object
-            return type(now) is type(self._value) and bool(now == self._value)
-        return now is self._value and _alike(now, self._content)
+        return _same(self._place.get(self._key, _ABSENT), self._value) and self._content.stands()
 
     def put_back(self) -> None:
         """Makes it as it was."""
         if self._value is _ABSENT:
             self._place.pop(self._key, None)
-            return
-        self._place[self._key] = self._value
-        if _is_container(self._value):
-            _refill(self._value, self._content)
+        else:
+            self._place[self._key] = self._value
+        self._content.put_back()
+
+
+class _Content:
+    """What a value holds: entries of a container, attributes of an object, numbers of an array."""
+
+    def __init__(self, value: Any, depth: int = 0) -> None:
+        self._value = value
+        self._numbers = value.copy() if isinstance(value, np.ndarray) and value.nbytes <= _BYTES else None
+        self._entries = _entries(value) if depth < _DEEPEST else None
+        self._inside = [_Content(item, depth + 1) for _, item in self._entries or ()]
+
+    def lend(self) -> None:
+        """Puts copies of tensors in their places."""
+        entries = self._entries or []
+        if any(isinstance(item, Tensor) for _, item in entries):
+            _refill(self._value, [(key, item.clone() if isinstance(item, Tensor) else item) for key, item in entries])
+        for one in self._inside:
+            one.lend()
+
+    def stands(self) -> bool:
+        """Whether it is as it was."""
+        return self._holds() and all(one.stands() for one in self._inside)
+
+    def _holds(self) -> bool:
+        if self._numbers is not None:
+            return np.array_equal(self._value, self._numbers)
+        if self._entries is None:
+            return True
+        now = _entries(self._value) or []
+        return len(now) == len(self._entries) and all(
+            (key is other or key == other) and _same(item, before)
+            for (key, item), (other, before) in zip(now, self._entries, strict=True)
+        )
+
+    def put_back(self) -> None:
+        """Makes it as it was; what is as it was is left alone, since others may read it meanwhile."""
+        if not self._holds():
+            if self._numbers is not None:
+                self._value[...] = self._numbers
+            else:
+                _refill(self._value, self._entries or [])
+        for one in self._inside:
+            one.put_back()
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether something is the same, or an equal number or text, which is another object as often as not."""
+    simple = type(now) in (bool, int, float, str) and type(now) is type(before)
+    return now is before or (simple and bool(now == before))
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container or an object holds, each under its key; None where nothing is looked into."""
+    found: Any = None
+    if type(value) in _NAMED:
+        found = value.items()
+    elif type(value) in _LISTED:
+        found = enumerate(value)
+    elif not isinstance(value, _CLOSED) and type(getattr(value, "__dict__", None)) is dict:
+        value = vars(value)
+        found = value.items()
+    return [*found] if found is not None and len(value) <= _MOST else None
+
+
+def _refill(container: Any, entries: Sequence[tuple[Any, Any]]) -> None:
+    """Makes a container or an object hold these entries; a tuple holds what it ever held."""
+    if type(container) in _LISTED:
+        if type(container) is not tuple:
+            container.clear()
+            container.extend(item for _, item in entries)
+        return
+    held = container if type(container) in _NAMED else vars(container)
+    held.clear()
+    held.update(entries)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -128,54 +202,14 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Walks over (name, tensor) of what modules keep as plain attributes, also in containers."""
+    """Walks over (name, tensor) of what modules keep as plain attributes, also inside of others."""
     for name, owner, key in _attributes(module):
-        found: list[Any] = []
-        _mapped(vars(owner)[key], found.append)
-        yield from ((name, leaf) for leaf in found if isinstance(leaf, Tensor) and is_plain(leaf))
+        yield from ((name, tensor) for tensor in _tensors(vars(owner)[key]))
 
 
-def _is_container(value: Any) -> bool:
-    return type(value) in (dict, list, set) and len(value) <= _MOST
-
-
-def _mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:
-    """Gives a container with all that it holds changed; anything else changed."""
-    if depth < _DEEPEST:
-        if type(value) is tuple:
-            return tuple(_mapped(item, change, depth + 1) for item in value)
-        if type(value) is list and len(value) <= _MOST:
-            return [_mapped(item, change, depth + 1) for item in value]
-        if type(value) is dict and len(value) <= _MOST:
-            return {key: _mapped(item, change, depth + 1) for key, item in value.items()}
-        if type(value) is set and len(value) <= _MOST:
-            return set(value)
-    return change(value)
-
-
-def _itself(leaf: Any) -> Any:
-    return leaf
-
-
-def _cloned(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _alike(value: Any, content: Any) -> bool:
-    """Whether a container still holds what it held."""
-    if type(value) is not type(content) or not isinstance(value, tuple | list | dict | set):
-        return value is content
-    if isinstance(value, set):
-        return bool(value == content)
-    if isinstance(value, dict):
-        return [*value] == [*content] and all(_alike(value[key], content[key]) for key in value)
-    return len(value) == len(content) and all(map(_alike, value, content))
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Makes a container hold what another one does."""
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)
+def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield from (value,) if is_plain(value) else ()
+    elif depth < _DEEPEST:
+        for _, item in _entries(value) or ():
+            yield from _tensors(item, depth + 1)

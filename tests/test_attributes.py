@@ -1,7 +1,9 @@
 """Tensors that a network keeps as plain attributes, beside its weights and buffers, in captured passes."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,6 +181,7 @@ class GoingOn(nn.Module):
         self.last: Tensor | None = None
         self.seen: list[Tensor] = []
         self.held: dict[str, list[Tensor]] = {}
+        self.queue, self.object, self.array = deque([torch.zeros(2)], maxlen=2), SimpleNamespace(total=0), np.zeros(2)
         self.register_buffer("sum", torch.zeros(2))
         self.mask: Tensor | None = None
 
@@ -202,6 +205,15 @@ class GoingOn(nn.Module):
         elif self.by == "dict of lists":
             out = sum(self.held.setdefault("out", []), out)
             self.held["out"].append(out.mean(0))
+        elif self.by == "queue":
+            out = sum(self.queue, out)
+            self.queue.append(out.mean(0))
+        elif self.by == "object":
+            out = out + self.object.total
+            self.object.total += 1
+        elif self.by == "array":
+            out = out + torch.from_numpy(self.array.copy()).float()
+            self.array += 1
         elif self.by == "in place":
             out = out + self.total
             self.total += 1
@@ -222,6 +234,9 @@ class GoingOn(nn.Module):
         ("number", "count"),
         ("list", "seen"),
         ("dict of lists", "held"),
+        ("queue", "queue"),
+        ("object", "object"),
+        ("array", "array"),
         ("in place", "total"),
         ("buffer", "sum"),
         ("buffer in place", "sum"),
@@ -241,8 +256,10 @@ def test_every_pass_starts_from_what_the_network_held_when_it_was_wrapped(
         assert apart(ours.variance, theirs.variance) < 1e-4
         assert apart(ours.deterministic, theirs.deterministic) < 1e-5
     assert {key: value for key, value in vars(net).items() if not key.startswith("_")} == before
-    assert (net.count, net.seen, net.held, net.last) == (0, [], {}, None)
+    assert (net.count, net.seen, net.held, net.last, net.object.total) == (0, [], {}, None, 0)
+    assert len(net.queue) == 1
     assert not net.total.any()
+    assert not net.array.any()
     assert not net.get_buffer("sum").any()
 
 
