@@ -20,6 +20,7 @@ from mcdrop.preflight import preflight
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
 from mcdrop.trace import repeat_rows
+from mcdrop.volatile import from_start
 
 __all__ = ["exported", "lost_attention", "read_program"]
 
@@ -109,7 +110,8 @@ class _Positional(nn.Module):
         """Runs the network."""
         backend, rows, left = self.__dict__["backend"], self.__dict__["rows"], iter(leaves)
         args = [next(left) for _ in rows.args]
-        output: Tensor = backend.pick(backend.live(*args, **{name: next(left) for name in rows.kwargs}))
+        with from_start(backend.live):
+            output: Tensor = backend.pick(backend.live(*args, **{name: next(left) for name in rows.kwargs}))
         return output
 
 

@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,6 +262,19 @@ def test_every_pass_starts_from_what_the_network_held_when_it_was_wrapped(
     assert not net.total.any()
     assert not net.array.any()
     assert not net.get_buffer("sum").any()
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+@pytest.mark.parametrize("by", ["tensor", "in place"])
+def test_an_exported_network_starts_every_pass_from_there_too(by: str, form: str, tmp_path: Path) -> None:
+    net, x = GoingOn(by).eval(), torch.randn(9, 4)
+    model, twin = (mcdrop.wrap(one, example=x[:4]) for one in (net, GoingOn("nothing").eval()))
+    expected = mcdrop.predict(twin, x, passes=20)
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net", format=form))
+    for one in (loaded, model, loaded):
+        assert apart(mcdrop.predict(one, x, passes=20).mean, expected.mean) < 1e-5
+    assert net.last is None
+    assert not net.total.any()
 
 
 def test_a_mask_that_is_kept_for_later_calls_is_drawn_anew_in_every_pass() -> None:
