@@ -3,7 +3,7 @@
 The network runs once on stand-ins for tensors, batched over the passes, while every operation is written down. The
 numbers of passes and of rows stay symbols, so one graph serves all; what the network's code decided from them is kept
 as guards. Weights and buffers are inputs of the graph: later changes of them are seen. Tensors that are kept as plain
-attributes, in lists, or outside of the network are inputs too: later writes to them are seen.
+attributes, or in lists and dicts there, are inputs too: later writes to them are seen.
 """
 
 import logging
@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from mcdrop.outputs import Pick
 from mcdrop.quiet import quiet
 from mcdrop.record import draws
 from mcdrop.rows import Rows
-from mcdrop.standing import Outside, Standing, State, constants_of, holding, state_of
+from mcdrop.standing import Standing, State, constants_of, holding, state_of
 from mcdrop.trace import Trace, one_pass
 
 __all__ = ["Captured", "NotCaptured", "capture"]
@@ -93,40 +92,13 @@ def capture(
         dtype: the type that real weights and inputs are given in; None is their own.
 
     Raises:
-        NotCaptured: the network decides by values, writes to itself, or does what no graph holds.
+        NotCaptured: the network decides by values, or does what no graph holds.
     """
     if found.unclear:
         raise NotCaptured("its draws depend on the batch")
-    places, beside = state_of(module), constants_of(module)
+    places, beside, names = state_of(module), constants_of(module), [*rows.kwargs]
     own = [one for one in places if one.now() is not None]
-    written = partial(_traced, module, rows, pick, found, masks, dtype)
-    traced = written([*own, *beside])
-    if traced.outside:  # inputs too, then
-        beside = (*beside, *(State({"": tensor}, "") for tensor in traced.outside))
-        traced = written([*own, *beside], last=True)
-    graph, (weights, leaves, stacks) = traced.graph, traced.inputs
-    beside, read = _read(graph, beside, weights[len(own) :])
-    standing, weights = Standing([*places, *beside]), (*weights[: len(own)], *read)
-    return Captured(graph, weights, leaves, stacks, standing, traced.symbols, _guards(traced.env, traced.symbols))
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A graph with its inputs and symbols, and the tensors from outside of the network that it met."""
-
-    graph: fx.Graph
-    inputs: tuple[tuple[fx.Node, ...], ...]
-    symbols: dict[Any, str]
-    env: ShapeEnv
-    outside: list[Tensor]
-
-
-def _traced(
-    module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None],
-    dtype: torch.dtype | None, state: Sequence[State], *, last: bool = False,
-) -> _Traced:  # fmt: skip
-    """Runs the network on stand-ins for its state, its rows and the masks; the ``last`` time it meets nothing else."""
-    names, outside = [*rows.kwargs], Outside()
+    state = [*own, *beside]
 
     def passes(weights: list[Tensor], leaves: list[Tensor], stacks: list[Tensor]) -> Tensor:
         placed = Rows(tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), _ROWS)
@@ -136,12 +108,12 @@ def _traced(
             drawn = [None if mask is None else next(left) for mask in masks]
             return one_pass(module, placed, pick, found, drawn, rules=KERNEL_RULES)
 
-        with holding(module, state, weights), outside.replaced_by(state, weights):
+        with holding(module, state, weights):
             output: Tensor = torch.vmap(one)(*stacks)
             return output
 
     env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=not last)
+    mode = FakeTensorMode(shape_env=env)
     mode.cache_enabled = False  # of what operations give: each is met once, and keeping them takes half of the time
     arguments = (
         [_stand_in(mode, _typed(tensor, dtype)) for one in state if (tensor := one.now()) is not None],
@@ -149,15 +121,12 @@ def _traced(
         [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
     graph = _written_down(passes, arguments, mode)
-    literals = torch.ops.aten.lift_fresh_copy.default  # as of torch.tensor([1.0, 2.0])
-    fixed = [
-        user for node in graph.nodes if node.op == "get_attr" for user in node.users if user.target is not literals
-    ]
-    if fixed and not outside.met:
-        raise NotCaptured(f"it reads a tensor out of sight by {fixed[0].target}")
+    symbols = _symbols(env, *arguments[1:])
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
-    inputs = tuple(tuple(next(placeholders) for _ in given) for given in arguments)
-    return _Traced(graph, inputs, _symbols(env, *arguments[1:]), env, [*outside.met.values()])
+    weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
+    beside, read = _read(graph, beside, weights[len(own) :])
+    standing, weights = Standing([*places, *beside]), (*weights[: len(own)], *read)
+    return Captured(graph, weights, leaves, stacks, standing, symbols, _guards(env, symbols))
 
 
 def _symbols(env: ShapeEnv, leaves: Sequence[Tensor], stacks: Sequence[Tensor]) -> dict[Any, str]:

@@ -37,7 +37,7 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
         return []
     return [
         "a generator out of sight, such as numpy's Generator, gives other numbers at each call (or the network goes on "
-        "from what it keeps outside of its modules)"
+        "from what its last call left in an object)"
     ]
 
 

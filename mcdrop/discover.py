@@ -23,7 +23,7 @@ from mcdrop.record import Spy, own_generator, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow, reached_originals
 from mcdrop.trace import Trace, one_pass, trace
-from mcdrop.volatile import Left, own
+from mcdrop.volatile import Left, own, starts
 
 __all__ = ["Discovery", "Overrules", "discover", "matching"]
 
@@ -206,9 +206,9 @@ def _own_written(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
     """Makes shadows start every forward from the same of what the network writes to even in eval; says from what.
 
     Raises:
-        ModelRefused: it writes to a parameter.
+        ModelRefused: it writes to a parameter, or to memory that two share.
     """
-    own(shadows, spy.written)
+    own(shadows, starts(shadows[0], spy.written))
     said = "is written to even in eval mode: every pass starts from mcdrop's own copy of it"
     return [f"{name} {said}" for name in sorted(spy.written)]
 

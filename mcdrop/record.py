@@ -18,7 +18,7 @@ from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
-from mcdrop.volatile import kept_tensors
+from mcdrop.standing import kept_tensors
 
 __all__ = ["Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "own_generator", "record"]
 
@@ -232,9 +232,15 @@ def _own_tensor_dicts(module: nn.Module, spy: Spy) -> Iterator[None]:
             own = child.__dict__[kind]
             child.__dict__[kind] = tensors
             changed = {name for name in {*own, *tensors} if own.get(name) is not tensors.get(name)}
-            spy.written |= {f"{path}.{name}".removeprefix(".") for name in changed}
-            if own.touched - changed:
+            spy.written |= {_full(path, name) for name in changed}
+            if any(
+                _full(path, name) not in spy.written for name in own.touched
+            ):  # set as ``x += 1`` does, it is written
                 spy.swapped.add(path)
+
+
+def _full(path: str, name: str) -> str:
+    return f"{path}.{name}".removeprefix(".")
 
 
 def watched(module: nn.Module) -> dict[int, str]:

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
+from mcdrop.errors import ModelRefused
 from mcdrop.forward import moved
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 from mcdrop.shadow import unwrapped
-from mcdrop.volatile import kept_tensors
+from mcdrop.standing import kept_tensors
+from mcdrop.volatile import volatile
 
 __all__ = ["ShardedBackend"]
 
@@ -33,14 +35,21 @@ class ShardedBackend(TorchBackend):
 
         Raises:
             InputError: a device that is not there.
+            ModelRefused: the network goes on from a list or dict, which a copy's hooks might not find.
         """
+        lists = [name for name, start in volatile(first.live).items() if isinstance(start, list | dict)]
+        if lists:
+            raise ModelRefused(
+                f"the network goes on from what its last forward left in {lists[0]}, and its copies on several devices "
+                "might share that; run it on one device"
+            )
         super().__init__(
             first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled
         )
         self.chunk_bytes = first.chunk_bytes
         whole = unwrapped(module)
         copies = [moved(copy.deepcopy(whole), device) for device in devices]
-        self._kept = [(one, _attributes(one)) for one in (whole, *copies)]
+        self._kept = [(one, [tensor for _, tensor in kept_tensors(one)]) for one in (whole, *copies)]
         self._shards = [first.over(one) for one in copies]
         self._pool = ThreadPoolExecutor(len(copies), thread_name_prefix="mcdrop-device")
 
@@ -62,16 +71,14 @@ class ShardedBackend(TorchBackend):
 
     def _take_over(self) -> None:
         """Copies the numbers of today to the devices."""
-        ours, *copies = ([*one.parameters(), *one.buffers(), *kept] for one, kept in self._kept)
+        (whole, kept), *copies = self._kept
+        today = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
         with torch.no_grad():
-            for one in copies:
-                for mine, theirs in zip(ours, one, strict=True):
-                    theirs.copy_(mine, non_blocking=True)
-
-
-def _attributes(module: nn.Module) -> list[Tensor]:
-    """The tensors that a network keeps beside its weights and buffers."""
-    return [tensor for _, tensor in kept_tensors(module)]
+            for one, theirs in copies:
+                for name, tensor in (*one.named_parameters(), *one.named_buffers()):
+                    tensor.copy_(today[name], non_blocking=True)
+                for mine, other in zip(kept, theirs, strict=True):
+                    other.copy_(mine, non_blocking=True)
 
 
 class _Shards:

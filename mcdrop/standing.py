@@ -4,16 +4,14 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
-__all__ = ["Outside", "Standing", "State", "constants_of", "holding", "is_plain", "state_of"]
+__all__ = ["Standing", "State", "constants_of", "holding", "kept_tensors", "mapped", "state_of"]
 
-_READING = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__)
+_DEEPEST, _MOST = 3, 100  # containers inside of containers, and their entries, that are looked into
 
 
 @dataclass(frozen=True)
@@ -65,20 +63,40 @@ def state_of(module: nn.Module) -> tuple[State, ...]:
 
 
 def constants_of(module: nn.Module) -> tuple[State, ...]:
-    """Lists the tensors that modules keep as plain attributes, as positions and masks often are.
+    """Lists the tensors that modules keep beside their weights and buffers, as positions and masks often are.
 
     They are those of now: a forward on rows of another shape may put others in their places.
     """
-    return tuple(
-        State({name: value}, name)
-        for child in module.modules()
-        for name, value in vars(child).items()
-        if type(value) is Tensor and is_plain(value)
-    )
+    known = {id(one.now()) for one in state_of(module)}
+    others = {id(tensor): State({name: tensor}, name) for name, tensor in kept_tensors(module)}
+    return tuple(state for key, state in others.items() if key not in known)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is of the usual kind, and not what a forward under vmap or functionalize has left behind."""
+def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Walks over (name, tensor) of what modules keep as plain attributes, also in lists, tuples and dicts."""
+    for path, child in module.named_modules():
+        for key, value in [*vars(child).items()]:
+            if key not in ("_parameters", "_buffers"):
+                found: list[Any] = []
+                mapped(value, found.append)
+                name = f"{path}.{key}".removeprefix(".")
+                yield from ((name, leaf) for leaf in found if type(leaf) in (Tensor, nn.Parameter) and _plain(leaf))
+
+
+def mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:
+    """Gives a list, tuple or dict with all that it holds changed; anything else changed.
+
+    These are what a shadow has its own of; larger or deeper ones are not looked into.
+    """
+    if depth < _DEEPEST and type(value) in (dict, list, tuple) and len(value) <= _MOST:
+        if type(value) is dict:
+            return {key: mapped(item, change, depth + 1) for key, item in value.items()}
+        return type(value)([mapped(item, change, depth + 1) for item in value])
+    return change(value)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is of the usual kind, and not what a forward under vmap or functionalize has left behind."""
     odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta
     left = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
     return not odd and not left
@@ -100,58 +118,26 @@ def _facts(tensors: Sequence[Tensor | None]) -> list[Any]:
 def holding(module: nn.Module, state: Sequence[State], tensors: Sequence[Tensor]) -> Iterator[None]:
     """Puts other tensors in the place of a shadow's weights, in dicts of its own: the user's are not touched.
 
-    Lists of weights that a layer keeps beside, as recurrent ones do, and plain attributes are replaced too.
+    Plain attributes are replaced too, and lists of weights that a layer keeps beside, as recurrent ones do.
     """
     new = {id(one.now()): tensor for one, tensor in zip(state, tensors, strict=True)}
+    before = [(vars(child), name, value) for child in module.modules() for name, value in [*vars(child).items()]]
+    changed = []
+    for place, name, value in before:
+        met: list[bool] = []
 
-    def replaced(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return new[id(value)]
-        if isinstance(value, dict):
-            return {name: new.get(id(tensor), tensor) for name, tensor in value.items()}
-        return [new[id(tensor)] for tensor in value]
+        def replaced(leaf: Any, met: list[bool] = met) -> Any:
+            met.append(id(leaf) in new)
+            return new.get(id(leaf), leaf)
 
-    before = [
-        (child, name, value)
-        for child in module.modules()
-        for name, value in [*vars(child).items()]
-        if name in ("_parameters", "_buffers")
-        or (isinstance(value, Tensor) and id(value) in new)
-        or (isinstance(value, list) and value and all(id(item) in new for item in value))
-    ]
-    for child, name, value in before:
-        child.__dict__[name] = replaced(value)
+        other = mapped(value, replaced)
+        if name in ("_parameters", "_buffers"):
+            other = {key: new.get(id(tensor), tensor) for key, tensor in value.items()}
+        if any(met) or name in ("_parameters", "_buffers"):
+            changed.append((place, name, value))
+            place[name] = other
     try:
         yield
     finally:
-        for child, name, value in before:
-            child.__dict__[name] = value
-
-
-class Outside(TorchFunctionMode):
-    """Notes tensors that are neither a network's nor an input, as of a closure or in a list; puts stand-ins there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met: dict[int, Tensor] = {}
-        self._known: dict[int, Tensor] = {}
-
-    def replaced_by(self, state: Sequence[State], tensors: Sequence[Tensor]) -> Self:
-        """Takes the stand-ins for what is known."""
-        self._known = {id(one.now()): tensor for one, tensor in zip(state, tensors, strict=True)}
-        return self
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs a call with stand-ins; a number that is read of a tensor is that of now."""
-        if func not in _READING:
-            args, kwargs = _pytree.tree_map_only(Tensor, self._stand_in, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _stand_in(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in (Tensor, nn.Parameter) or not is_plain(tensor):
-            return tensor
-        if id(tensor) not in self._known:
-            self.met[id(tensor)] = tensor
-        return self._known.get(id(tensor), tensor)
+        for place, name, value in changed:
+            place[name] = value

@@ -22,7 +22,7 @@ from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
 from mcdrop.stacks import Span
 from mcdrop.tiers import TIERS
-from mcdrop.volatile import own, volatile
+from mcdrop.volatile import own, placed_starts
 
 __all__ = ["TorchBackend"]
 
@@ -132,7 +132,7 @@ class TorchBackend:
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
         for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
             theirs.training = ours.training
-        own((live, plain), volatile(self.live))
+        own((live, plain), placed_starts(self.live, _device(module)))
         other = TorchBackend(
             live, plain, self.pick, self.excluded, self.force, self.precision, self.compiled, self.plans.tuning
         )
