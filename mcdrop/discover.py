@@ -127,7 +127,7 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
 def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
     """Runs a pass, and a second one where the first leaves something on the network: what that reads is written to.
 
-    What is only kept, such as positions for rows of a shape, stays there.
+    What is only kept, such as positions for rows of a shape, stays: a graph need not hold how it is made.
     """
     outputs: list[Tensor] = []
 
