@@ -17,7 +17,7 @@ from .wrapped import CONTROLLED, HEAVY, Wrapped, passes, taken, tolerance, wrapp
 Array = NDArray[np.float64]
 
 _ONE = 4.0
-_FEW, _MANY = 300, 600  # passes of whole architectures, and of the rest
+_FEW, _MANY = 200, 600  # passes of whole architectures, and of the rest
 
 
 def allowed(comparisons: int) -> float:
