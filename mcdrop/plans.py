@@ -235,4 +235,6 @@ class Plans:
 
 @cache
 def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
+    """The name of a type; real numbers become the network's own, whichever they come as."""
+    name = str(dtype).removeprefix("torch.")
+    return "real" if "float" in name else name

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from captures import apart, backend_of, made
@@ -114,3 +116,17 @@ def test_arrays_and_tensors_share_a_plan() -> None:
     backend = backend_of(model)
     assert backend.plan(model.rows(x.numpy())) is backend.plan(model.rows(x))
     assert len(backend.plans._plans) == 1
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, torch.float64, torch.bfloat16])
+def test_real_numbers_of_any_type_are_run_by_the_plan_of_the_example(kind: Any) -> None:
+    """A network is captured once, at wrap: a first request does not pay for it again."""
+    net, x = wide()[0], np.random.default_rng(0).normal(size=(8, 4))
+    example = torch.as_tensor(x).to(kind) if isinstance(kind, torch.dtype) else x.astype(kind)
+    model = mcdrop.wrap(net, example=example[:4])
+    plans = backend_of(model).plans._plans
+    assert len(plans) == 1
+    means = [mcdrop.predict(model, given, passes=10).mean for given in (example, x, torch.as_tensor(x).float())]
+    assert len(plans) == 1
+    assert apart(means[0], means[2]) < 0.05  # half precision has few digits
+    assert apart(means[1], means[2]) < 1e-6
