@@ -13,8 +13,9 @@ from mcdrop.rows import Rows
 from mcdrop.tiers import tolerance
 from mcdrop.trace import Trace, one_pass
 
-__all__ = ["coupled", "mean_preserving", "unrepeatable"]
+__all__ = ["SAME", "coupled", "mean_preserving", "unrepeatable"]
 
+SAME = 1e-6  # a GPU adds up in no order
 _SO = "so a row's answer depends on its batch"
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 
@@ -27,13 +28,13 @@ def _masks(found: Trace, rows: Rows) -> list[Tensor]:
 
 
 def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
-    """Says so where the same masks give another output: as where something draws out of sight."""
+    """Says so where the same masks give another output, such as where something draws out of sight."""
     if found.escaped:
         return []
     masks = _masks(found, rows)
     with torch.no_grad():
         first, again = (one_pass(live, rows, pick, found, masks).double() for _ in range(2))
-    if difference(again, first) <= 1e-6:
+    if difference(again, first) <= SAME:
         return []
     return [
         "a generator out of sight, such as numpy's Generator, gives other numbers at each call (or the network goes on "

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from mcdrop.agreement import difference, identical
 from mcdrop.audit import Audit, SiteReport
-from mcdrop.checks import coupled, mean_preserving, unrepeatable
+from mcdrop.checks import SAME, coupled, mean_preserving, unrepeatable
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.forward import draws_off, to_tensors
 from mcdrop.masks import Site, sample_masks
@@ -29,7 +29,6 @@ __all__ = ["Discovery", "Overrules", "discover", "matching"]
 
 _FEW_ROWS = 4
 _TRIES = 6
-_SAME = 1e-6  # a GPU adds up in no order
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
     if changed:
         try:
             again, _ = record(live, rows, keep, seed=0)
-            reads = again.draws != source.draws or not difference(*outputs) <= _SAME
+            reads = again.draws != source.draws or not difference(*outputs) <= SAME
         except Exception:  # whatever a network does with what it has left
             reads = True
         if reads:

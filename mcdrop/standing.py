@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Standing", "State", "constants_of", "holding", "kept_tensors", "mapped", "state_of"]
+__all__ = ["Standing", "State", "attributes", "constants_of", "holding", "kept_tensors", "mapped", "state_of"]
 
+_TORCHS = frozenset(vars(nn.Module()))
 _DEEPEST, _MOST = 3, 100  # containers inside of containers, and their entries, that are looked into
 
 
@@ -74,13 +75,22 @@ def constants_of(module: nn.Module) -> tuple[State, ...]:
 
 def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Walks over (name, tensor) of what modules keep as plain attributes, also in lists, tuples and dicts."""
+    for name, owner, key in attributes(module):
+        for leaf in _leaves(vars(owner)[key]):
+            if type(leaf) in (Tensor, nn.Parameter) and _plain(leaf):
+                yield name, leaf
+
+
+def attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Walks over (name, owner, key) of what modules keep beside weights, buffers and children."""
     for path, child in module.named_modules():
-        for key, value in [*vars(child).items()]:
-            if key not in ("_parameters", "_buffers"):
-                found: list[Any] = []
-                mapped(value, found.append)
-                name = f"{path}.{key}".removeprefix(".")
-                yield from ((name, leaf) for leaf in found if type(leaf) in (Tensor, nn.Parameter) and _plain(leaf))
+        yield from ((f"{path}.{key}".removeprefix("."), child, key) for key in [*vars(child)] if key not in _TORCHS)
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+    mapped(value, found.append)
+    return found
 
 
 def mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:
@@ -121,23 +131,19 @@ def holding(module: nn.Module, state: Sequence[State], tensors: Sequence[Tensor]
     Plain attributes are replaced too, and lists of weights that a layer keeps beside, as recurrent ones do.
     """
     new = {id(one.now()): tensor for one, tensor in zip(state, tensors, strict=True)}
-    before = [(vars(child), name, value) for child in module.modules() for name, value in [*vars(child).items()]]
-    changed = []
-    for place, name, value in before:
-        met: list[bool] = []
 
-        def replaced(leaf: Any, met: list[bool] = met) -> Any:
-            met.append(id(leaf) in new)
-            return new.get(id(leaf), leaf)
+    def stand_in(leaf: Any) -> Any:
+        return new.get(id(leaf), leaf)
 
-        other = mapped(value, replaced)
-        if name in ("_parameters", "_buffers"):
-            other = {key: new.get(id(tensor), tensor) for key, tensor in value.items()}
-        if any(met) or name in ("_parameters", "_buffers"):
-            changed.append((place, name, value))
-            place[name] = other
+    places = [(vars(owner), key) for _, owner, key in attributes(module)]
+    before = [(place, key, place[key]) for place, key in places if any(id(one) in new for one in _leaves(place[key]))]
+    dicts = [(vars(child), key, vars(child)[key]) for child in module.modules() for key in ("_parameters", "_buffers")]
+    for place, key, value in before:
+        place[key] = mapped(value, stand_in)
+    for place, key, held in dicts:
+        place[key] = {name: stand_in(tensor) for name, tensor in held.items()}
     try:
         yield
     finally:
-        for place, name, value in changed:
-            place[name] = value
+        for place, key, value in (*before, *dicts):
+            place[key] = value

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.errors import ModelRefused
-from mcdrop.standing import kept_tensors, mapped
+from mcdrop.standing import attributes, kept_tensors, mapped
 
 __all__ = ["Left", "from_start", "own", "placed_starts", "starts", "volatile"]
 
 _VOLATILE = "_mcdrop_volatile"  # on a shadow's root: what its forwards start from, by name as in state_dict
 _ABSENT = object()
-_OURS = frozenset(vars(nn.Module())) | {_VOLATILE}
 
 
 def volatile(module: nn.Module) -> dict[str, Any]:
@@ -33,20 +32,26 @@ def starts(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
     Raises:
         ModelRefused: one is a parameter, or shares its memory with another.
     """
-    holders: dict[int, set[str]] = {}
-    for name, tensor in (*kept_tensors(module), *module.named_buffers(), *module.named_parameters()):
-        holders.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
-    found = {}
+    found, holders = {}, _holders(module) if names else []
     for name in sorted(names):
         owner, key = _owner(module, name)
         if key in owner._parameters:
             raise ModelRefused(f"the network writes to its parameter {name} in eval mode")
         value = owner._buffers[key] if key in owner._buffers else vars(owner).get(key, _ABSENT)
-        shared = [other for held in holders.values() if name in held for other in held - {name}]
+        shared = [other for held in holders if name in held for other in held - {name}]
         if shared:
             raise ModelRefused(f"the network writes to {name} in eval mode, which shares its memory with {shared[0]}")
         found[name] = mapped(value, _cloned)
     return found
+
+
+def _holders(module: nn.Module) -> list[set[str]]:
+    """The names of the tensors that lie in the same memory, for each piece of it."""
+    found: dict[int, set[str]] = {}
+    for name, tensor in (*kept_tensors(module), *module.named_buffers(), *module.named_parameters()):
+        if tensor.numel():
+            found.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
+    return [*found.values()]
 
 
 def placed_starts(module: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -75,10 +80,10 @@ def from_start(module: nn.Module) -> Iterator[None]:
 
     Buffers are put in a dict of its own: a captured graph, or the user's network, may read the other meanwhile.
     """
-    held: list[_Held] = []
+    held, dicts = list[_Held](), []
     for name, start in volatile(module).items():
         owner, key = _owner(module, name)
-        held.append(_Held(vars(owner), "_buffers"))
+        dicts.append((owner, owner._buffers))
         owner.__dict__["_buffers"] = {**owner._buffers}
         held.append(_Held(owner._buffers if key in owner._buffers else vars(owner), key))
         held[-1].put(mapped(start, _cloned))
@@ -87,6 +92,8 @@ def from_start(module: nn.Module) -> Iterator[None]:
     finally:
         for one in reversed(held):
             one.put_back()
+        for owner, buffers in reversed(dicts):
+            owner.__dict__["_buffers"] = buffers
 
 
 class Left:
@@ -117,7 +124,7 @@ class _Held:
     def __init__(self, place: dict[str, Any], key: str) -> None:
         self._place, self._key = place, key
         self._value = place.get(key, _ABSENT)
-        self._content = mapped(self._value, _itself) if key != "_buffers" else None
+        self._content = mapped(self._value, _itself)
 
     def put(self, value: Any) -> None:
         """Puts something in its place; a container stays the same and holds it, since hooks may hold the container."""
@@ -141,14 +148,13 @@ class _Held:
             self._place.pop(self._key, None)
             return
         self._place[self._key] = self._value
-        if self._content is not None and not _alike(self._value, self._content):
+        if not _alike(self._value, self._content):
             _refill(self._value, self._content)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Walks over (name, owner, key) of what modules keep beside weights, buffers and children."""
-    for path, child in module.named_modules():
-        yield from ((f"{path}.{key}".removeprefix("."), child, key) for key in [*vars(child)] if key not in _OURS)
+    """The attributes that are the network's."""
+    return (found for found in attributes(module) if found[2] != _VOLATILE)
 
 
 def _itself(leaf: Any) -> Any:

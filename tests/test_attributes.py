@@ -1,4 +1,4 @@
-"""Tensors that a network keeps as plain attributes, beside its weights and buffers, in captured passes."""
+"""What a network keeps beside its weights and buffers: tensors that passes read, and what its forwards write to."""
 
 import threading
 import time

@@ -150,11 +150,7 @@ class ByValue(nn.Module):
         return out * 2 if float(x.sum()) > 0 else out
 
 
-class OtherwiseInAGraph(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = plain()
-
+class OtherwiseInAGraph(ByValue):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.body(x)
         return out * 1.005 if get_proxy_mode() is not None else out
