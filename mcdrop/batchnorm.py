@@ -1,6 +1,5 @@
 """Batch norm statistics that fit a network under its own dropout (Li et al. 2018, section 4: the variance shift)."""
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import InputError
 from mcdrop.model import Model
 from mcdrop.rows import Rows
-from mcdrop.shadow import unwrapped
+from mcdrop.shadow import copied
 
 __all__ = ["recalibrate_batchnorm"]
 
@@ -37,7 +36,7 @@ def recalibrate_batchnorm(
     """
     if not isinstance(model.backend, TorchBackend):
         raise InputError("only a torch network has norm layers that can be recalibrated")
-    network = copy.deepcopy(unwrapped(model.module)).eval()
+    network = copied(model.module).eval()
     norms = [m for m in network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     if not norms:
         raise InputError("the network has no norm layer with running statistics")

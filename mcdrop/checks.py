@@ -12,6 +12,7 @@ from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 from mcdrop.tiers import tolerance
 from mcdrop.trace import Trace, one_pass
+from mcdrop.volatile import alike, inside
 
 __all__ = ["SAME", "coupled", "mean_preserving", "unrepeatable"]
 
@@ -31,15 +32,19 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
     """Says so where the same masks give another output, such as where something draws out of sight."""
     if found.escaped:
         return []
-    masks = _masks(found, rows)
+    masks, before = _masks(found, rows), inside(live)
     with torch.no_grad():
         first, again = (one_pass(live, rows, pick, found, masks).double() for _ in range(2))
     if difference(again, first) <= SAME:
         return []
-    return [
-        "a generator out of sight, such as numpy's Generator, gives other numbers at each call (or the network goes on "
-        "from what its last call left in an object)"
-    ]
+    said = "a generator out of sight, such as numpy's Generator, gives other numbers at each call"
+    left = [name for name, held in inside(live).items() if not alike(held, before.get(name))]
+    if left:
+        said += (
+            f", or it goes on from what its last call left in {', '.join(left)}: mcdrop can put back what is in "
+            "tensors, numbers, lists, tuples and dicts"
+        )
+    return [said]
 
 
 def mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace) -> bool:

@@ -18,8 +18,9 @@ from torch import nn
 
 from mcdrop.errors import ModelRefused
 from mcdrop.registry import TAUGHT_LAYERS, Taught
+from mcdrop.standing import kept_tensors
 
-__all__ = ["live_shadow", "reached_originals", "unwrapped"]
+__all__ = ["copied", "live_shadow", "reached_originals", "unwrapped"]
 
 _SHARED = ("_parameters", "_buffers")
 _DEEPEST = 3  # containers inside containers that may still hold a module
@@ -63,6 +64,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
         module = module._orig_mod
     return module
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Gives a copy of a network, with weights of its own.
+
+    What a training step left on it, such as the last attention weights, comes without its history: torch refuses to
+    copy a tensor that has one.
+    """
+    whole = unwrapped(module)
+    left = (tensor for _, tensor in (*kept_tensors(whole), *whole.named_buffers()) if not tensor.is_leaf)
+    return copy.deepcopy(whole, {id(tensor): tensor.detach().clone() for tensor in left})
 
 
 def reached_originals(module: nn.Module, run: Callable[[], object]) -> list[str]:

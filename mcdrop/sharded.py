@@ -4,7 +4,6 @@ A row's answer does not depend on its batch, so cutting a batch changes nothing.
 network; before rows are run, the copies take over the weights that the network has today.
 """
 
-import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,7 +19,7 @@ from mcdrop.errors import ModelRefused
 from mcdrop.forward import moved
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
-from mcdrop.shadow import unwrapped
+from mcdrop.shadow import copied, unwrapped
 from mcdrop.standing import kept_tensors
 from mcdrop.volatile import volatile
 
@@ -48,7 +47,7 @@ class ShardedBackend(TorchBackend):
         )
         self.chunk_bytes = first.chunk_bytes
         whole = unwrapped(module)
-        copies = [moved(copy.deepcopy(whole), device) for device in devices]
+        copies = [moved(copied(whole), device) for device in devices]
         self._kept = [(one, [tensor for _, tensor in kept_tensors(one)]) for one in (whole, *copies)]
         self._shards = [first.over(one) for one in copies]
         self._pool = ThreadPoolExecutor(len(copies), thread_name_prefix="mcdrop-device")

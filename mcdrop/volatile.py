@@ -4,20 +4,25 @@ A buffer that is written to in eval, the hidden state that a recurrent network k
 grows: passes that went on from one another would depend on their order, and on how many there were before.
 """
 
+import hashlib
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mcdrop.errors import ModelRefused
 from mcdrop.standing import attributes, kept_tensors, mapped
 
-__all__ = ["Left", "from_start", "own", "placed_starts", "starts", "volatile"]
+__all__ = ["Left", "alike", "from_start", "inside", "own", "placed_starts", "starts", "volatile"]
 
 _VOLATILE = "_mcdrop_volatile"  # on a shadow's root: what its forwards start from, by name as in state_dict
 _ABSENT = object()
+_PLAIN = (bool, int, float, str, bytes)
 
 
 def volatile(module: nn.Module) -> dict[str, Any]:
@@ -96,6 +101,28 @@ def from_start(module: nn.Module) -> Iterator[None]:
             owner.__dict__["_buffers"] = buffers
 
 
+def inside(module: nn.Module) -> dict[str, list[Any]]:
+    """Gives what objects, arrays and other containers hold that a network keeps: nothing puts back what they held."""
+    found: dict[str, list[Any]] = {}
+    for name, owner, key in _attributes(module):
+        mapped(vars(owner)[key], lambda leaf, name=name: found.setdefault(name, []).extend(_inside(leaf)))  # type: ignore[misc]
+    return found
+
+
+def _inside(leaf: Any) -> list[Any]:
+    if isinstance(leaf, np.ndarray):
+        if leaf.dtype.hasobject:
+            return [*leaf.flat]
+        return [hashlib.sha256(np.ascontiguousarray(leaf).view(np.uint8).data).digest()]
+    if isinstance(leaf, dict):
+        return [*leaf, *leaf.values()]
+    if isinstance(leaf, list | deque | set):
+        return [*leaf]
+    if isinstance(leaf, type | ModuleType | FunctionType | nn.Module | Tensor):
+        return []
+    return [*getattr(leaf, "__dict__", {}).values()]
+
+
 class Left:
     """What forwards leave on a module: attributes set anew, taken away or changed, such as a list that grows."""
 
@@ -138,9 +165,8 @@ class _Held:
     def stands(self) -> bool:
         """Whether it is as it was."""
         now = self._place.get(self._key, _ABSENT)
-        if type(now) in (bool, int, float, str):  # as often as not another object
-            return type(now) is type(self._value) and bool(now == self._value)
-        return now is self._value and _alike(now, self._content)
+        same = type(now) in _PLAIN or now is self._value
+        return same and alike(now, self._content)
 
     def put_back(self) -> None:
         """Makes it as it was."""
@@ -148,7 +174,7 @@ class _Held:
             self._place.pop(self._key, None)
             return
         self._place[self._key] = self._value
-        if not _alike(self._value, self._content):
+        if not alike(self._value, self._content):
             _refill(self._value, self._content)
 
 
@@ -165,15 +191,17 @@ def _cloned(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _alike(value: Any, content: Any) -> bool:
+def alike(value: Any, content: Any) -> bool:
     """Whether a container still holds what it held."""
     if value is content:
         return True
+    if type(value) in _PLAIN:  # as often as not another object
+        return type(content) is type(value) and bool(content == value)
     if type(value) is not type(content) or type(value) not in (dict, list, tuple):
         return False
     if type(value) is dict:
-        return [*value] == [*content] and all(_alike(value[key], content[key]) for key in value)
-    return len(value) == len(content) and all(map(_alike, value, content))
+        return [*value] == [*content] and all(alike(value[key], content[key]) for key in value)
+    return len(value) == len(content) and all(map(alike, value, content))
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -40,8 +40,9 @@ def wrap(
     """Discovers a network's random draws once and gives a model that can be sampled.
 
     Args:
-        module: any ``torch.nn.Module``; it is not modified, and later changes of its weights are seen. Or an ONNX
-            graph: a path, a model of onnx or a session of onnxruntime (see ``wrap_graph``).
+        module: any ``torch.nn.Module``; it is not modified. Later changes of its weights are seen, those of its layers,
+            drop rates and other settings are not: wrap it again. Or an ONNX graph: a path, a model of onnx or a session
+            of onnxruntime (see ``wrap_graph``).
         example: a few real rows: an array or tensor, a tuple of positional inputs, or a dict of keyword inputs; the
             first dimension of each is the rows.
         task: one of ``TASKS``: "regression", "gaussian" (mean and log-variance) or "classification" (logits).

@@ -1,9 +1,7 @@
-"""What a network keeps beside its weights and buffers: tensors that passes read, and what its forwards write to."""
+"""What a network keeps beside its weights and buffers: tensors that passes read."""
 
 import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +11,6 @@ from captures import apart, backend_of, loop, passes
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.errors import InputError, ModelRefused
 
 
 class Keeping(nn.Module):
@@ -104,6 +101,18 @@ def test_several_devices_follow_tensors_in_lists() -> None:
     assert apart(ours, theirs) < 1e-6
 
 
+def test_what_a_training_step_left_on_a_network_does_not_keep_it_from_being_copied() -> None:
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm1d(6), torch.randn(8, 5, 4)
+    net = nn.Sequential(Keeping(), norm)
+    net(x).sum().backward()
+    assert net[0].last.grad_fn is not None
+    one, two = (mcdrop.wrap(net, example=x[:4], devices=devices) for devices in ((), ("cpu", "cpu")))
+    assert apart(*(mcdrop.predict(model, x, passes=20).mean for model in (one, two))) < 1e-6
+    recalibrated = mcdrop.recalibrate_batchnorm(one, x).get_submodule("1")
+    assert apart(recalibrated.running_var, norm.running_var) > 1e-3
+
+
 def test_a_tensor_from_outside_of_the_network_may_be_another_one_later() -> None:
     """Nothing says where it stands, so that passes run the network's own code, which reads the one of today."""
     shifts = SimpleNamespace(now=OFFSET)
@@ -183,184 +192,3 @@ def test_a_tensor_of_another_kind_may_be_kept(kept: Tensor) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(4, 2)).eval()
     net.__dict__["kept"] = kept
     assert mcdrop.wrap(net, example=torch.randn(3, 4)).audit.tier == "captured"
-
-
-class GoingOn(nn.Module):
-    """Goes on from its last forward, in one of several ways; its first forward is that of ``by == "nothing"``."""
-
-    sum: Tensor
-    scale: Tensor
-
-    def __init__(self, by: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.drop, self.two = nn.Linear(4, 8), nn.Dropout(0.4), nn.Linear(8, 2)
-        self.by, self.count, self.total = by, 0, torch.zeros(2)
-        self.last: Tensor | None = None
-        self.seen: list[Tensor] = []
-        self.held: dict[str, list[Tensor]] = {}
-        self.register_buffer("sum", torch.zeros(2))
-        self.register_buffer("scale", torch.ones(2))
-        self.mask: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.by == "mask":  # of a first call, until somebody takes it away
-            if self.mask is None and self.training:
-                self.mask = nn.functional.dropout(torch.ones(8), 0.4)
-            return self._out(self.one(x) * (1 if self.mask is None else self.mask))
-        return self._out(self.drop(self.one(x)))
-
-    def _out(self, h: Tensor) -> Tensor:
-        out: Tensor = self.two(h) * self.scale
-        if self.by == "tensor":
-            out = out if self.last is None else out + self.last
-            self.last = out
-        elif self.by == "number":
-            out, self.count = out * (1 + self.count), self.count + 1
-        elif self.by == "list":
-            out = sum(self.seen, out)
-            self.seen.append(out.mean(0))
-        elif self.by == "dict of lists":
-            out = sum(self.held.setdefault("out", []), out)
-            self.held["out"].append(out.mean(0))
-        elif self.by == "in place":
-            out = out + self.total
-            self.total += 1
-        elif self.by == "buffer":
-            out = out + self.sum
-            self.sum = self.sum + out.mean(0)
-        elif self.by == "buffer in place":
-            out = out + self.sum
-            self.sum += 1
-        return out
-
-
-STATES = {
-    "tensor": "last",
-    "number": "count",
-    "list": "seen",
-    "dict of lists": "held",
-    "in place": "total",
-    "buffer": "sum",
-    "buffer in place": "sum",
-}
-
-
-@pytest.mark.parametrize("devices", [(), ["cpu"] * 2], ids=["one device", "two devices"])
-@pytest.mark.parametrize("by", STATES)
-def test_every_pass_starts_from_what_the_network_held_when_it_was_wrapped(by: str, devices: list[str]) -> None:
-    """Whatever the user's own forwards add meanwhile; all else is that of today."""
-    net, twin, x = GoingOn(by).eval(), GoingOn("nothing").eval(), torch.randn(9, 4)
-    if devices and by in ("list", "dict of lists"):
-        with pytest.raises(ModelRefused, match=f"left in {STATES[by]}, .* run it on one device"):
-            mcdrop.wrap(net, example=x[:4], devices=devices)
-        return
-    model, plain = mcdrop.wrap(net, example=x[:4], devices=devices), mcdrop.wrap(twin, example=x[:4])
-    assert any(text.startswith(f"{STATES[by]} is written to even in eval mode") for text in model.audit.warnings)
-    assert (net.count, net.seen, net.held, net.last) == (0, [], {}, None)
-    assert not net.total.any()
-    assert not net.sum.any()
-    for rows in (9, 1, 9):
-        ours, theirs = (mcdrop.predict(one, x[:rows], passes=20) for one in (model, plain))
-        assert apart(ours.mean, theirs.mean) < 1e-5
-        assert apart(ours.variance, theirs.variance) < 1e-4
-        assert apart(ours.deterministic, theirs.deterministic) < 1e-5
-        with torch.no_grad():
-            net(x)
-            for one in (net, twin):
-                one.scale.mul_(-1.5)
-                one.scale = one.scale.clone()
-
-
-def test_a_captured_pass_does_not_see_what_another_thread_writes() -> None:
-    class Adding(GoingOn):
-        def forward(self, x: Tensor) -> Tensor:
-            out = self._out(self.drop(self.one(x))) + self.sum
-            if x.shape[0] >= 20:  # goes another way, by the network's own code
-                self.sum.add_(100)
-                time.sleep(0.005)
-                return out.double().float()
-            self.sum.add_(1)
-            return out
-
-    net, x = Adding("nothing").eval(), torch.randn(30, 4)
-    model = mcdrop.wrap(net, example=x[:4])
-    assert model.audit.tier == "captured", model.audit.tier_reason
-    few, many = (mcdrop.predict(model, x[:rows], passes=20).mean for rows in (9, 30))
-    wrong, done = list[object](), threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            apart_by = apart(mcdrop.predict(model, x[:9], passes=20).mean, few)
-            wrong.extend([apart_by] if apart_by > 1e-6 else [])
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    for _ in range(5):
-        assert apart(mcdrop.predict(model, x, passes=20).mean, many) < 1e-6
-    done.set()
-    asking.join()
-    assert wrong == []
-    assert not net.sum.any()
-
-
-def test_memory_that_two_names_share_is_refused_where_it_is_written_to() -> None:
-    net, x = GoingOn("buffer in place").eval(), torch.randn(4, 4)
-    net.seen = [net.sum[:1]]
-    with pytest.raises(ModelRefused, match="writes to sum in eval mode, which shares its memory with seen"):
-        mcdrop.wrap(net, example=x)
-    assert not net.sum.any()
-
-
-@pytest.mark.parametrize("form", ["onnx", "pt2"])
-@pytest.mark.parametrize("by", ["tensor", "in place"])
-def test_an_exported_network_starts_every_pass_from_there_too(by: str, form: str, tmp_path: Path) -> None:
-    net, x = GoingOn(by).eval(), torch.randn(9, 4)
-    model, twin = (mcdrop.wrap(one, example=x[:4]) for one in (net, GoingOn("nothing").eval()))
-    expected = mcdrop.predict(twin, x, passes=20)
-    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net", format=form))
-    for one in (loaded, model, loaded):
-        assert apart(mcdrop.predict(one, x, passes=20).mean, expected.mean) < 1e-5
-    assert net.last is None
-    assert not net.total.any()
-
-
-def test_a_mask_that_is_kept_for_later_calls_is_drawn_anew_in_every_pass() -> None:
-    net, x = GoingOn("mask").eval(), torch.randn(9, 4)
-    model = mcdrop.wrap(net, example=x[:4])
-    assert [site.shape for site in model.audit.live] == [(8,)]
-    assert net.mask is None
-    passes_of = passes(model, x, 64).reshape(64, -1)
-    assert len(np.unique(passes_of.numpy().round(4), axis=0)) > 32
-    assert apart(passes(model, x, 20), loop(model, x, 20)) < 1e-5
-
-
-class Recurrent(nn.Module):
-    """Keeps the state of its steps for the next call, as for a stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(4, 8, num_layers=2, dropout=0.5, batch_first=True)
-        self.head = nn.Linear(8, 1)
-        self.state: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        steps, self.state = self.lstm(x, self.state)
-        out: Tensor = self.head(steps[:, -1])
-        return out
-
-
-def test_a_recurrent_network_that_keeps_its_state_goes_on_from_the_one_it_was_wrapped_with() -> None:
-    torch.manual_seed(0)
-    net, x = Recurrent().eval(), torch.randn(4, 6, 4)
-    model = mcdrop.wrap(net, example=x)
-    with torch.no_grad():
-        first = net(x)
-        assert apart(mcdrop.predict(model, x, passes=2).deterministic, first) < 1e-5
-        model = mcdrop.wrap(net, example=x)
-        second = net(x)
-        assert apart(first, second) > 1e-3
-        assert apart(mcdrop.predict(model, x, passes=2).deterministic, second) < 1e-5
-    assert any("so a row's answer depends on its batch" in text for text in model.audit.warnings)
-    with pytest.raises(InputError, match="cannot take inputs of shape 0: \\(3, 6, 4\\)"):
-        mcdrop.predict(model, x[:3])  # the state has four rows
