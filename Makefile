@@ -36,7 +36,7 @@ serve: $(VENV)/ready-to-serve
 	@MCDROP_DEFAULT_MODEL=$(DEFAULT_MODEL) exec $(RUN) -m mcdrop serve $(STORE) --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/ready-to-test
-	$(RUN) -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/ready-to-test
 	$(RUN) -m ruff check .
