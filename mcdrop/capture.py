@@ -15,9 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from mcdrop.kernel_rules import KERNEL_RULES
 from mcdrop.outputs import Pick
@@ -37,6 +43,10 @@ _HARMLESS = ("_subclasses/", "_prims_common/", "_prims/")
 
 class NotCaptured(Exception):
     """A network whose passes cannot be written down as a graph; the message says why."""
+
+
+class _ByValues(NotCaptured):
+    """A network that decides by values."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,17 @@ def capture(
     """
     if found.unclear:
         raise NotCaptured("its draws depend on the batch")
+    try:
+        return _captured(module, rows, pick, found, masks, dtype)
+    except _ByValues:
+        # libraries that look into a mask to save work, such as transformers, do not where an exporter asks them
+        with _compiling_state_context():
+            return _captured(module, rows, pick, found, masks, dtype)
+
+
+def _captured(
+    module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None], dtype: torch.dtype | None
+) -> Captured:
     places, beside, names = state_of(module), constants_of(module), [*rows.kwargs]
     own = [one for one in places if one.now() is not None]
     state = [*own, *beside]
@@ -134,7 +155,7 @@ def _symbols(env: ShapeEnv, leaves: Sequence[Tensor], stacks: Sequence[Tensor]) 
     axes = [("N", leaf) for leaf in leaves] + [("T", stack) for stack in stacks]
     symbols = {env.replace(_expression(tensor.shape[0])): axis for axis, tensor in axes}
     if any(not symbol.is_symbol for symbol in symbols):
-        raise NotCaptured("its operations are tied to the number of rows or passes (x.shape[0] is free, len(x) is not)")
+        raise NotCaptured("its operations are tied to the number of rows or passes, as by len(x); x.shape[0] is free")
     return symbols
 
 
@@ -169,7 +190,8 @@ def _written_down(
         try:
             graph: fx.Graph = make_fx(torch.func.functionalize(function), tracing_mode="real")(*arguments).graph
         except Exception as error:  # whatever a network does that no graph can hold
-            raise NotCaptured(" ".join(str(error).split())[:160] or type(error).__name__) from error
+            kind = _ByValues if isinstance(error, GuardOnDataDependentSymNode) else NotCaptured
+            raise kind(" ".join(str(error).split())[:160] or type(error).__name__) from error
     graph.set_codegen(fx.graph.CodeGen())  # plain arguments instead of nested ones
     graph.eliminate_dead_code()
     for node in graph.nodes:

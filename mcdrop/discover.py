@@ -25,7 +25,9 @@ from mcdrop.shadow import live_shadow, reached_originals
 from mcdrop.trace import Trace, one_pass, trace
 from mcdrop.volatile import Left, own, starts
 
-__all__ = ["Discovery", "Overrules", "discover", "matching"]
+__all__ = ["UNUSABLE", "Discovery", "Overrules", "discover", "matching"]
+
+UNUSABLE = "the network cannot take these inputs"
 
 _FEW_ROWS = 4
 _TRIES = 6
@@ -114,7 +116,7 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
         raise
     except Exception as error:
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in rows.named())
-        raise InputError(f"the network cannot take these inputs ({shapes}): {error}") from error
+        raise InputError(f"{UNUSABLE} ({shapes}): {error}") from error
     shape = tuple(output.shape)
     if not shape or shape[0] != rows.count:
         raise InputError(

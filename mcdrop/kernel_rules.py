@@ -3,6 +3,7 @@
 What a rule does not cover (a padding that is named, a pool that rounds up) runs as it is and is taken apart by vmap.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,12 +87,31 @@ def _average_pool_rule(
     return output
 
 
-def _cat_rule(mode: Interception, tensors: Sequence[Tensor], dim: int = 0, **others: Any) -> Tensor:
+def _cat_rule(
+    mode: Interception, tensors: Sequence[Tensor], dim: int = 0, *, axis: int | None = None, **others: Any
+) -> Tensor:
+    dim = dim if axis is None else axis
+    if len({tensor.dim() for tensor in tensors}) > 1:  # as caches of keys begin with; torch leaves them out too
+        tensors = [tensor for tensor in tensors if tensor.shape != (0,)]
     first = tensors[0]
     if others or any(tensor.dtype != first.dtype or tensor.dim() != first.dim() for tensor in tensors):
         return torch.cat([*tensors], dim, **others)
     output: Tensor = CAT([*tensors], dim - first.dim() if dim >= 0 else dim)
     return output
+
+
+def _activation_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An activation that may write over its input, which torch's tracers take for few of them."""
+    signature = inspect.signature(function)
+
+    def rule(mode: Interception, *args: Any, **named: Any) -> Tensor:
+        given = signature.bind(*args, **named).arguments
+        if not given.pop("inplace", False):
+            return function(**given)
+        x: Tensor = given["input"]
+        return x.copy_(function(**given))
+
+    return rule
 
 
 def _matmul_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -132,8 +152,13 @@ def _layer(
     return outputs
 
 
+_ACTIVATIONS = (
+    F.celu, F.elu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish, F.relu6, F.selu, F.silu, F.threshold
+)  # fmt: skip
+
 KERNEL_RULES: Rules = {
     **RULES,
+    **{function: _activation_rule(function) for function in _ACTIVATIONS},
     torch.cat: _cat_rule,
     F.linear: _linear_rule,
     F.scaled_dot_product_attention: _attention_rule,

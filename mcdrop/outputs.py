@@ -27,6 +27,10 @@ def picker(output: str | int | Callable[[Any], Any] | None) -> Pick:
         named = dict(_entries(result))
         if output is not None and str(output) in named:
             return named[str(output)]
+        if isinstance(output, int) and isinstance(result, Mapping) and 0 <= output < len(result):
+            value = [*result.values()][output]
+            if isinstance(value, Tensor):
+                return value
         floating = [name for name, value in named.items() if value.is_floating_point()]
         if output is None and len(floating) == 1:
             return named[floating[0]]

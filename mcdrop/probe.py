@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
 
 from mcdrop.agreement import identical
+from mcdrop.forward import out_of_memory
 from mcdrop.record import record
 from mcdrop.rows import Rows
 
@@ -121,7 +122,9 @@ def _effect(module: nn.Module, rows: Rows, base: _Observation) -> Verdict:
     """Says what the flag that was just switched on does."""
     try:
         seen = [_observe(module, rows, seed=seed) for seed in _SEEDS]
-    except Exception as error:  # any failure means that this is not a flag to switch on
+    except Exception as error:  # any failure but of memory means that this is not a flag to switch on
+        if out_of_memory(error):
+            raise
         return Verdict("refused", f"fails in training mode: {type(error).__name__}: {str(error)[:100]}")
     first = seen[0]
     draws = max(one.draws for one in seen) - base.draws

@@ -58,6 +58,9 @@ def drop_copies(graph: fx.Graph) -> None:
             continue
         copies = node.target in _COPIES and node.kwargs.get("memory_format") in (None, torch.contiguous_format)
         order = node.args[1] if node.target is aten.permute.default else None
+        if node.target is aten.copy.default and alike(node.args[1], node):
+            replace(node, node.args[1])
+            continue
         same = node.target in _SHAPED and sizes(node) == sizes(source)
         if copies or (same and (order is None or [*order] == sorted(order))):
             replace(node, source)

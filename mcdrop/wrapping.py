@@ -131,18 +131,22 @@ def _unusual(asked: dict[str, Any], audit: Audit) -> dict[str, Any]:
 def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Any]:
     """Gives the rows as the network takes them: whole numbers may stand for real ones, as in [[1], [2]]."""
     from mcdrop.digits import digits
-    from mcdrop.discover import discover
+    from mcdrop.discover import UNUSABLE, discover
     from mcdrop.forward import place_of
 
     device, _ = place_of([*module.parameters(), *module.buffers()])
     with digits(device):
         try:
             return rows, discover(module, rows, pick, overrules)
-        except InputError:
+        except InputError as error:
             if not _all_whole(rows):
                 raise
+            whole = error
         real = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
-        return real, discover(module, real, pick, overrules)
+        try:
+            return real, discover(module, real, pick, overrules)
+        except InputError as error:  # of token ids only the first error speaks
+            raise whole if str(error).startswith(UNUSABLE) else error from None
 
 
 def wrap_graph(

@@ -159,12 +159,12 @@ def program_of(model: mcdrop.Model, x: Tensor) -> tuple[Program, Rows]:
     return plan.program, placed
 
 
-def passes(model: mcdrop.Model, x: Tensor, count: int) -> Tensor:
+def passes(model: mcdrop.Model, x: Any, count: int) -> Tensor:
     """Gives passes as the engine gets them, (T, N, ...)."""
     return torch.from_numpy(model.backend.forward(model.rows(x), count, seed=0, start=0, sampler="iid"))
 
 
-def loop(model: mcdrop.Model, x: Tensor, count: int) -> Tensor:
+def loop(model: mcdrop.Model, x: Any, count: int) -> Tensor:
     """Gives the same passes one by one, by the network's own code."""
     return backend_of(model).run(model.rows(x), count, only=None, tier="loop").cpu().float()
 

@@ -174,6 +174,30 @@ def test_a_network_without_operations_to_count_has_no_prefix() -> None:
     assert (audit.prefix_share, audit.speed_up) == (None, None)
 
 
+def test_what_torch_cannot_count_has_no_prefix() -> None:
+    """Its counter fails where a module gives a view of a parameter of its own."""
+
+    class Expands(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 4))
+
+        def forward(self, rows: int) -> torch.Tensor:
+            return self.weight.expand(rows, -1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.weight = nn.Dropout(0.5), Expands()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.drop(x) + self.weight(len(x))
+            return out
+
+    audit = mcdrop.wrap(Net(), example=torch.randn(4, 4)).audit
+    assert (audit.prefix_share, audit.speed_up) == (None, None)
+
+
 def test_a_person_can_read_all_of_it() -> None:
     text = str(audit_of(nn.Linear(8, 64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 1), example=centred(8)))
     for said in ("live 100%", "tier: captured", "before the first draw: 89% of a pass", "norm layer 2", "std of the"):

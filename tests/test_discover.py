@@ -248,12 +248,25 @@ def test_several_outputs_need_a_choice() -> None:
         mcdrop.wrap(net, example=X, output="c")
     with pytest.raises(NoStochasticSite):
         mcdrop.wrap(net, example=X, output="b")
-    for output in ("a", lambda result: result["a"]):
+    for output in ("a", 0, lambda result: result["a"]):
         assert spread(mcdrop.wrap(net, example=X, output=output)) > 0
     pair = Net(Act(lambda x, on: (x * 2, F.dropout(x, 0.5, on))))
     assert spread(mcdrop.wrap(pair, example=X, output=1)) > 0
     alone = Net(Act(lambda x, on: (torch.arange(len(x)), F.dropout(x, 0.5, on))))
     assert spread(mcdrop.wrap(alone, example=X)) > 0
+
+
+@pytest.mark.parametrize(("output", "said"), [(None, "several outputs; choose"), ("c", "no output 'c'; choose")])
+def test_of_token_ids_the_error_of_whole_numbers_is_told(output: str | None, said: str) -> None:
+    """Whole numbers are tried as real ones too, which an embedding does not take: that says nothing."""
+    table = nn.Embedding(9, 4)
+    net = Act(lambda x, on: {"a": F.dropout(table(x), 0.5, on), "b": table(x)})
+    ids = torch.arange(12).reshape(4, 3) % 9
+    with pytest.raises(InputError, match=said):
+        mcdrop.wrap(net, example=ids, output=output)
+    with pytest.raises(InputError, match=r"cannot take these inputs .*int64.*: index out of range"):
+        mcdrop.wrap(net, example=ids + 9, output="a")
+    assert len(mcdrop.wrap(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), example=ids).audit.live) == 1
 
 
 def test_every_refusal_is_an_error_of_this_library() -> None:

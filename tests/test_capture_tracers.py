@@ -1,0 +1,90 @@
+"""What torch's tracers do not take, or take only where they ask as an exporter does, and is captured all the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from captures import apart, loop, passes
+from devices import on_each_device
+from torch import Tensor, nn
+
+import mcdrop
+
+
+class Body(nn.Module):
+    """Two layers with dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2))
+
+
+class Peeking(Body):
+    """Looks into its mask to save work, as attention in transformers does, but not where a graph is asked for."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not mask.all():
+            x = x * mask[:, None]
+        out: Tensor = self.body(x)
+        return out
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.0], ids=["nothing masked", "a row masked"])
+def test_who_looks_into_a_mask_but_not_for_an_exporter_is_captured_for_all_masks(kept: float) -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(9, 4), torch.ones(9)
+    mask[2] = kept
+    model = mcdrop.wrap(Peeking(), example={"x": x[:4], "mask": mask[:4]})
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    assert not torch.compiler.is_compiling()
+    for last in (1.0, 0.0):
+        mask[8] = last
+        rows = {"x": x, "mask": mask}
+        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
+ACTIVATIONS = [
+    nn.CELU, nn.ELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU,
+    nn.SiLU, lambda inplace: nn.Threshold(0.1, -0.2, inplace),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ACTIVATIONS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("after", [False, True], ids=["before the draw", "after it"])
+@on_each_device
+def test_an_activation_may_write_over_what_is_read_again(
+    make: Callable[..., nn.Module], after: bool, device: str
+) -> None:
+    class Net(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.linear, self.drop = make(inplace=True), nn.Linear(4, 4), nn.Dropout(0.4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            h = self.drop(h) if after else h
+            self.act(h)  # its answer is left lying
+            out: Tensor = self.body(h)
+            return out
+
+    torch.manual_seed(0)
+    net, x = Net().to(device), torch.randn(9, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    assert apart(passes(model, x, 4), loop(model, x, 4)) < 1e-5
+
+
+@pytest.mark.parametrize("axis", [{"dim": -1}, {"axis": -1}, {"dim": 1}], ids=str)
+def test_a_cache_that_begins_empty_is_added_to(axis: dict[str, Any]) -> None:
+    class Cached(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body[1](self.body[0](x))
+            out: Tensor = torch.cat([torch.tensor([]), h, h.square()], **axis)
+            return out.sum(-1, keepdim=True)
+
+    torch.manual_seed(0)
+    x = torch.randn(9, 4)
+    model = mcdrop.wrap(Cached(), example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    assert apart(passes(model, x, 4), loop(model, x, 4)) < 1e-5
