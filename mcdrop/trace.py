@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -146,12 +147,18 @@ def _random_rates(draws: list[Draw], others: list[Recorder]) -> frozenset[int]:
     Raises:
         UncontrolledDraw: the draws themselves differ, so that none can be told from the next.
     """
-    rates = set()
+    rates, ours = set(), [(draw.kind, draw.shape) for draw in draws]
     for other in others:
-        if [(draw.kind, draw.shape) for draw in other.draws] != [(draw.kind, draw.shape) for draw in draws]:
+        theirs = [(draw.kind, draw.shape) for draw in other.draws]
+        if theirs != ours:
+            same = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
+            path = draws[same - 1].path if same else ""
+            off = (
+                f", or leave the draw of {path} off: exclude={[path]}, or layerdrop=0 where it has one" if path else ""
+            )
             raise UncontrolledDraw(
-                f"how many random numbers a pass draws is random itself ({len(draws)} in one pass, "
-                f"{len(other.draws)} in another): draw all in every pass, and use them where they are wanted"
+                f"which random numbers a pass draws is random itself, after draw {same} of it: draw all in every pass, "
+                f"and use them where they are wanted{off}"
             )
         rates |= {i for i, (a, b) in enumerate(zip(draws, other.draws, strict=True)) if a.p != b.p}
     return frozenset(rates)
