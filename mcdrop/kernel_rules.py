@@ -4,6 +4,7 @@ What a rule does not cover (a padding that is named, a pool that rounds up) runs
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,20 @@ def _layer_norm_rule(
 ) -> Tensor:  # fmt: skip
     output: Tensor = LAYER_NORM(input, [*normalized_shape], weight, bias, eps)
     return output
+
+
+def _group_norm_rule(
+    mode: Interception, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Groups of channels as layers of their own, each channel scaled and moved afterwards."""
+    if input.dim() < 2 or input.shape[1] % num_groups:
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    size = math.prod(input.shape[1:]) // num_groups
+    output: Tensor = LAYER_NORM(input.reshape(-1, num_groups, size), [size], None, None, eps).reshape(input.shape)
+    channels = (-1, *(1,) * (input.dim() - 2))
+    output = output if weight is None else output * weight.reshape(channels)
+    return output if bias is None else output + bias.reshape(channels)
 
 
 def _max_pool_rule(
@@ -167,6 +182,7 @@ KERNEL_RULES: Rules = {
     torch.conv3d: _conv_rule(torch.conv3d, 3),
     F.batch_norm: _batch_norm_rule,
     F.layer_norm: _layer_norm_rule,
+    F.group_norm: _group_norm_rule,
     F.max_pool2d: _max_pool_rule,
     F.avg_pool2d: _average_pool_rule,
     torch.bmm: _matmul_rule(torch.bmm),

@@ -1,5 +1,6 @@
 """What torch's tracers do not take, or take only where they ask as an exporter does, and is captured all the same."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,23 @@ def test_an_activation_may_write_over_what_is_read_again(
 
     torch.manual_seed(0)
     net, x = Net().to(device), torch.randn(9, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    assert apart(passes(model, x, 4), loop(model, x, 4)) < 1e-5
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((6,), 2), ((6, 5), 1), ((6, 5), 6), ((6, 4, 3), 2)], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@on_each_device
+def test_groups_of_channels_are_normalised_after_a_draw(
+    shape: tuple[int, ...], groups: int, affine: bool, device: str
+) -> None:
+    torch.manual_seed(0)
+    norm, x = nn.GroupNorm(groups, 6, affine=affine), torch.randn(9, *shape, device=device)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    last = nn.Linear(math.prod(shape), 2)
+    net = nn.Sequential(nn.Dropout(0.4), norm, nn.Tanh(), nn.Flatten(), last).to(device)
     model = mcdrop.wrap(net, example=x[:4])
     assert model.audit.tier == "captured", model.audit.tier_reason
     assert apart(passes(model, x, 4), loop(model, x, 4)) < 1e-5
