@@ -1,6 +1,6 @@
 """Which calls a capture keeps whole: each becomes one node of the graph, one of ``kernels``.
 
-What a rule does not cover (a padding that is named, a pool that rounds up) runs as it is and is taken apart by vmap.
+What a rule does not cover (a convolution of a single image, say) runs as it is and is taken apart by vmap.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mcdrop.attention import ATTENTION, in_groups
 from mcdrop.intercept import Interception, Rules
-from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, POOL, RECURRENT
+from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, RECURRENT, by_row
 from mcdrop.rules import RULES
 from mcdrop.sequences import recurrent_rule
 
@@ -31,12 +31,19 @@ def _each(value: Any, inner: int) -> list[int]:
 
 
 def _conv_rule(function: Callable[..., Tensor], inner: int) -> Callable[..., Tensor]:
+    whole = _by_row_rule(function)
+
     def rule(
         mode: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
-        if isinstance(padding, str) or input.dim() != inner + 2:
+        if input.dim() != inner + 2:
             return function(input, weight, bias, stride, padding, dilation, groups)
+        if isinstance(padding, str):
+            room = [(size - 1) * step for size, step in zip(weight.shape[2:], _each(dilation, inner), strict=True)]
+            if padding == "same" and any(one % 2 for one in room):  # one side gets more
+                return whole(mode, input, weight, bias, stride, padding, dilation, groups)
+            padding = [one // 2 for one in room] if padding == "same" else 0
         each = (_each(value, inner) for value in (stride, padding, dilation))
         output: Tensor = CONV(input, weight, bias, *each, groups)
         return output
@@ -77,29 +84,52 @@ def _group_norm_rule(
     return output if bias is None else output + bias.reshape(channels)
 
 
-def _max_pool_rule(
-    mode: Interception, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-    ceil_mode: bool = False, return_indices: bool = False,
-) -> Any:  # fmt: skip
-    if ceil_mode or return_indices or dilation not in (1, (1, 1), [1, 1]) or input.dim() != 4:
-        function: Any = F.max_pool2d
-        return function(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    output: Tensor = POOL(input, "max", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2))
-    return output
+def _by_row_rule(function: Callable[..., Any], tensors: int = 1, result: int | None = None) -> Callable[..., Tensor]:
+    """A function of each row alone, whose first ``tensors`` tensors have the rows in front; others are weights.
+
+    Of what it gives, the tensor of a number is taken.
+    """
+
+    def rule(mode: Interception, /, *args: Any, **named: Any) -> Tensor:
+        values, names = [*args, *named.values()], [*named]
+        holes = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        given = [values[place] for place in holes]
+        values = [None if isinstance(value, Tensor) else value for value in values]
+        if any(isinstance(leaf, torch.SymInt) for leaf in torch.utils._pytree.tree_leaves(values)):
+            return function(*args, **named)  # type: ignore[no-any-return]
+
+        def call(*each: Tensor) -> Any:
+            filled = [*values]
+            for place, tensor in zip(holes, each, strict=True):
+                filled[place] = tensor
+            found = function(*filled[: len(args)], **dict(zip(names, filled[len(args) :], strict=True)))
+            return found if result is None else found[result]
+
+        name = f"{function.__name__} {result} {values} {names} {holes}"
+        return by_row(call, name, given[:tensors], given[tensors:])
+
+    return rule
 
 
-def _average_pool_rule(
-    mode: Interception, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor_override: int | None = None,
+def _with_indices_rule(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A pool that also says where its largest numbers stood."""
+    both = _by_row_rule(function, result=0), _by_row_rule(function, result=1)
+
+    def rule(mode: Interception, /, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        largest, places = (one(mode, *args, **named) for one in both)
+        return largest, places
+
+    return rule
+
+
+def _instance_norm_rule(
+    mode: Interception, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, *others: Any, **named: Any,
 ) -> Tensor:  # fmt: skip
-    if ceil_mode or not count_include_pad or divisor_override is not None or input.dim() != 4:
-        return F.avg_pool2d(
-            input, kernel_size, stride or kernel_size, padding, ceil_mode, count_include_pad, divisor_override
-        )
-    output: Tensor = POOL(
-        input, "average", 2, _each(kernel_size, 2), _each(stride or kernel_size, 2), _each(padding, 2)
-    )
-    return output
+    given = (input, running_mean, running_var, weight, bias, use_input_stats, *others)
+    if use_input_stats and running_mean is not None:  # which is moved on
+        return F.instance_norm(*given, **named)
+    return _INSTANCE_NORM(mode, *given, **named)
 
 
 def _cat_rule(
@@ -125,6 +155,17 @@ def _activation_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(**given)
         x: Tensor = given["input"]
         return x.copy_(function(**given))
+
+    return rule
+
+
+def _number_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Arithmetic with a number that counts rows, which torch's vmap does not take for a number."""
+
+    def rule(mode: Interception, input: Tensor, other: Any, *others: Any, **named: Any) -> Tensor:
+        if isinstance(other, torch.SymInt):
+            other = torch.scalar_tensor(other, dtype=torch.int64, device=input.device)
+        return function(input, other, *others, **named)
 
     return rule
 
@@ -167,6 +208,22 @@ def _layer(
     return outputs
 
 
+_INSTANCE_NORM = _by_row_rule(F.instance_norm)
+_BY_ROW = (
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.channel_shuffle, F.conv_transpose1d,
+    F.conv_transpose2d, F.conv_transpose3d, F.fold, F.interpolate, F.local_response_norm, F.lp_pool1d, F.lp_pool2d,
+    F.lp_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.pad, F.pixel_shuffle, F.pixel_unshuffle, F.unfold,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+)  # fmt: skip
+_OF_TWO = (F.grid_sample, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
+_WITH_INDICES = (
+    F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
+    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
+)  # fmt: skip
+_ARITHMETIC = (
+    Tensor.__mul__, Tensor.__rdiv__, Tensor.__rmul__, Tensor.__truediv__, Tensor.div, Tensor.mul, torch.div, torch.mul
+)  # fmt: skip
 _ACTIVATIONS = (
     F.celu, F.elu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish, F.relu6, F.selu, F.silu, F.threshold
 )  # fmt: skip
@@ -174,6 +231,10 @@ _ACTIVATIONS = (
 KERNEL_RULES: Rules = {
     **RULES,
     **{function: _activation_rule(function) for function in _ACTIVATIONS},
+    **{function: _by_row_rule(function) for function in _BY_ROW},
+    **{function: _by_row_rule(function, tensors=2) for function in _OF_TWO},
+    **{function: _with_indices_rule(function) for function in _WITH_INDICES},
+    **{function: _number_rule(function) for function in _ARITHMETIC},
     torch.cat: _cat_rule,
     F.linear: _linear_rule,
     F.scaled_dot_product_attention: _attention_rule,
@@ -183,8 +244,7 @@ KERNEL_RULES: Rules = {
     F.batch_norm: _batch_norm_rule,
     F.layer_norm: _layer_norm_rule,
     F.group_norm: _group_norm_rule,
-    F.max_pool2d: _max_pool_rule,
-    F.avg_pool2d: _average_pool_rule,
+    F.instance_norm: _instance_norm_rule,
     torch.bmm: _matmul_rule(torch.bmm),
     torch.matmul: _matmul_rule(torch.matmul),
     Tensor.__matmul__: _matmul_rule(Tensor.__matmul__),

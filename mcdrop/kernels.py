@@ -16,9 +16,13 @@ from torch import Tensor
 from mcdrop.attention import ATTENTION, run_attention
 from mcdrop.sequences import for_cudnn, over_passes
 
-__all__ = ["BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "MATMUL", "POOL", "RECURRENT", "RUN", "folded"]
+__all__ = [
+    "BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "MATMUL", "RECURRENT", "RUN", "by_row", "folded"
+]  # fmt: skip
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+_CALLS: dict[str, Callable[..., Tensor]] = {}  # by what they do, since an operator takes no functions
+_FEW = 2  # rows of a stand-in
 
 
 @torch.library.custom_op("mcdrop::linear", mutates_args=())
@@ -90,17 +94,35 @@ def _(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | Non
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mcdrop::pool", mutates_args=())
-def _pool(
-    x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    return _run_pool(x, kind, inner, kernel, stride, padding)
+@torch.library.custom_op("mcdrop::by_row", mutates_args=())
+def _by_row(rows: Sequence[Tensor], weights: Sequence[Tensor], call: str, leading: int) -> Tensor:
+    return _run_by_row(rows, weights, call, leading)
 
 
-@_pool.register_fake
-def _(x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    sizes = [(x.shape[i - inner] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(inner)]
-    return x.new_empty((*x.shape[:-inner], *sizes))
+@_by_row.register_fake
+def _(rows: Sequence[Tensor], weights: Sequence[Tensor], call: str, leading: int) -> Tensor:
+    output = _CALLS[call](*(one.new_empty((_FEW, *one.shape[leading:])) for one in rows), *weights)
+    if output.shape[0] != _FEW:
+        raise NotImplementedError(f"{call} makes other rows")
+    return output.new_empty((*rows[0].shape[:leading], *output.shape[1:]))
+
+
+def _by_row_batched(
+    info: Any, dims: Any, rows: Sequence[Tensor], weights: Sequence[Tensor], call: str, leading: int
+) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in dims[1]):
+        raise NotImplementedError(f"the weights of {call} differ from pass to pass")
+    return _by_row(_all_batched(info, dims[0], rows), [*weights], call, leading + 1), 0
+
+
+def by_row(call: Callable[..., Tensor], name: str, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Keeps a call whole that is a function of each row alone.
+
+    ``call`` takes the tensors that have rows in front, then those that are the same for all rows and passes; what it
+    gives is new. Calls of one ``name`` do the same.
+    """
+    _CALLS[name] = call
+    return _by_row([*rows], [*weights], name, 1)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("mcdrop::recurrent", mutates_args=())
@@ -135,11 +157,7 @@ def _(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 def _cat_batched(info: Any, dims: Any, tensors: Sequence[Tensor], axis: int) -> tuple[Tensor, int]:
     """All get the sample axis; the axis is counted from the end, so that it stays the same."""
-    batched = [
-        tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, dims[0], strict=True)
-    ]
-    return _cat(batched, axis), 0
+    return _cat(_all_batched(info, dims[0], tensors), axis), 0
 
 
 @torch.library.custom_op("mcdrop::matmul", mutates_args=())
@@ -178,6 +196,14 @@ def _recurrent_batched(
     return [*outputs], [0] * len(outputs)
 
 
+def _all_batched(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gives all of them the sample axis in front."""
+    return [
+        tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+
+
 def _first_alone(operator: Any, name: str) -> Callable[..., tuple[Tensor, int]]:
     """A vmap rule for an operator whose first tensor alone differs from pass to pass: one more axis in front."""
 
@@ -198,13 +224,13 @@ _layer_norm.register_vmap(_first_alone(_layer_norm, "layer norm"))
 _cat.register_vmap(_cat_batched)
 _recurrent.register_vmap(_recurrent_batched)
 _matmul.register_vmap(_matmul_batched)
-_pool.register_vmap(_first_alone(_pool, "pooling"))
+_by_row.register_vmap(_by_row_batched)
 
 LINEAR = torch.ops.mcdrop.linear.default
 CONV = torch.ops.mcdrop.conv.default
+BY_ROW = torch.ops.mcdrop.by_row.default
 BATCH_NORM = torch.ops.mcdrop.batch_norm.default
 LAYER_NORM = torch.ops.mcdrop.layer_norm.default
-POOL = torch.ops.mcdrop.pool.default
 CAT = torch.ops.mcdrop.cat.default
 MATMUL = torch.ops.mcdrop.matmul.default
 RECURRENT = torch.ops.mcdrop.recurrent.default
@@ -243,11 +269,12 @@ def _run_batch_norm(
     )
 
 
-def _run_pool(
-    x: Tensor, kind: str, inner: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    run: Callable[..., Tensor] = torch.max_pool2d if kind == "max" else F.avg_pool2d
-    return folded(x, inner, lambda flat: run(flat, kernel, stride, padding))
+def _run_by_row(rows: Sequence[Tensor], weights: Sequence[Tensor], call: str, leading: int) -> Tensor:
+    if leading == 1:
+        return _CALLS[call](*rows, *weights)
+    flat = [one.flatten(0, leading - 1) for one in rows]
+    output: Tensor = _CALLS[call](*flat, *weights).unflatten(0, rows[0].shape[:leading])
+    return output
 
 
 def _run_recurrent(
@@ -266,8 +293,8 @@ RUN: dict[Any, Callable[..., Any]] = {
     LINEAR: _run_linear,
     CONV: _run_conv,
     BATCH_NORM: _run_batch_norm,
+    BY_ROW: _run_by_row,
     LAYER_NORM: F.layer_norm,
     MATMUL: torch.matmul,
-    POOL: _run_pool,
     RECURRENT: _run_recurrent,
 }

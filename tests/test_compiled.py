@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captures import apart, loop, passes
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -80,14 +81,14 @@ class _Strided(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.drop(self.norm(self.first(x)).relu())
         hidden = self.drop((self.long(hidden) + self.short(hidden)).relu())
-        output: Tensor = self.out(hidden.mean((2, 3)))
+        output: Tensor = self.out(F.interpolate(hidden, scale_factor=2, mode="bilinear").square().mean((2, 3)))
         return output
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=_cpu), pytest.param("cuda", marks=_cuda)])
 @pytest.mark.parametrize(("net", "shape"), [(_Steps, (5, 3)), (_Strided, (2, 8, 8))], ids=["steps", "strided"])
 def test_what_the_compiler_does_not_know_by_itself(net: type[nn.Module], shape: tuple[int, ...], device: str) -> None:
-    """Recurrent layers, which it calls as they are, and convolutions with strides, whose sizes it is told."""
+    """Recurrent layers and what is done to images, which it calls as they are, and strides, whose sizes it is told."""
     torch.manual_seed(0)
     module, x = net().eval().to(device), torch.randn(9, *shape, device=device)
     model = mcdrop.wrap(module, example=x[:4], compile=True)
