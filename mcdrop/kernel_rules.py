@@ -164,7 +164,7 @@ def _number_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def rule(mode: Interception, input: Tensor, other: Any, *others: Any, **named: Any) -> Tensor:
         if isinstance(other, torch.SymInt):
-            other = torch.scalar_tensor(other, dtype=torch.int64, device=input.device)
+            other = torch.scalar_tensor(other, dtype=torch.int64, device=input.device)  # type: ignore[arg-type]
         return function(input, other, *others, **named)
 
     return rule

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mcdrop
 
 CHANNELS = 4
+Layers = dict[str, Callable[[], nn.Module]]
 
 
 class Function(nn.Module):
@@ -52,7 +53,7 @@ def transposed(inner: int) -> nn.Module:
     return out
 
 
-IMAGE = {
+IMAGE: Layers = {
     "transposed": lambda: transposed(2),
     "same": lambda: nn.Conv2d(CHANNELS, 3, 3, padding="same", dilation=2),
     "same, one side more": lambda: nn.Conv2d(CHANNELS, 3, (4, 3), padding="same"),
@@ -83,7 +84,7 @@ IMAGE = {
     "patches and back": lambda: nn.Sequential(nn.Unfold(3), nn.Fold((6, 6), 3)),
     "elsewhere": There,
 }
-SEQUENCE = {
+SEQUENCE: Layers = {
     "transposed": lambda: transposed(1),
     "linear": lambda: nn.Upsample(scale_factor=2, mode="linear"),
     "adaptive average": lambda: nn.AdaptiveAvgPool1d(2),
@@ -94,7 +95,7 @@ SEQUENCE = {
     "instance": lambda: nn.InstanceNorm1d(CHANNELS),
     "zeros around": lambda: nn.ConstantPad1d((0, 3), 0.5),
 }
-VOLUME = {
+VOLUME: Layers = {
     "transposed": lambda: transposed(3),
     "nearest": lambda: nn.Upsample(scale_factor=2),
     "adaptive average": lambda: nn.AdaptiveAvgPool3d(2),
@@ -148,8 +149,8 @@ class Segments(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, first = F.max_pool2d(self.down(x), 2, return_indices=True)
         x, second = F.max_pool2d(self.middle(x), 2, return_indices=True)
-        x = self.up(F.max_unpool2d(x, second, 2))
-        out: Tensor = self.last(F.max_unpool2d(x, first, 2))
+        x = self.up(F.max_unpool2d(x, second, [2, 2]))
+        out: Tensor = self.last(F.max_unpool2d(x, first, [2, 2]))
         return out
 
 
