@@ -122,6 +122,20 @@ def _with_indices_rule(function: Callable[..., Any]) -> Callable[..., tuple[Tens
     return rule
 
 
+def _along_rule(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tensor]:
+    """Reads or writes by indices within each row."""
+    whole = _by_row_rule(function, tensors)
+
+    def rule(mode: Interception, input: Tensor, dim: int, *others: Any, **named: Any) -> Tensor:
+        given = [input, *(one for one in (*others, *named.values()) if isinstance(one, Tensor))][:tensors]
+        # as text: two numbers of rows that are compared may count as equal from then on
+        if dim in (0, -input.dim()) or len({str(one.shape[:1]) for one in given}) > 1:
+            return function(input, dim, *others, **named)
+        return whole(mode, input, dim, *others, **named)
+
+    return rule
+
+
 def _instance_norm_rule(
     mode: Interception, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
     weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, *others: Any, **named: Any,
@@ -217,6 +231,7 @@ _BY_ROW = (
     torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
 )  # fmt: skip
 _OF_TWO = (F.grid_sample, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
+_ALONG: dict[Any, int] = {torch.gather: 2, torch.index_select: 1, torch.scatter: 3, torch.scatter_add: 3}
 _WITH_INDICES = (
     F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
@@ -234,6 +249,8 @@ KERNEL_RULES: Rules = {
     **{function: _by_row_rule(function) for function in _BY_ROW},
     **{function: _by_row_rule(function, tensors=2) for function in _OF_TWO},
     **{function: _with_indices_rule(function) for function in _WITH_INDICES},
+    **{function: _along_rule(function, tensors) for function, tensors in _ALONG.items()},
+    **{getattr(Tensor, one.__name__): _along_rule(one, tensors) for one, tensors in _ALONG.items()},
     **{function: _number_rule(function) for function in _ARITHMETIC},
     torch.cat: _cat_rule,
     F.linear: _linear_rule,

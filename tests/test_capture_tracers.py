@@ -106,3 +106,50 @@ def test_a_cache_that_begins_empty_is_added_to(axis: dict[str, Any]) -> None:
     model = mcdrop.wrap(Cached(), example=x[:4])
     assert model.audit.tier == "captured", model.audit.tier_reason
     assert apart(passes(model, x, 4), loop(model, x, 4)) < 1e-5
+
+
+def _indexed(x: Tensor) -> list[Tensor]:
+    """Reads and writes at places that are the same for all rows, or that follow from a row."""
+    own = (x.detach() > 0).long()
+    same = torch.tensor([[2, 0, 1]]).to(x.device).expand(x.shape[0], 3)
+    scattered = torch.zeros_like(x).scatter(1, same, x[:, :3]), x.scatter_add(-1, own, x), x.scatter(1, same, 0.5)
+    selected = x.index_select(-1, own.new_tensor([3, 0])), torch.index_select(x, dim=1, index=own.new_tensor([1]))
+    gathered = x.gather(1, own), torch.gather(x, dim=-1, index=same)
+    return [*scattered, *selected, *gathered]
+
+
+@pytest.mark.parametrize("after", [True, False], ids=["after a draw", "before it"])
+@on_each_device
+def test_places_within_a_row_are_read_by_index(after: bool, device: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(22, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            h = torch.cat(_indexed(self.drop(h) if after else h), 1)
+            out: Tensor = self.last(h if after else self.drop(h))
+            return out
+
+    torch.manual_seed(0)
+    net, x = Net().to(device), torch.randn(9, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    for rows in (x, x[:1]):
+        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
+def test_rows_that_are_read_by_index_are_not_taken_for_places_within_one() -> None:
+    class FirstRow(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body[1](self.body[0](x))
+            first = h.gather(0, torch.zeros(1, 6, dtype=torch.long)) + h.index_select(0, torch.tensor([0]))
+            out: Tensor = self.body[2](h + first)
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(9, 4)
+    model = mcdrop.wrap(FirstRow(), example=x[:4])
+    for rows in (x, x[:1]):
+        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
