@@ -1,20 +1,22 @@
 """Which calls a capture keeps whole: each becomes one node of the graph, one of ``kernels``.
 
-What a rule does not cover (a convolution of a single image, say) runs as it is and is taken apart by vmap.
+What no rule covers, here or in ``row_rules`` (a convolution of a single image, say), runs as it is: vmap cuts it up.
 """
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcdrop.attention import ATTENTION, in_groups
 from mcdrop.intercept import Interception, Rules
-from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, RECURRENT, by_row
+from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, RECURRENT
+from mcdrop.row_rules import ROW_RULES, by_row_rule
 from mcdrop.rules import RULES
 from mcdrop.sequences import recurrent_rule
 
@@ -31,7 +33,7 @@ def _each(value: Any, inner: int) -> list[int]:
 
 
 def _conv_rule(function: Callable[..., Tensor], inner: int) -> Callable[..., Tensor]:
-    whole = _by_row_rule(function)
+    whole = by_row_rule(function)
 
     def rule(
         mode: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
@@ -82,68 +84,6 @@ def _group_norm_rule(
     channels = (-1, *(1,) * (input.dim() - 2))
     output = output if weight is None else output * weight.reshape(channels)
     return output if bias is None else output + bias.reshape(channels)
-
-
-def _by_row_rule(function: Callable[..., Any], tensors: int = 1, result: int | None = None) -> Callable[..., Tensor]:
-    """A function of each row alone, whose first ``tensors`` tensors have the rows in front; others are weights.
-
-    Of what it gives, the tensor of a number is taken.
-    """
-
-    def rule(mode: Interception, /, *args: Any, **named: Any) -> Tensor:
-        values, names = [*args, *named.values()], [*named]
-        holes = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
-        given = [values[place] for place in holes]
-        values = [None if isinstance(value, Tensor) else value for value in values]
-        if any(isinstance(leaf, torch.SymInt) for leaf in torch.utils._pytree.tree_leaves(values)):
-            return function(*args, **named)  # type: ignore[no-any-return]
-
-        def call(*each: Tensor) -> Any:
-            filled = [*values]
-            for place, tensor in zip(holes, each, strict=True):
-                filled[place] = tensor
-            found = function(*filled[: len(args)], **dict(zip(names, filled[len(args) :], strict=True)))
-            return found if result is None else found[result]
-
-        name = f"{function.__name__} {result} {values} {names} {holes}"
-        return by_row(call, name, given[:tensors], given[tensors:])
-
-    return rule
-
-
-def _with_indices_rule(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A pool that also says where its largest numbers stood."""
-    both = _by_row_rule(function, result=0), _by_row_rule(function, result=1)
-
-    def rule(mode: Interception, /, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        largest, places = (one(mode, *args, **named) for one in both)
-        return largest, places
-
-    return rule
-
-
-def _along_rule(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tensor]:
-    """Reads or writes by indices within each row."""
-    whole = _by_row_rule(function, tensors)
-
-    def rule(mode: Interception, input: Tensor, dim: int, *others: Any, **named: Any) -> Tensor:
-        given = [input, *(one for one in (*others, *named.values()) if isinstance(one, Tensor))][:tensors]
-        # as text: two numbers of rows that are compared may count as equal from then on
-        if dim in (0, -input.dim()) or len({str(one.shape[:1]) for one in given}) > 1:
-            return function(input, dim, *others, **named)
-        return whole(mode, input, dim, *others, **named)
-
-    return rule
-
-
-def _instance_norm_rule(
-    mode: Interception, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
-    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, *others: Any, **named: Any,
-) -> Tensor:  # fmt: skip
-    given = (input, running_mean, running_var, weight, bias, use_input_stats, *others)
-    if use_input_stats and running_mean is not None:  # which is moved on
-        return F.instance_norm(*given, **named)
-    return _INSTANCE_NORM(mode, *given, **named)
 
 
 def _cat_rule(
@@ -197,6 +137,35 @@ def _matmul_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rule
 
 
+def _added_matmul_rule(
+    mode: Interception, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    product: Tensor = MATMUL(batch1, batch2)
+    product = product if alpha == 1 else product * alpha
+    return product + (input if beta == 1 else input * beta) if beta else product
+
+
+def _cosine_rule(mode: Interception, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    if dim >= 0 and x1.dim() != x2.dim():
+        return F.cosine_similarity(x1, x2, dim, eps)
+    return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
+
+
+def _truth_rule(mode: Interception, input: Tensor) -> bool:
+    """Torch looks whether a mask is causal, for a hint; where there is none, it uses the mask."""
+    frame = sys._getframe(1)
+    for _ in range(3):
+        if frame.f_code is _LOOKS_FOR_CAUSAL:
+            return False
+        frame = frame.f_back or frame
+    return bool(input)
+
+
+def _never(mode: Interception, *args: Any) -> bool:
+    """Whether padding stands at the end alone: asked before a way that torch does not take under a mode."""
+    return False
+
+
 def _attention_rule(
     mode: Interception, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -222,20 +191,7 @@ def _layer(
     return outputs
 
 
-_INSTANCE_NORM = _by_row_rule(F.instance_norm)
-_BY_ROW = (
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.channel_shuffle, F.conv_transpose1d,
-    F.conv_transpose2d, F.conv_transpose3d, F.fold, F.interpolate, F.local_response_norm, F.lp_pool1d, F.lp_pool2d,
-    F.lp_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.pad, F.pixel_shuffle, F.pixel_unshuffle, F.unfold,
-    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
-)  # fmt: skip
-_OF_TWO = (F.grid_sample, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
-_ALONG: dict[Any, int] = {torch.gather: 2, torch.index_select: 1, torch.scatter: 3, torch.scatter_add: 3}
-_WITH_INDICES = (
-    F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
-    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
-)  # fmt: skip
+_LOOKS_FOR_CAUSAL = nn.modules.transformer._detect_is_causal_mask.__code__
 _ARITHMETIC = (
     Tensor.__mul__, Tensor.__rdiv__, Tensor.__rmul__, Tensor.__truediv__, Tensor.div, Tensor.mul, torch.div, torch.mul
 )  # fmt: skip
@@ -245,14 +201,11 @@ _ACTIVATIONS = (
 
 KERNEL_RULES: Rules = {
     **RULES,
+    **ROW_RULES,
     **{function: _activation_rule(function) for function in _ACTIVATIONS},
-    **{function: _by_row_rule(function) for function in _BY_ROW},
-    **{function: _by_row_rule(function, tensors=2) for function in _OF_TWO},
-    **{function: _with_indices_rule(function) for function in _WITH_INDICES},
-    **{function: _along_rule(function, tensors) for function, tensors in _ALONG.items()},
-    **{getattr(Tensor, one.__name__): _along_rule(one, tensors) for one, tensors in _ALONG.items()},
     **{function: _number_rule(function) for function in _ARITHMETIC},
     torch.cat: _cat_rule,
+    F.cosine_similarity: _cosine_rule,
     F.linear: _linear_rule,
     F.scaled_dot_product_attention: _attention_rule,
     torch.conv1d: _conv_rule(torch.conv1d, 1),
@@ -261,10 +214,13 @@ KERNEL_RULES: Rules = {
     F.batch_norm: _batch_norm_rule,
     F.layer_norm: _layer_norm_rule,
     F.group_norm: _group_norm_rule,
-    F.instance_norm: _instance_norm_rule,
+    Tensor.__bool__: _truth_rule,
+    torch._nested_tensor_from_mask_left_aligned: _never,
+    torch.baddbmm: _added_matmul_rule,
     torch.bmm: _matmul_rule(torch.bmm),
     torch.matmul: _matmul_rule(torch.matmul),
     Tensor.__matmul__: _matmul_rule(Tensor.__matmul__),
+    Tensor.baddbmm: _added_matmul_rule,
     Tensor.bmm: _matmul_rule(Tensor.bmm),
     Tensor.matmul: _matmul_rule(Tensor.matmul),
     torch.gru: recurrent_rule(torch.gru, 1, _layer),

@@ -83,6 +83,7 @@ IMAGE: Layers = {
     "patches": lambda: nn.Unfold(2, stride=2),
     "patches and back": lambda: nn.Sequential(nn.Unfold(3), nn.Fold((6, 6), 3)),
     "elsewhere": There,
+    "frequencies": lambda: Function(lambda x: torch.fft.irfft2(torch.fft.rfft2(x)[..., :3], s=(6, 4)).tanh()),
 }
 SEQUENCE: Layers = {
     "transposed": lambda: transposed(1),
@@ -94,6 +95,7 @@ SEQUENCE: Layers = {
     "unpooled": lambda: Unpooled(1),
     "instance": lambda: nn.InstanceNorm1d(CHANNELS),
     "zeros around": lambda: nn.ConstantPad1d((0, 3), 0.5),
+    "frequencies": lambda: Function(lambda x: torch.fft.rfft(x, dim=1).abs()),
 }
 VOLUME: Layers = {
     "transposed": lambda: transposed(3),

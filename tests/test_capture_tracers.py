@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captures import apart, loop, passes
 from devices import on_each_device
 from torch import Tensor, nn
@@ -151,5 +152,76 @@ def test_rows_that_are_read_by_index_are_not_taken_for_places_within_one() -> No
     torch.manual_seed(0)
     x = torch.randn(9, 4)
     model = mcdrop.wrap(FirstRow(), example=x[:4])
+    for rows in (x, x[:1]):
+        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
+def _causal(count: int) -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(count)
+
+
+class Words(nn.Module):
+    """Torch's own layers over words, the mask of what is padding made from the words."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.embed, self.last = kind, nn.Embedding(20, 8), nn.Linear(8, 2)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.3, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
+        self.both = nn.Transformer(8, 2, 1, 1, 16, 0.3, batch_first=True)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x, padding = self.embed(words), words.eq(0)
+        if self.kind == "attention with its weights":
+            x, weights = self.attention(x, x, x, key_padding_mask=padding)
+            x = x + weights.amax(-1, keepdim=True)
+        elif self.kind == "encoder":
+            x = self.encoder(x, src_key_padding_mask=padding)
+        elif self.kind == "encoder that looks back":
+            x = self.encoder(x, mask=_causal(words.shape[1]).to(x.device))
+        else:
+            masks = {"src_key_padding_mask": padding, "tgt_mask": _causal(words.shape[1]).to(x.device)}
+            x = self.both(x, x, **masks)
+        out: Tensor = self.last(x.masked_fill(padding[..., None], 0).sum(1))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize(
+    "kind", ["attention with its weights", "encoder", "encoder that looks back", "encoder and decoder"]
+)
+@on_each_device
+def test_torchs_own_layers_over_words_are_captured(kind: str, device: str) -> None:
+    torch.manual_seed(0)
+    words = torch.randint(1, 20, (9, 5), device=device)
+    net = Words(kind).to(device).eval()
+    model = mcdrop.wrap(net, example=words[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    words[1, 3:], words[7, 2:] = 0, 0
+    for rows in (words, words[7:8]):
+        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
+@on_each_device
+def test_products_of_rows_with_themselves_and_with_weights_are_captured(device: str) -> None:
+    class Net(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(13, 4)
+            self.classes, self.pairs = nn.Parameter(torch.randn(6, 4)), nn.Bilinear(4, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.drop(self.first(x))
+            other = h.flip(1).tanh()
+            sums = torch.baddbmm(h[:, None], h[:, :1, None], other[:, None], beta=0.5, alpha=2.0).flatten(1)
+            alike = F.cosine_similarity(h, other)[:, None], F.cosine_similarity(h[:, None], self.classes, -1)
+            out: Tensor = self.body(self.last(torch.cat([sums, *alike, self.pairs(h, other)], 1)))
+            return out
+
+    torch.manual_seed(0)
+    net, x = Net().to(device), torch.randn(9, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
     for rows in (x, x[:1]):
         assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5

@@ -1,0 +1,104 @@
+"""Functions of each row alone, which a capture keeps whole: layers between images, reads and writes within a row.
+
+The passes are folded into the rows. To add a function, add it to a table; what comes out is compared with the loop.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcdrop.intercept import Interception, Rules
+from mcdrop.kernels import by_row
+
+__all__ = ["ROW_RULES", "by_row_rule"]
+
+
+def by_row_rule(function: Callable[..., Any], tensors: int = 1, result: int | None = None) -> Callable[..., Tensor]:
+    """A function of each row alone, whose first ``tensors`` tensors have the rows in front; others are weights.
+
+    Of what it gives, the tensor of a number is taken.
+    """
+
+    def rule(mode: Interception, /, *args: Any, **named: Any) -> Tensor:
+        values, names = [*args, *named.values()], [*named]
+        holes = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        given = [values[place] for place in holes]
+        values = [None if isinstance(value, Tensor) else value for value in values]
+        counted = any(isinstance(leaf, torch.SymInt) for leaf in torch.utils._pytree.tree_leaves(values))
+        # as text: two numbers of rows that are compared may count as equal from then on
+        if counted or len({str(one.shape[:1]) for one in given[:tensors]}) > 1:
+            return function(*args, **named)  # type: ignore[no-any-return]
+
+        def call(*each: Tensor) -> Any:
+            filled = [*values]
+            for place, tensor in zip(holes, each, strict=True):
+                filled[place] = tensor
+            found = function(*filled[: len(args)], **dict(zip(names, filled[len(args) :], strict=True)))
+            return found if result is None else found[result]
+
+        name = f"{function.__name__} {result} {values} {names} {holes}"
+        return by_row(call, name, given[:tensors], given[tensors:])
+
+    return rule
+
+
+def _with_indices_rule(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A pool that also says where its largest numbers stood."""
+    both = by_row_rule(function, result=0), by_row_rule(function, result=1)
+
+    def rule(mode: Interception, /, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        largest, places = (one(mode, *args, **named) for one in both)
+        return largest, places
+
+    return rule
+
+
+def _along_rule(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tensor]:
+    """Reads or writes by indices within each row."""
+    whole = by_row_rule(function, tensors)
+
+    def rule(mode: Interception, input: Tensor, dim: int, *others: Any, **named: Any) -> Tensor:
+        if dim in (0, -input.dim()):
+            return function(input, dim, *others, **named)
+        return whole(mode, input, dim, *others, **named)
+
+    return rule
+
+
+def _instance_norm_rule(
+    mode: Interception, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, *others: Any, **named: Any,
+) -> Tensor:  # fmt: skip
+    given = (input, running_mean, running_var, weight, bias, use_input_stats, *others)
+    if use_input_stats and running_mean is not None:  # which is moved on
+        return F.instance_norm(*given, **named)
+    return _INSTANCE_NORM(mode, *given, **named)
+
+
+_INSTANCE_NORM = by_row_rule(F.instance_norm)
+_BY_ROW = (
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.channel_shuffle, F.conv_transpose1d,
+    F.conv_transpose2d, F.conv_transpose3d, F.fold, F.interpolate, F.local_response_norm, F.lp_pool1d, F.lp_pool2d,
+    F.lp_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.pad, F.pixel_shuffle, F.pixel_unshuffle, F.unfold,
+    torch.fft.fft, torch.fft.fft2, torch.fft.ifft, torch.fft.ifft2, torch.fft.irfft, torch.fft.irfft2, torch.fft.rfft,
+    torch.fft.rfft2, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+)  # fmt: skip
+_OF_TWO = (F.bilinear, F.grid_sample, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
+_ALONG: dict[Any, int] = {torch.gather: 2, torch.index_select: 1, torch.scatter: 3, torch.scatter_add: 3}
+_WITH_INDICES = (
+    F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
+    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
+)  # fmt: skip
+
+ROW_RULES: Rules = {
+    **{function: by_row_rule(function) for function in _BY_ROW},
+    **{function: by_row_rule(function, tensors=2) for function in _OF_TWO},
+    **{function: _with_indices_rule(function) for function in _WITH_INDICES},
+    **{function: _along_rule(function, tensors) for function, tensors in _ALONG.items()},
+    **{getattr(Tensor, one.__name__): _along_rule(one, tensors) for one, tensors in _ALONG.items()},
+    F.instance_norm: _instance_norm_rule,
+}
