@@ -68,6 +68,16 @@ def _along_rule(function: Callable[..., Tensor], tensors: int) -> Callable[..., 
     return rule
 
 
+def _written_rule(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tensor]:
+    """The same over what is there."""
+    fresh = _along_rule(function, tensors)
+
+    def rule(mode: Interception, input: Tensor, *others: Any, **named: Any) -> Tensor:
+        return mode.write(input, fresh(mode, input, *others, **named))
+
+    return rule
+
+
 def _instance_norm_rule(
     mode: Interception, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
     weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, *others: Any, **named: Any,
@@ -100,5 +110,7 @@ ROW_RULES: Rules = {
     **{function: _with_indices_rule(function) for function in _WITH_INDICES},
     **{function: _along_rule(function, tensors) for function, tensors in _ALONG.items()},
     **{getattr(Tensor, one.__name__): _along_rule(one, tensors) for one, tensors in _ALONG.items()},
+    Tensor.scatter_: _written_rule(torch.scatter, 3),
+    Tensor.scatter_add_: _written_rule(torch.scatter_add, 3),
     F.instance_norm: _instance_norm_rule,
 }

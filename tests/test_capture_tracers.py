@@ -114,9 +114,10 @@ def _indexed(x: Tensor) -> list[Tensor]:
     own = (x.detach() > 0).long()
     same = torch.tensor([[2, 0, 1]]).to(x.device).expand(x.shape[0], 3)
     scattered = torch.zeros_like(x).scatter(1, same, x[:, :3]), x.scatter_add(-1, own, x), x.scatter(1, same, 0.5)
+    written = torch.zeros(x.shape[0], 4).to(x).scatter_(1, own, x), x.clone().scatter_add_(dim=-1, index=own, src=x)
     selected = x.index_select(-1, own.new_tensor([3, 0])), torch.index_select(x, dim=1, index=own.new_tensor([1]))
     gathered = x.gather(1, own), torch.gather(x, dim=-1, index=same)
-    return [*scattered, *selected, *gathered]
+    return [*scattered, *written, *selected, *gathered]
 
 
 @pytest.mark.parametrize("after", [True, False], ids=["after a draw", "before it"])
@@ -125,7 +126,7 @@ def test_places_within_a_row_are_read_by_index(after: bool, device: str) -> None
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(22, 2)
+            self.linear, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(30, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.linear(x)
