@@ -1,11 +1,14 @@
 """Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits."""
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "identical", "largest"]
+__all__ = ["difference", "identical", "largest", "told_apart"]
+
+_Draw = TypeVar("_Draw")
 
 
 def difference(got: Any, expected: Any, *, scale: float | None = None) -> float:
@@ -35,6 +38,25 @@ def largest(values: Any) -> float:
     array = np.abs(_array(values))
     top = float(array.max(initial=0.0))
     return max(top if np.isfinite(top) else float(array[np.isfinite(array)].max(initial=0.0)), 1e-30)
+
+
+def told_apart(
+    draws: Collection[_Draw], differs: Callable[[frozenset[_Draw], frozenset[_Draw]], bool]
+) -> frozenset[_Draw]:
+    """Says of which draws the entries of a row stand apart: the first ones of all rows before their second ones.
+
+    So they stand where steps come before rows; else side by side, as heads of attention do.
+
+    Args:
+        draws: those with several entries for each row.
+        differs: whether a row alone answers otherwise than among others, where the first ones are taken to stand apart
+            and the second ones alone are on.
+    """
+    none, every = frozenset[_Draw](), frozenset(draws)
+    if not every or not differs(none, every):
+        return none
+    each = (frozenset({draw}) for draw in draws)
+    return none.union(*(one for one in each if differs(none, one) and not differs(one, one)))
 
 
 def _array(values: Any) -> NDArray[Any]:

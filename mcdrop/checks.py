@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference
+from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import draws_off
 from mcdrop.masks import sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
-from mcdrop.tiers import tolerance
 from mcdrop.trace import Trace, one_pass
 from mcdrop.volatile import alike, inside
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["digits"]
+__all__ = ["digits", "tolerance"]
 
 _MATMUL: Any = torch.backends.cuda.matmul
 _CUDNN: Any = torch.backends.cudnn
@@ -115,3 +115,8 @@ def _put_back(word: str | None, switches: tuple[Any, ...], untouched: bool) -> N
         torch.set_float32_matmul_precision(word)
     if untouched:
         _MATMUL.fp32_precision = "none"
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Rounding of a few hundred operations in a type: 3e-5 in float32, 2e-2 in bfloat16."""
+    return {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2}.get(dtype, 2e-2)

@@ -17,22 +17,27 @@ from mcdrop.errors import UncontrolledDraw
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
 
-__all__ = ["Expected", "Folded", "Given", "Interception", "LargerDraw", "Layout", "Rules", "Source"]
+__all__ = ["PACKED", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Layout", "Rules", "Source"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__", "__ixor__", "__setitem__"}
 _NOT_BATCHED = ("vmap", "match the broadcast shape", "Batching rule")  # what torch says of a target without the axis
+PACKED = "packed rows are put in order of their lengths, whichever pass they belong to"
 _OTHER_WAY = "the network takes another way through these rows than through its example"
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which axis of a draw follows the rows, and how many entries of it belong to one row."""
+    """Which axis of a draw follows the rows, and how many entries of it belong to one row.
+
+    These stand side by side, or ``apart``: the first ones of all rows before their second ones.
+    """
 
     axis: int
     multiple: int = 1
+    apart: bool = False
 
     def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Gives the shape of what one row draws."""
@@ -41,11 +46,12 @@ class Layout:
 
     def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Repeats one row's mask over all rows of a draw (broadcast where that is enough)."""
-        mask = mask.unsqueeze(self.axis)
+        mask = mask.unsqueeze(self.axis + self.apart)
         if self.multiple == 1:
             return mask
         rows = shape[self.axis] // self.multiple
-        return mask.expand(*shape[: self.axis], rows, self.multiple, *shape[self.axis + 1 :]).reshape(shape)
+        own = (self.multiple, rows) if self.apart else (rows, self.multiple)
+        return mask.expand(*shape[: self.axis], *own, *shape[self.axis + 1 :]).reshape(shape)
 
 
 class LargerDraw(UncontrolledDraw):
@@ -165,6 +171,8 @@ class Given:
 class Folded(Given):
     """The same for a batch in which the rows stand once for each pass, pass after pass: masks are (T, ...)."""
 
+    packed = False  # whether rows were put in order of their lengths, whichever pass they belong to
+
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
         """Gives the next masks, each spread over the rows of its pass."""
         index, masks, layout = self._take(kind, shape, p)
@@ -172,10 +180,12 @@ class Folded(Given):
             return None
         if layout is None:
             raise RuntimeError("a draw that all rows share cannot differ between the rows of a batch")
+        if self.packed and layout.multiple > 1:
+            raise RuntimeError(PACKED)
         if index in self._rates:
             masks = (masks >= p).float()
-        passes, axis = len(masks), layout.axis
-        rows = shape[axis] // layout.multiple // passes
+        passes, axis = len(masks), layout.axis + layout.apart
+        rows = shape[layout.axis] // layout.multiple // passes
         spread = masks.movedim(0, axis).unsqueeze(axis + 1)
         return spread.expand(*spread.shape[: axis + 1], rows, *spread.shape[axis + 2 :]).reshape(shape)
 

@@ -6,24 +6,26 @@ one row. Small whole numbers that differ, such as shapes, are linear in the numb
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.agreement import identical
+from mcdrop.agreement import difference, identical, told_apart
 from mcdrop.errors import InputError, ModelRefused
-from mcdrop.masks import Site
+from mcdrop.masks import Site, sample_masks
 from mcdrop.onnx_bodies import ABSENT
 from mcdrop.onnx_draws import Slot
 from mcdrop.onnx_graph import depends_on, pruned
 from mcdrop.rows import Rows
 
-__all__ = ["Axis", "Observer", "Trace", "fold_rows", "mask_feed"]
+__all__ = ["Axis", "Observer", "Trace", "fold_rows", "mask_feed", "ordered"]
 
 _FEW, _MORE = 3, 5
+_TOLD_BY = 8  # passes whose masks are not all the same at two entries
+_LOOSE = 3  # other kernels are chosen for other numbers of rows
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -33,13 +35,15 @@ Feeds = dict[str, Array]
 class Axis:
     """How a value follows the rows: along an axis, ``multiple`` entries for each row; or (axis None) as numbers do.
 
-    ``base`` is then what the numbers are for no rows at all. ``rank`` is the number of axes of the value.
+    ``base`` is then what the numbers are for no rows at all. ``rank`` is the number of axes of the value. The entries
+    of a row stand side by side, or ``apart``: the first ones of all rows before their second ones.
     """
 
     axis: int | None
     multiple: int = 1
     base: Any = None
     rank: int = 0
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,19 @@ class Trace:
     row_bytes: int
     dtype: str
     absent: frozenset[str]
+
+    @property
+    def several(self) -> tuple[str, ...]:
+        """Lists the slots whose draw has several entries for each row."""
+        return tuple(mask for mask, axis in self.layouts.items() if axis is not None and axis.multiple > 1)
+
+    def placed(self, apart: frozenset[str]) -> "Trace":
+        """Gives the trace in which the entries of a row stand apart in these slots."""
+        layouts = {mask: axis and replace(axis, apart=mask in apart) for mask, axis in self.layouts.items()}
+        unfoldable = self.unfoldable or (
+            "a draw has the first entries of all rows before their second ones" * bool(apart)
+        )
+        return replace(self, layouts=layouts, unfoldable=unfoldable)
 
 
 class Observer:
@@ -166,6 +183,23 @@ class Observer:
         return tuple(sites), of_slot
 
 
+def ordered(trace: Trace, rows: Rows, run: Callable[..., Array], tolerance: float) -> Trace:
+    """Tells how the entries of a row stand, where a draw has several for each: by what a row alone answers."""
+    few, drawn = rows.take(np.arange(_FEW) % rows.count), sample_masks(trace.sites, _TOLD_BY, seed=0)
+
+    def differs(apart: frozenset[str], on: frozenset[str]) -> bool:
+        some = {name: drawn[name] for mask in on for name in trace.of_slot[mask]}
+        given = some, _TOLD_BY, trace.placed(apart), "loop"
+        try:
+            together = run(few, *given)
+            alone = [run(few.take(slice(row, row + 1)), *given) for row in range(2)]
+        except Exception:  # whatever a graph does with a single row
+            return True
+        return difference(np.concatenate(alone, axis=1), together[:, :2]) > _LOOSE * tolerance
+
+    return trace.placed(told_apart(trace.several, differs))
+
+
 def _unit(shape: tuple[int, ...], layout: Axis | None) -> tuple[int, ...]:
     """The shape of what one row draws."""
     if layout is None or layout.axis is None:
@@ -231,8 +265,9 @@ def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: 
         return np.asarray(values[only])
     axis, own = layout.axis, layout.multiple > 1
     if only is not None:
-        mask = np.expand_dims(values[only], axis)
-        return _merged(mask, axis, axis, rows, axis + 1 + own) if own else mask
+        place = axis + layout.apart
+        mask = np.expand_dims(values[only], place)
+        return _merged(mask, axis, place, rows, axis + 1 + own) if own else mask
     stack = np.expand_dims(np.moveaxis(values, 0, axis), axis + 1)
     return _merged(stack, axis, axis + 1, rows, axis + 2 + own)
 

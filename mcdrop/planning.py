@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mcdrop.agreement import difference
 from mcdrop.capture import Captured, NotCaptured, capture
 from mcdrop.checks import mean_preserving
+from mcdrop.digits import tolerance
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.forward import draws_off, place_of
 from mcdrop.outputs import Pick
@@ -20,7 +21,7 @@ from mcdrop.program import Program
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
 from mcdrop.stacks import expected_stack
-from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, tolerance
+from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
 from mcdrop.trace import Trace, repeat_rows
 
 __all__ = ["LARGEST_ERROR", "PRECISIONS", "check_precision", "make_plan"]

@@ -228,7 +228,7 @@ def _written_out(
         for slot in slots:
             layout = trace.layouts[slot.mask]
             if slot.loop or slot.mask in trace.absent or (layout is not None and layout.multiple > 1):
-                raise ModelRefused(f"the masks of {slot.path} cannot be written out pass by pass")
+                raise ModelRefused(f"the masks of {slot.path or 'the network'} cannot be written out pass by pass")
             mask = values[slot.mask][0].reshape(-1, *trace.units[slot.mask])[t]
             at = None if layout is None else layout.axis
             rename[slot.mask] = builder.constant(mask if at is None else np.expand_dims(mask, at))

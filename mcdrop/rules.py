@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcdrop.intercept import Interception
+from mcdrop.intercept import Folded, Interception
 from mcdrop.sequences import SEQUENCE_RULES, body_rule
 
 __all__ = ["RULES"]
@@ -126,6 +126,12 @@ def _randint(mode: Interception, *args: Any, **kwargs: Any) -> Tensor:
     return values.to(kwargs.get("dtype") or torch.int64)
 
 
+def _pack(mode: Interception, *args: Any, **named: Any) -> Any:
+    if isinstance(mode.source, Folded):
+        mode.source.packed = True
+    return torch._pack_padded_sequence(*args, **named)
+
+
 def _blank(kwargs: dict[str, Any], like: Tensor | None = None) -> Tensor:
     """An empty tensor with the type and device that the arguments of a factory function ask for."""
     dtype = kwargs.get("dtype") or (like.dtype if like is not None else None)
@@ -158,6 +164,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.normal_: _normal_,
     Tensor.exponential_: _exponential_,
     torch.normal: _normal,
+    torch._pack_padded_sequence: _pack,
     torch.rand: _size_rule("uniform"),
     torch.randn: _size_rule("normal"),
     torch.rand_like: _like_rule("uniform"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcdrop.attention import in_groups
-from mcdrop.intercept import Interception, Rules
+from mcdrop.intercept import PACKED, Folded, Interception, Rules
 
 __all__ = ["SEQUENCE_RULES", "body_rule", "for_cudnn", "over_passes", "recurrent_rule"]
 
@@ -48,16 +48,9 @@ def body_rule(function: Function) -> Function:
 
 
 def _attention(
-    mode: Interception,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    mode: Interception, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     """softmax(QK' / sqrt(d)) with a mask on the weights, then V; the fused kernels take no mask."""
     if not dropout_p:
         return F.scaled_dot_product_attention(
@@ -240,6 +233,8 @@ def recurrent_rule(function: Function, states: int, layer: Function | None = Non
 
 def _drop_packed(mode: Interception, x: Tensor, sizes: Tensor, p: float) -> Tensor:
     """Draws as for padded sequences (steps, rows, features) and takes what is there of each step."""
+    if isinstance(mode.source, Folded):
+        raise RuntimeError(PACKED)
     steps = sizes.tolist()
     rows, features = steps[0], x.shape[-1]
     factor = mode.drop(torch.ones(len(steps), rows, features, dtype=x.dtype, device=x.device), p)

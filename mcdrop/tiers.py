@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference
+from mcdrop.digits import tolerance
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
 from mcdrop.quiet import ALONE, first_line
@@ -20,7 +21,7 @@ from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 from mcdrop.volatile import volatile
 
-__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "tolerance"]
+__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
@@ -96,8 +97,3 @@ def _timed(
             torch.cuda.synchronize(output.device)
         times.append(time.perf_counter() - began)
     return output, min(times)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Rounding of a few hundred operations in a type: 3e-5 in float32, 2e-2 in bfloat16."""
-    return {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2}.get(dtype, 2e-2)

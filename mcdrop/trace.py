@@ -5,13 +5,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mcdrop.agreement import difference, told_apart
+from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
 from mcdrop.intercept import Given, Interception, Layout, Rules
-from mcdrop.masks import Site
+from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.record import Draw, Recorder, nowhere, record
 from mcdrop.rows import Rows
@@ -21,6 +24,7 @@ __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
 _ONE_SIZE = (RuntimeError, ValueError, IndexError, AssertionError)  # of a network that is built for one batch size
+_LOOSE = 3  # other kernels are chosen for other numbers of rows
 _FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
 
 
@@ -123,7 +127,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         source, spy = record(module, given, pick, seed=0, force=force)
         asked = [draw.shape for draw in source.draws]
         shapes = [asked[i] if f"site{i}" in unclear else shape for i, shape in enumerate(shapes)]
-    return Trace(
+    found = Trace(
         sites=tuple(
             Site(f"site{i}", shapes[i], draw.p, "uniform" if i in rates else draw.kind, draw.path)
             for i, draw in enumerate(few)
@@ -139,6 +143,34 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         row_bytes=-(-spy.largest // given.count),
         pass_bytes=-(-spy.largest_drawn // given.count),
     )
+    return found if found.unclear else _ordered(module, given, pick, found)
+
+
+def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
+    """Tells how the entries of a row stand, where a draw has several for each: by what a row alone answers.
+
+    Masks are real numbers here, no two alike: a network may still read them as true and false.
+    """
+    several = [i for i, layout in enumerate(found.layouts) if layout is not None and layout.multiple > 1]
+    drawn, numbers = sample_masks(found.sites, 1, seed=0), np.random.default_rng(0)
+    each = [drawn[site.name][0] * numbers.uniform(0.5, 1.5, site.shape) for site in found.sites]
+    masks = [torch.as_tensor(mask, dtype=torch.float32, device=rows.leaves[0].device) for mask in each]
+
+    def placed(apart: frozenset[int]) -> Trace:
+        layouts = (replace(one, apart=i in apart) if one is not None else None for i, one in enumerate(found.layouts))
+        return replace(found, layouts=tuple(layouts))
+
+    @torch.no_grad()
+    def differs(apart: frozenset[int], on: frozenset[int]) -> bool:
+        some, given = placed(apart), [mask if i in on else None for i, mask in enumerate(masks)]
+        try:
+            together = one_pass(module, rows, pick, some, given)
+            alone = [one_pass(module, rows.take(slice(row, row + 1)), pick, some, given) for row in range(2)]
+        except (UncontrolledDraw, *_ONE_SIZE):
+            return True
+        return difference(torch.cat(alone), together[:2]) > _LOOSE * tolerance(together.dtype)
+
+    return placed(told_apart(several, differs))
 
 
 def _random_rates(draws: list[Draw], others: list[Recorder]) -> frozenset[int]:

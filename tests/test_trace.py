@@ -55,10 +55,17 @@ def by_heads(x: Tensor) -> Tensor:
     return F.dropout(x.reshape(len(x) * 2, 2), 0.5).reshape(len(x), 4)
 
 
+def by_steps(x: Tensor) -> Tensor:
+    """Two steps of two units each, the first ones of all rows before the second ones."""
+    steps = x.reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 2)
+    return F.dropout(steps, 0.5).reshape(2, -1, 2).transpose(0, 1).reshape(-1, 4)
+
+
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], Layout | None]] = {
     "rows first": (lambda x: F.dropout(x, 0.5), (4,), Layout(0)),
     "rows second": (columns_first, (4,), Layout(1)),
     "heads merged with rows": (by_heads, (2, 2), Layout(0, 2)),
+    "steps before rows": (by_steps, (2, 2), Layout(0, 2, apart=True)),
     "channels": (lambda x: F.dropout2d(x[:, :, None, None], 0.5)[:, :, 0, 0], (4,), Layout(0)),
     "a weight, shared by all rows": (lambda x: x @ F.dropout(torch.eye(4), 0.5), (4, 4), None),
     "one number a row": (lambda x: x * torch.bernoulli(x[:, :1], 0.5), (1,), Layout(0)),

@@ -23,7 +23,7 @@ from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_draws import Slot
 from mcdrop.onnx_graph import pruned, split
-from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed
+from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed, ordered
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 
@@ -274,7 +274,8 @@ class OnnxBackend:
     def _make_plan(self, rows: Rows) -> _Plan:
         if self._observer is None:
             self._observer = Observer(self.model, self.slots, session, ended)
-        trace = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self.output)
+        found = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self.output)
+        trace = ordered(found, rows, self.run, _TOLERANCE.get(found.dtype, 3e-5))
         few = rows.take(slice(0, min(rows.count, 4)))
         drawn = sample_masks(trace.sites, _CHECK_PASSES, seed=0)
         expected = self.run(few, drawn, _CHECK_PASSES, trace, "loop")
