@@ -42,8 +42,10 @@ _RECURRENT = {
     _aten.rnn_relu.input: torch.rnn_relu,
     _aten.rnn_tanh.input: torch.rnn_tanh,
 }
+_CHECKS_TYPE = _aten._assert_tensor_metadata.default
+_NORMS = {_aten.group_norm.default: F.group_norm, _aten.layer_norm.default: F.layer_norm}
 _SAME: dict[Any, Any] = {  # the same arguments, by a function that masks or a capture can reach
-    _aten.avg_pool2d.default: F.avg_pool2d,
+    _aten.baddbmm.default: torch.baddbmm,
     _aten.bernoulli.default: torch.bernoulli,
     _aten.bernoulli.p: torch.bernoulli,
     _aten.bmm.default: torch.bmm,
@@ -51,11 +53,11 @@ _SAME: dict[Any, Any] = {  # the same arguments, by a function that masks or a c
     _aten.conv1d.default: torch.conv1d,
     _aten.conv2d.default: torch.conv2d,
     _aten.conv3d.default: torch.conv3d,
+    _aten.cosine_similarity.default: F.cosine_similarity,
     _aten.gru_cell.default: torch.gru_cell,
     _aten.linear.default: F.linear,
     _aten.lstm_cell.default: torch.lstm_cell,
     _aten.matmul.default: torch.matmul,
-    _aten.max_pool2d.default: F.max_pool2d,
     _aten.normal.Tensor_Tensor: torch.normal,
     _aten.normal.Tensor_float: torch.normal,
     _aten.rand.default: torch.rand,
@@ -150,8 +152,9 @@ def _placed(program: torch.export.ExportedProgram, device: str) -> torch.export.
 def _retargeted(module: Any) -> int:
     """Puts dropout, draws and batch norm where masks reach them; gives the number of draws."""
     graph, draws = module.graph, 0
-    for node in [node for node in graph.nodes if node.op == "call_module" and "guards" in str(node.target)]:
-        graph.erase_node(node)
+    for node in [*graph.nodes]:  # what only checks that it runs as it was exported
+        if (node.op == "call_module" and "guards" in str(node.target)) or node.target is _CHECKS_TYPE:
+            graph.erase_node(node)
     for node in [node for node in graph.nodes if node.op == "call_function"]:
         if node.target in _DROPOUT:
             draws += _as_module(module, node)
@@ -165,8 +168,11 @@ def _retargeted(module: Any) -> int:
         elif node.target is _aten.batch_norm.default:
             x, weight, bias, mean, variance, _, momentum, eps, *_ = node.args
             node.target, node.args = F.batch_norm, (x, mean, variance, weight, bias, False, momentum, eps)
-        elif node.target is _aten.layer_norm.default:
-            node.target, node.args = F.layer_norm, node.args[:5]
+        elif node.target is _aten.instance_norm.default:
+            x, weight, bias, mean, variance, *rest = node.args
+            node.target, node.args = F.instance_norm, (x, mean, variance, weight, bias, *rest[:3])
+        elif node.target in _NORMS:
+            node.target, node.args = _NORMS[node.target], node.args[:5]
         elif node.target in _SAME:
             node.target = _SAME[node.target]
             draws += node.target in _DRAWS or bool(

@@ -103,6 +103,31 @@ _WITH_INDICES = (
     F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
 )  # fmt: skip
+# What exported programs call instead, by the number of tensors that have the rows in front.
+_OPERATORS = {
+    1: (
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "channel_shuffle", "col2im", "conv1d.padding", "conv2d.padding", "conv3d.padding", "conv_transpose1d",
+        "conv_transpose2d.input", "conv_transpose3d.input", "fft_fft", "fft_fft2", "fft_ifft", "fft_ifft2", "fft_irfft",
+        "fft_irfft2", "fft_rfft", "fft_rfft2", "im2col", "max_pool1d", "max_pool2d", "max_pool3d", "pad",
+        "pixel_shuffle", "pixel_unshuffle", "upsample_bicubic2d.vec", "upsample_bilinear2d.vec",
+        "upsample_linear1d.vec", "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_nearest3d.vec",
+        "upsample_trilinear3d.vec",
+    ),
+    2: ("bilinear", "grid_sampler", "max_unpool2d", "max_unpool3d"),
+}  # fmt: skip
+_OPERATORS_WITH_INDICES = (
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices",
+    "max_pool2d_with_indices", "max_pool3d_with_indices",
+)  # fmt: skip
+_OPERATORS_ALONG = {"gather": 2, "index_select": 1, "scatter.src": 3, "scatter.value": 2, "scatter_add": 3}
+
+
+def _operator(name: str) -> Any:
+    """One of torch's operators, by its name and overload."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
 
 ROW_RULES: Rules = {
     **{function: by_row_rule(function) for function in _BY_ROW},
@@ -113,4 +138,7 @@ ROW_RULES: Rules = {
     Tensor.scatter_: _written_rule(torch.scatter, 3),
     Tensor.scatter_add_: _written_rule(torch.scatter_add, 3),
     F.instance_norm: _instance_norm_rule,
+    **{one: by_row_rule(one, n) for n, names in _OPERATORS.items() for one in map(_operator, names)},
+    **{one: _with_indices_rule(one) for one in map(_operator, _OPERATORS_WITH_INDICES)},
+    **{(one := _operator(name)): _along_rule(one, tensors) for name, tensors in _OPERATORS_ALONG.items()},
 }

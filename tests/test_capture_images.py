@@ -1,6 +1,7 @@
 """Layers between an image, a draw and an image again: each stays whole in a captured graph."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,18 @@ def test_layers_of_images_are_captured(kind: str, after: bool, device: str) -> N
     assert model.audit.tier == "captured", model.audit.tier_reason
     for rows in (x, x[:1]):
         assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("kind", TABLES)
+def test_layers_of_images_are_captured_in_a_program(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes, table = TABLES[kind]
+    x, net = torch.randn(9, CHANNELS, *sizes), Beside([made() for made in table.values()], after=True).eval()
+    model = mcdrop.wrap(net, example=x[:4])
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2"))
+    assert loaded.audit.tier == "captured", loaded.audit.tier_reason
+    assert apart(passes(loaded, x, 4), loop(model, x, 4)) < 1e-5
 
 
 class Segments(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,33 @@ def test_places_within_a_row_are_read_by_index(after: bool, device: str) -> None
     assert model.audit.tier == "captured", model.audit.tier_reason
     for rows in (x, x[:1]):
         assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
+def test_places_and_products_are_captured_in_a_program(tmp_path: Path) -> None:
+    class Net(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.pairs, self.last = nn.GroupNorm(2, 4), nn.Bilinear(4, 4, 2), nn.Linear(28, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.dropout(x, 0.4, self.training)
+            other = self.norm(x)
+            alike, sums = (
+                F.cosine_similarity(x, other)[:, None],
+                torch.baddbmm(x[:, None], x[:, :1, None], other[:, None]),
+            )
+            where = (x.detach() > 0).long()
+            read = [x.gather(1, where), x.index_select(1, where.new_tensor([3, 0])), x.scatter_add(1, where, x)]
+            read += [x.scatter(1, where, other), x.scatter(1, where, 0.5), self.pairs(x, other)]
+            out: Tensor = self.body(self.last(torch.cat([*read, alike, sums.flatten(1), x[:, :3]], 1)))
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(9, 4)
+    model = mcdrop.wrap(Net().eval(), example=x[:4])
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2"))
+    assert loaded.audit.tier == model.audit.tier == "captured", loaded.audit.tier_reason
+    assert apart(passes(loaded, x, 4), loop(model, x, 4)) < 1e-5
 
 
 def test_rows_that_are_read_by_index_are_not_taken_for_places_within_one() -> None:
