@@ -126,10 +126,33 @@ def _randint(mode: Interception, *args: Any, **kwargs: Any) -> Tensor:
     return values.to(kwargs.get("dtype") or torch.int64)
 
 
-def _pack(mode: Interception, *args: Any, **named: Any) -> Any:
+def _pack(mode: Interception, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Takes what is there of each step by index, for which vmap has a rule."""
     if isinstance(mode.source, Folded):
         mode.source.packed = True
-    return torch._pack_padded_sequence(*args, **named)
+    steps_first = input.transpose(0, 1) if batch_first else input
+    _, sizes = torch._pack_padded_sequence(torch.empty(*steps_first.shape[:2], 1), lengths, False)
+    there = _there(sizes, len(steps_first)).flatten().nonzero().squeeze(1)
+    return steps_first.flatten(0, 1).index_select(0, there.to(input.device)), sizes
+
+
+def _unpack(
+    mode: Interception, data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    """Puts what is there in its place by index, and the padding where nothing is."""
+    blank, lengths = torch._pad_packed_sequence(
+        torch.empty(len(data), 1), batch_sizes, False, padding_value, total_length
+    )
+    there = _there(batch_sizes, len(blank)).flatten()
+    place = torch.where(there, there.cumsum(0) - 1, len(data)).to(data.device)
+    padding = data.new_full((1, *data.shape[1:]), padding_value)
+    padded = torch.cat([data, padding]).index_select(0, place).unflatten(0, blank.shape[:2])
+    return (padded.transpose(0, 1) if batch_first else padded), lengths
+
+
+def _there(sizes: Tensor, steps: int) -> Tensor:
+    """Which rows are there at each step (steps, rows), the longest first."""
+    return torch.arange(int(sizes[0])) < F.pad(sizes, (0, steps - len(sizes)))[:, None]
 
 
 def _blank(kwargs: dict[str, Any], like: Tensor | None = None) -> Tensor:
@@ -165,6 +188,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.exponential_: _exponential_,
     torch.normal: _normal,
     torch._pack_padded_sequence: _pack,
+    torch._pad_packed_sequence: _unpack,
     torch.rand: _size_rule("uniform"),
     torch.randn: _size_rule("normal"),
     torch.rand_like: _like_rule("uniform"),

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captures import apart, backend_of, loop, passes
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mcdrop
 
@@ -47,33 +45,3 @@ def test_the_variance_of_dropped_steps_is_that_of_independent_masks(format: str,
     alone = mcdrop.sample(model, x[3:4].numpy(), mcdrop.PassPlan(100, 0))
     among = mcdrop.sample(model, x.numpy(), mcdrop.PassPlan(100, 0))
     assert np.abs(alone.mean[0] - among.mean[3]).max() < 1e-5
-
-
-class Packed(nn.Module):
-    """A recurrent network over packed rows, dropped between its layers or before it."""
-
-    def __init__(self, between: bool) -> None:
-        super().__init__()
-        self.between, self.drop = between, nn.Dropout(RATE)
-        self.body = nn.LSTM(UNITS, UNITS, 2, dropout=RATE if between else 0.0, batch_first=True)
-        self.head = nn.Linear(UNITS, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        lengths = torch.full((x.shape[0],), STEPS)
-        rows = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        if not self.between:
-            rows = PackedSequence(self.drop(rows.data), *rows[1:])
-        steps = pad_packed_sequence(self.body(rows)[0], batch_first=True)[0]
-        return self.head(steps.sum(1))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("between", [True, False], ids=["between layers", "before them"])
-def test_packed_rows_of_one_length_keep_their_masks(between: bool) -> None:
-    """Torch may put rows of one length in any order where there are more than 16, such as rows times passes."""
-    torch.manual_seed(0)
-    x = torch.randn(9, STEPS, UNITS)
-    model = mcdrop.wrap(Packed(between).eval(), example=x[:4])
-    got = passes(model, x, 4)
-    assert apart(got, loop(model, x, 4)) < 1e-5
-    assert apart(passes(model, x[7:8], 4), got[:, 7:8]) < 1e-5
-    assert backend_of(model).plans.plan(model.rows(x)).tier == "loop"

@@ -1,0 +1,77 @@
+"""Packed sequences: packing and unpacking by index is torch's own, and the passes of packed rows keep their masks."""
+
+import pytest
+import torch
+from captures import apart, backend_of, loop, passes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import mcdrop
+from mcdrop.errors import InputError
+from mcdrop.intercept import Expected, Interception
+from mcdrop.rules import RULES
+
+STEPS, UNITS, RATE = 5, 8, 0.4
+
+
+@given(
+    st.lists(st.integers(1, STEPS), min_size=1, max_size=7), st.booleans(), st.sampled_from([(), (2,), (2, 3)]),
+    st.integers(0, 2), st.sampled_from([0.0, -1.5]),
+)  # fmt: skip
+def test_packing_and_unpacking_are_torchs(
+    lengths: list[int], batch_first: bool, units: tuple[int, ...], more: int, padding: float
+) -> None:
+    lead = (len(lengths), STEPS) if batch_first else (STEPS, len(lengths))
+    x, total = torch.randn(*lead, *units), max(lengths) + more
+
+    def there_and_back() -> tuple[PackedSequence, Tensor, Tensor]:
+        rows = pack_padded_sequence(x, torch.tensor(lengths), batch_first, enforce_sorted=False)
+        return rows, *pad_packed_sequence(rows, batch_first, padding, total)
+
+    expected = there_and_back()
+    with Interception(Expected(), RULES):
+        got = there_and_back()
+    for one, other in zip((*got[0], *got[1:]), (*expected[0], *expected[1:]), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("lengths", "said"), [([5, 0], "has to be greater than 0"), ([2, 5], "must be sorted")])
+def test_what_torch_does_not_pack_is_not_packed(lengths: list[int], said: str) -> None:
+    with Interception(Expected(), RULES), pytest.raises(RuntimeError, match=said):
+        pack_padded_sequence(torch.randn(2, STEPS, UNITS), torch.tensor(lengths), batch_first=True)
+
+
+class Packed(nn.Module):
+    """A recurrent network over packed rows, dropped between its layers or before it."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.between, self.drop = between, nn.Dropout(RATE)
+        self.body = nn.LSTM(UNITS, UNITS, 2, dropout=RATE if between else 0.0, batch_first=True)
+        self.head = nn.Linear(UNITS, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.full((x.shape[0],), STEPS)
+        rows = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        if not self.between:
+            rows = PackedSequence(self.drop(rows.data), *rows[1:])
+        steps = pad_packed_sequence(self.body(rows)[0], batch_first=True)[0]
+        return self.head(steps.sum(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("between", [True, False], ids=["between layers", "before them"])
+def test_packed_rows_of_one_length_keep_their_masks(between: bool) -> None:
+    """Torch may put rows of one length in any order where there are more than 16, such as rows times passes."""
+    torch.manual_seed(0)
+    x = torch.randn(9, STEPS, UNITS)
+    model = mcdrop.wrap(Packed(between).eval(), example=x[:4])
+    got = passes(model, x, 4)
+    assert apart(got, loop(model, x, 4)) < 1e-5
+    assert apart(passes(model, x[7:8], 4), got[:, 7:8]) < 1e-5
+    assert model.audit.tier == "vmap"
+    with pytest.raises((RuntimeError, InputError), match="packed rows are put in order of their lengths"):
+        backend_of(model).run(model.rows(x), 4, only=None, tier="fold")
