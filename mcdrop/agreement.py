@@ -48,12 +48,12 @@ def told_apart(
     So they stand where steps come before rows; else side by side, as heads of attention do.
 
     Args:
-        draws: those with several entries for each row.
+        draws: those with several entries for each row, one at least.
         differs: whether a row alone answers otherwise than among others, where the first ones are taken to stand apart
             and the second ones alone are on.
     """
     none, every = frozenset[_Draw](), frozenset(draws)
-    if not every or not differs(none, every):
+    if not differs(none, every):
         return none
     each = (frozenset({draw}) for draw in draws)
     return none.union(*(one for one in each if differs(none, one) and not differs(one, one)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mcdrop.errors import UncontrolledDraw
+from mcdrop.errors import ModelRefused, UncontrolledDraw
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
 
@@ -181,7 +181,7 @@ class Folded(Given):
         if layout is None:
             raise RuntimeError("a draw that all rows share cannot differ between the rows of a batch")
         if self.packed and layout.multiple > 1:
-            raise RuntimeError(PACKED)
+            raise ModelRefused(PACKED)
         if index in self._rates:
             masks = (masks >= p).float()
         passes, axis = len(masks), layout.axis + layout.apart

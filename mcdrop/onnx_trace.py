@@ -185,6 +185,8 @@ class Observer:
 
 def ordered(trace: Trace, rows: Rows, run: Callable[..., Array], tolerance: float) -> Trace:
     """Tells how the entries of a row stand, where a draw has several for each: by what a row alone answers."""
+    if not trace.several:
+        return trace
     few, drawn = rows.take(np.arange(_FEW) % rows.count), sample_masks(trace.sites, _TOLD_BY, seed=0)
 
     def differs(apart: frozenset[str], on: frozenset[str]) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcdrop.attention import in_groups
+from mcdrop.errors import ModelRefused
 from mcdrop.intercept import PACKED, Folded, Interception, Rules
 
 __all__ = ["SEQUENCE_RULES", "body_rule", "for_cudnn", "over_passes", "recurrent_rule"]
@@ -234,7 +235,7 @@ def recurrent_rule(function: Function, states: int, layer: Function | None = Non
 def _drop_packed(mode: Interception, x: Tensor, sizes: Tensor, p: float) -> Tensor:
     """Draws as for padded sequences (steps, rows, features) and takes what is there of each step."""
     if isinstance(mode.source, Folded):
-        raise RuntimeError(PACKED)
+        raise ModelRefused(PACKED)
     steps = sizes.tolist()
     rows, features = steps[0], x.shape[-1]
     factor = mode.drop(torch.ones(len(steps), rows, features, dtype=x.dtype, device=x.device), p)

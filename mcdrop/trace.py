@@ -152,6 +152,8 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
     Masks are real numbers here, no two alike: a network may still read them as true and false.
     """
     several = [i for i, layout in enumerate(found.layouts) if layout is not None and layout.multiple > 1]
+    if not several:
+        return found
     drawn, numbers = sample_masks(found.sites, 1, seed=0), np.random.default_rng(0)
     each = [drawn[site.name][0] * numbers.uniform(0.5, 1.5, site.shape) for site in found.sites]
     masks = [torch.as_tensor(mask, dtype=torch.float32, device=rows.leaves[0].device) for mask in each]
