@@ -46,7 +46,7 @@ def by_row_rule(function: Callable[..., Any], tensors: int = 1, result: int | No
 
 
 def _with_indices_rule(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A pool that also says where its largest numbers stood."""
+    """A pool that also says where its largest numbers stood; run twice, since a kept call gives one tensor."""
     both = by_row_rule(function, result=0), by_row_rule(function, result=1)
 
     def rule(mode: Interception, /, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _along_rule(function: Callable[..., Tensor], tensors: int) -> Callable[..., 
 
 
 def _written_rule(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tensor]:
-    """The same over what is there."""
+    """Writes by indices within each row, over the tensor that is given."""
     fresh = _along_rule(function, tensors)
 
     def rule(mode: Interception, input: Tensor, *others: Any, **named: Any) -> Tensor:

@@ -23,6 +23,16 @@ class Body(nn.Module):
         self.body = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2))
 
 
+def check_captured(made: Callable[[], nn.Module], device: str) -> None:
+    """Captured, and equal to the loop for several rows and for one."""
+    torch.manual_seed(0)
+    net, x = made().to(device), torch.randn(9, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    for rows in (x, x[:1]):
+        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
 class Peeking(Body):
     """Looks into its mask to save work, as attention in transformers does, but not where a graph is asked for."""
 
@@ -135,12 +145,7 @@ def test_places_within_a_row_are_read_by_index(after: bool, device: str) -> None
             out: Tensor = self.last(h if after else self.drop(h))
             return out
 
-    torch.manual_seed(0)
-    net, x = Net().to(device), torch.randn(9, 4, device=device)
-    model = mcdrop.wrap(net, example=x[:4])
-    assert model.audit.tier == "captured", model.audit.tier_reason
-    for rows in (x, x[:1]):
-        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+    check_captured(Net, device)
 
 
 def test_places_and_products_are_captured_in_a_program(tmp_path: Path) -> None:
@@ -248,9 +253,4 @@ def test_products_of_rows_with_themselves_and_with_weights_are_captured(device: 
             out: Tensor = self.body(self.last(torch.cat([sums, *alike, self.pairs(h, other)], 1)))
             return out
 
-    torch.manual_seed(0)
-    net, x = Net().to(device), torch.randn(9, 4, device=device)
-    model = mcdrop.wrap(net, example=x[:4])
-    assert model.audit.tier == "captured", model.audit.tier_reason
-    for rows in (x, x[:1]):
-        assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+    check_captured(Net, device)
