@@ -150,7 +150,9 @@ def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Stat
     with np.errstate(invalid="ignore"):  # infinite passes have no variance: NaN says so
         if rows.count == 1:  # not to be cut
             return run(backend, rows, plan, statistics)
-        size = max(1, backend.chunk_bytes // max(1, backend.row_bytes(rows)))
+        # what all rows of a block share is done for each block anew
+        room = max(backend.chunk_bytes, backend.shared_bytes(rows))
+        size = max(1, room // max(1, backend.row_bytes(rows)))
         return PassResult.join([run(backend, block, plan, statistics) for block in rows.split(size)])
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import ModelRefused, UncontrolledDraw
@@ -260,16 +260,21 @@ class Interception(TorchFunctionMode):
         The mask has the first ``leading`` axes of the tensor (None: all).
         """
         keep = self._keep(x, p, x.dim() if leading is None else leading)
-        return x if keep is None else x * (keep * (1 / (1 - p) if p < 1 else 0.0))
+        return _result(x) if keep is None else x * (keep * (1 / (1 - p) if p < 1 else 0.0))
 
     def alpha_drop(self, x: Tensor, p: float, leading: int | None = None) -> Tensor:
         """Alpha dropout: dropped units go to SELU's floor, and moments are restored (Klambauer et al. 2017, sec. 3)."""
         keep = self._keep(x, p, x.dim() if leading is None else leading)
         if keep is None:
-            return x
+            return _result(x)
         scale = 0.0 if p == 1 else ((1 - p) * (1 + p * _SELU_FLOOR**2)) ** -0.5
         return scale * (x * keep + _SELU_FLOOR * (1 - keep)) - scale * _SELU_FLOOR * p
 
     def _keep(self, x: Tensor, p: float, leading: int) -> Tensor | None:
         keep = self.source.draw("bernoulli", tuple(x.shape[:leading]), p)
         return None if keep is None else keep.to(x.dtype).reshape(*keep.shape, *(1,) * (x.dim() - leading))
+
+
+def _result(x: Tensor) -> Tensor:
+    """Gives a tensor as what an operation gives: a parameter would be registered wherever a module keeps it."""
+    return x.detach() if isinstance(x, nn.Parameter) else x

@@ -5,7 +5,6 @@ node, on an input with one more leading axis; ``RUN`` says how such a node is co
 add an operator and one line to ``RUN`` here, and its rule to ``kernel_rules``.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcdrop.attention import ATTENTION, run_attention
+from mcdrop.convolve import conv_together, folded, run_conv
+from mcdrop.each_pass import EACH_PASS, each_pass, run_each_pass
 from mcdrop.sequences import for_cudnn, over_passes
 
 __all__ = [
-    "BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "MATMUL", "RECURRENT", "RUN", "by_row", "folded"
+    "BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "MATMUL", "RECURRENT", "RUN", "by_row"
 ]  # fmt: skip
 
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
 _CALLS: dict[str, Callable[..., Tensor]] = {}  # by what they do, since an operator takes no functions
 _FEW = 2  # rows of a stand-in
 
@@ -54,7 +54,7 @@ def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    return _run_conv(x, weight, bias, stride, padding, dilation, groups)
+    return run_conv(x, weight, bias, stride, padding, dilation, groups)
 
 
 @_conv.register_fake
@@ -111,7 +111,7 @@ def _by_row_batched(
     info: Any, dims: Any, rows: Sequence[Tensor], weights: Sequence[Tensor], call: str, leading: int
 ) -> tuple[Tensor, int]:
     if any(dim is not None for dim in dims[1]):
-        raise NotImplementedError(f"the weights of {call} differ from pass to pass")
+        return each_pass(BY_ROW, _run_by_row, (rows, weights, call, leading), dims), 0
     return _by_row(_all_batched(info, dims[0], rows), [*weights], call, leading + 1), 0
 
 
@@ -183,7 +183,9 @@ def _recurrent_batched(
 ) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """The passes are folded into the rows."""
     if any(dim is not None for dim in dims[3]):
-        raise NotImplementedError("the weights of a recurrent layer differ from pass to pass")
+        args = name, x, initial, weights, bias, both_ways, rows_first
+        outputs = each_pass(RECURRENT, _run_recurrent, args, dims)
+        return outputs, [0] * len(outputs)
     states = len(initial)
 
     def run(*each: Tensor) -> Sequence[Tensor]:
@@ -204,13 +206,14 @@ def _all_batched(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor
     ]
 
 
-def _first_alone(operator: Any, name: str) -> Callable[..., tuple[Tensor, int]]:
-    """A vmap rule for an operator whose first tensor alone differs from pass to pass: one more axis in front."""
+def _first_alone(operator: Any) -> Callable[..., tuple[Tensor, int]]:
+    """A vmap rule for an operator whose first tensor alone mostly differs: it gets one more axis in front."""
 
     def rule(info: Any, dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
         if any(dim is not None for dim in torch.utils._pytree.tree_leaves(dims[1:])):
-            raise NotImplementedError(f"the weights of a {name} differ from pass to pass")
-        if name == "batch_norm":
+            target = operator._opoverload
+            return each_pass(target, RUN[target], (x, *rest), dims, conv_together if target is CONV else None), 0
+        if operator is _batch_norm:
             rest = (*rest[:-1], rest[-1] + 1)
         return operator(x.movedim(dims[0], 0), *rest), 0
 
@@ -218,9 +221,9 @@ def _first_alone(operator: Any, name: str) -> Callable[..., tuple[Tensor, int]]:
 
 
 _linear.register_vmap(_linear_batched)
-_conv.register_vmap(_first_alone(_conv, "convolution"))
-_batch_norm.register_vmap(_first_alone(_batch_norm, "batch_norm"))
-_layer_norm.register_vmap(_first_alone(_layer_norm, "layer norm"))
+_conv.register_vmap(_first_alone(_conv))
+_batch_norm.register_vmap(_first_alone(_batch_norm))
+_layer_norm.register_vmap(_first_alone(_layer_norm))
 _cat.register_vmap(_cat_batched)
 _recurrent.register_vmap(_recurrent_batched)
 _matmul.register_vmap(_matmul_batched)
@@ -242,23 +245,6 @@ RECURRENT = torch.ops.mcdrop.recurrent.default
 def _run_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Runs a linear layer on memory in order: torch takes ten times as long for a transposed input in bfloat16."""
     return F.linear(x.contiguous(), weight, bias)
-
-
-def folded(x: Tensor, inner: int, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Gives a function of (rows, channels, ...) of an input with further leading axes, folded into the rows."""
-    lead = x.shape[: x.dim() - inner - 1]
-    if len(lead) == 1:
-        return run(x)
-    output = run(x.reshape(math.prod(lead), *x.shape[len(lead) :]))
-    return output.reshape(*lead, *output.shape[1:])
-
-
-def _run_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    run = _CONVOLUTIONS[weight.dim()]
-    return folded(x, weight.dim() - 2, lambda flat: run(flat, weight, bias, stride, padding, dilation, groups))
 
 
 def _run_batch_norm(
@@ -290,8 +276,9 @@ def _run_recurrent(
 RUN: dict[Any, Callable[..., Any]] = {
     ATTENTION: run_attention,
     CAT: torch.cat,
+    EACH_PASS: run_each_pass,
     LINEAR: _run_linear,
-    CONV: _run_conv,
+    CONV: run_conv,
     BATCH_NORM: _run_batch_norm,
     BY_ROW: _run_by_row,
     LAYER_NORM: F.layer_norm,

@@ -45,7 +45,7 @@ def drop_block2d(x: Tensor, p: float, block_size: int, training: bool) -> Tensor
 
 def stochastic_depth(x: Tensor, p: float, training: bool) -> Tensor:
     """Drops a whole branch (N, ...) for a row; see ``StochasticDepth``."""
-    rows = x.new_ones(len(x), *(1,) * (x.dim() - 1))
+    rows = x.new_ones(x.shape[0], *(1,) * (x.dim() - 1))
     return x * F.dropout(rows, p, training)
 
 

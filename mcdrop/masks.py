@@ -8,36 +8,29 @@ A site's units are laid out in dyadic blocks (edges 0, 1, 16, 32, 64, ...) along
 key. So where a shape follows the input (sequence length, image size), the mask of the longer input extends the shorter
 one's.
 
-To add a sampler, add one function and one line to ``SAMPLERS``; to add a kind of draw, one line to ``KINDS``.
+To add a sampler, add one line to ``SAMPLERS``; to add a kind of draw, one to ``KINDS``.
 """
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, UnknownName
+from mcdrop.samplers import BLOCKS, SAMPLERS, Sampler, Stream
 
-__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "sample_masks"]
+__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "draw", "sample_masks"]
 
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
-_SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
-_AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
 _UNITS = 2**13  # of small blocks that are drawn together
-_PIECE = 2**13  # units that are ranked together
-_SKIPPED = 2**10  # counters of a pass above which those that nobody wants are skipped
-
-# The orders of four things that leave the first in its place, two bits for each; shifted by xor they are all orders.
-_ORDERS = np.array([sum(x << 2 * (i + 1) for i, x in enumerate(o)) for o in itertools.permutations((1, 2, 3))], "u4")
+_SPLIT = 2**16  # of a large one; a multiple of eight
 
 Masks = dict[str, NDArray[np.float32]]
-Words = NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -70,32 +63,32 @@ def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 
     Raises:
         InputError: a seed outside 0 to 2**64 - 1, or an unknown sampler or kind.
     """
+    drawn = {site.name: draw(site, passes, seed=seed, start=start, sampler=sampler) for site in sites}
+    return {name: values.astype(np.float32, copy=False) for name, values in drawn.items()}
+
+
+def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "iid") -> NDArray[Any]:
+    """Gives the draws of one site as ``sample_masks`` does, but kept and dropped units as true and false.
+
+    Raises:
+        InputError: a seed outside 0 to 2**64 - 1, or an unknown sampler or kind.
+    """
     if not 0 <= seed < SEED_LIMIT:
         raise InputError(f"seed must be between 0 and 2**64 - 1, got {seed}")
     if sampler not in SAMPLERS:
         raise UnknownName("sampler", sampler, SAMPLERS)
-    draw = SAMPLERS[sampler]
-    masks = {}
-    for site in sites:
-        if site.kind not in KINDS:
-            raise UnknownName("kind of draw", site.kind, KINDS)
-        words = np.empty((passes, *site.shape), np.uint32)
-        for some in _together(_blocks(site.shape)):
-            streams = [Stream(f"{seed}/{site.name}/{block.name}", block.units, block.wanted) for block in some]
-            drawn = draw(streams, start, passes)
-            ends = np.cumsum([stream.wanted for stream in streams])
-            for block, part in zip(some, np.split(drawn, ends[:-1], axis=1), strict=True):
-                words[(slice(None), *block.place)] = part.reshape(passes, *block.kept)[block.clip]
-        masks[site.name] = KINDS[site.kind](words, site.p)
-    return masks
-
-
-class Stream(NamedTuple):
-    """The random numbers of a block: their key, the units of a pass, and of how many, the first, they are wanted."""
-
-    key: str
-    units: int
-    wanted: int
+    if site.kind not in KINDS:
+        raise UnknownName("kind of draw", site.kind, KINDS)
+    kind, numbers = KINDS[site.kind], SAMPLERS[sampler]
+    values: NDArray[Any] = np.empty((passes, *site.shape), kind.dtype)
+    for some in _together(_blocks(site.shape)):
+        drawn: NDArray[Any] = np.empty((passes, sum(block.wanted for block in some)), kind.dtype)
+        for streams, part in _parts(f"{seed}/{site.name}", some, drawn):
+            part[:] = kind.draw(numbers, streams, start, passes, site.p)
+        ends = np.cumsum([block.wanted for block in some])
+        for block, part in zip(some, np.split(drawn, ends[:-1], axis=1), strict=True):
+            values[(slice(None), *block.place)] = part.reshape(passes, *block.kept)[block.clip]
+    return values
 
 
 @dataclass(frozen=True)
@@ -127,6 +120,17 @@ class _Block:
         return (slice(None), *(slice(0, part.stop - part.start) for part in self.place))
 
 
+def _parts(key: str, blocks: Sequence[_Block], drawn: NDArray[Any]) -> Iterator[tuple[Sequence[Stream], NDArray[Any]]]:
+    """What is drawn at a time, and where it goes: several blocks, or pieces of a large one."""
+    if len(blocks) > 1:
+        yield [Stream(f"{key}/{block.name}", block.units, block.wanted) for block in blocks], drawn
+        return
+    (block,) = blocks
+    for first in range(0, block.wanted, _SPLIT):
+        part = drawn[:, first : first + _SPLIT]
+        yield [Stream(f"{key}/{block.name}", block.units, part.shape[1], first)], part
+
+
 def _together(blocks: Iterator[_Block]) -> Iterator[list[_Block]]:
     """Cuts blocks into groups: many small ones are drawn in as few calls as a large one."""
     some: list[_Block] = []
@@ -156,122 +160,31 @@ def _edges(size: int) -> Iterator[tuple[int, int]]:
         low, high = high, max(_FIRST_EDGE, 2 * high)
 
 
-def _philox(streams: Sequence[Stream], what: str, start: int, passes: int) -> Words:
-    """Gives 32 random bits for each wanted unit of each pass, (T, units), the streams side by side."""
-    if len(streams) == 1:
-        return _one_philox(streams[0], what, start, passes)
-    words = np.empty((passes, sum(stream.wanted for stream in streams)), np.uint32)
-    begin = 0
-    for stream in streams:
-        words[:, begin : begin + stream.wanted] = _one_philox(stream, what, start, passes)
-        begin += stream.wanted
-    return words
+class Kind(NamedTuple):
+    """A kind of draw: the type of its numbers, and what makes them of a sampler's, streams, passes and a rate."""
+
+    dtype: type
+    draw: Callable[[Sampler, Sequence[Stream], int, int, float], NDArray[Any]]
 
 
-def _one_philox(stream: Stream, what: str, start: int, passes: int) -> Words:
-    """Gives those of one stream; a pass begins on a whole Philox counter."""
-    # one counter step gives four 64-bit words, so eight units
-    counters, few = -(-stream.units // 8), -(-stream.wanted // 8)
-    digest = hashlib.blake2b(f"{stream.key}{what}".encode(), digest_size=16).digest()
-    generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=start * counters)
-    if counters - few < _SKIPPED:
-        words: NDArray[np.uint64] = generator.random_raw(passes * counters * 4)
-    else:
-        words = np.empty((passes, few * 4), np.uint64)
-        for one in words:
-            one[:] = generator.random_raw(few * 4)
-            generator.advance(counters - few)
-    return words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)[:, : stream.wanted]
+def _bernoulli(sampler: Sampler, streams: Sequence[Stream], start: int, passes: int, p: float) -> NDArray[np.bool_]:
+    return sampler.kept(streams, start, passes, round(p * 2**32))
 
 
-def _iid(streams: Sequence[Stream], start: int, passes: int) -> Words:
-    """Independent passes."""
-    return _philox(streams, "", start, passes)
-
-
-def _balanced(streams: Sequence[Stream], start: int, passes: int) -> Words:
-    """Passes stratified in blocks of 16: within a block each unit's numbers fall once in every 16th of [0, 1).
-
-    A unit with drop rate p is so dropped floor(16 p) or ceil(16 p) times a block, while each single pass stays exactly
-    Bernoulli with independent units (Latin hypercube sampling, McKay, Beckman and Conover 1979, along the passes). From
-    pass 64 on, four such blocks make one of 64, whose numbers fall once in every 64th (nested strata, Owen 1995): few
-    passes have enough blocks to tell their error by, and many have a smaller one.
-    """
-    units = sum(stream.wanted for stream in streams)
-    words = np.empty((passes, units), np.uint32)
-    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * units))
-    for begin in range(start - start % stretch, start + passes, stretch):
-        low, high = max(start, begin), min(start + passes, begin + stretch)
-        words[low - start : high - start] = _stratified(streams, low, high)
-    return words
-
-
-def _stratified(streams: Sequence[Stream], low: int, high: int) -> Words:
-    """Gives the balanced words of passes ``low`` to ``high``."""
-    blocks = np.arange(low // _SMALL, -(-high // _SMALL))
-    begin, count = blocks[0] * _SMALL, len(blocks) * _SMALL
-    order = _philox(streams, "/order", begin, count)
-    sixteenth = _ranks(order.reshape(len(blocks), _SMALL, -1))
-    strata = sixteenth.reshape(order.shape).astype(np.uint32) << np.uint32(28)
-    inside = _philox(streams, "/inside", begin, count) >> np.uint32(4)
-    nested = blocks * _SMALL >= _LARGE
-    if nested.any():
-        place = slice(count - nested.sum() * _SMALL, None)
-        quarter = _quarters(streams, blocks[nested], sixteenth[nested])
-        inside[place] = (inside[place] >> np.uint32(2)) | (quarter.reshape(inside[place].shape) << np.uint32(26))
-    return (strata | inside)[low - begin : high - begin]
-
-
-def _quarters(streams: Sequence[Stream], blocks: NDArray[np.int64], sixteenth: NDArray[np.uint8]) -> Words:
-    """Gives each of the passes of a large block that share a 16th a quarter of it, (blocks, 16, units)."""
-    whole, place = np.divmod(blocks, _LARGE // _SMALL)
-    wholes = whole[-1] + 1 - whole[0]
-    words = _philox(streams, "/quarter", whole[0] * _SMALL, wholes * _SMALL).reshape(wholes, _SMALL, -1)
-    chance = np.take_along_axis(words[whole - whole[0]], sixteenth.astype(np.intp), axis=1)
-    orders = np.take(_ORDERS, (chance >> np.uint32(2)) % np.uint32(len(_ORDERS)))
-    quarter: Words = ((orders >> (2 * place[:, None, None]).astype(np.uint32)) ^ chance) & np.uint32(3)
-    return quarter
-
-
-def _ranks(order: Words) -> NDArray[np.uint8]:
-    """Ranks the passes of each block (blocks, 16, units), the earlier first where two are equal.
-
-    Each is compared with all later ones at once, in pieces that stay in the cache: for 16 numbers that is several times
-    as fast as sorting them.
-    """
-    blocks, count, units = order.shape
-    flat = np.ascontiguousarray(order.transpose(1, 0, 2)).reshape(count, -1)
-    ranks = np.empty(flat.shape, np.uint8)
-    ranks[:] = np.arange(count - 1, -1, -1, dtype=np.uint8)[:, None]  # as if all later ones were smaller
-    for begin in range(0, flat.shape[1], _PIECE):
-        words, found = flat[:, begin : begin + _PIECE], ranks[:, begin : begin + _PIECE]
-        for place in range(count - 1):
-            before = (words[place] <= words[place + 1 :]).view(np.uint8)
-            found[place + 1 :] += before
-            found[place] -= np.add.reduce(before, axis=0, dtype=np.uint8)
-    return np.ascontiguousarray(ranks.reshape(count, blocks, units).transpose(1, 0, 2))
-
-
-def _bernoulli(words: Words, p: float) -> NDArray[np.float32]:
-    return (words >= round(p * 2**32)).astype(np.float32)
-
-
-def _uniform(words: Words, p: float) -> NDArray[np.float32]:
+def _uniform(sampler: Sampler, streams: Sequence[Stream], start: int, passes: int, p: float) -> NDArray[np.float32]:
     # 24 bits, so that the largest number is still below 1 in float32
+    words = sampler.words(streams, start, passes)
     return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
-def _normal(words: Words, p: float) -> NDArray[np.float32]:
+def _normal(sampler: Sampler, streams: Sequence[Stream], start: int, passes: int, p: float) -> NDArray[np.float32]:
     from scipy.special import ndtri  # here, because ``import mcdrop`` needs numpy alone
 
-    return ndtri((words + 0.5) * 2.0**-32).astype(np.float32)
+    return ndtri((sampler.words(streams, start, passes) + 0.5) * 2.0**-32).astype(np.float32)
 
 
-# Passes that depend on one another: sizes of blocks, and the pass with which the first of each size begins.
-BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {"balanced": ((_SMALL, 0), (_LARGE, _LARGE)), "iid": ()}
-SAMPLERS: dict[str, Callable[[Sequence[Stream], int, int], Words]] = {"balanced": _balanced, "iid": _iid}
-KINDS: dict[str, Callable[[Words, float], NDArray[np.float32]]] = {
-    "bernoulli": _bernoulli,
-    "normal": _normal,
-    "uniform": _uniform,
+KINDS = {
+    "bernoulli": Kind(np.bool_, _bernoulli),
+    "normal": Kind(np.float32, _normal),
+    "uniform": Kind(np.float32, _uniform),
 }

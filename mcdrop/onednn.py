@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count
 
-from mcdrop.kernels import folded
+from mcdrop.convolve import folded
 
 __all__ = ["FLOPS", "IN_PLACE", "ONEDNN", "Packed", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear"]
 

@@ -5,6 +5,7 @@ differs is the rows' axis, and what is left of it when it is divided by the rows
 one row. Small whole numbers that differ, such as shapes, are linear in the number of rows.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -69,6 +70,12 @@ class Trace:
     def several(self) -> tuple[str, ...]:
         """Lists the slots whose draw has several entries for each row."""
         return tuple(mask for mask, axis in self.layouts.items() if axis is not None and axis.multiple > 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """The largest draw that all rows share, in bytes."""
+        shared = (unit for mask, unit in self.units.items() if self.layouts[mask] is None and mask not in self.absent)
+        return max((4 * math.prod(unit) for unit in shared), default=0)
 
     def placed(self, apart: frozenset[str]) -> "Trace":
         """Gives the trace in which the entries of a row stand apart in these slots."""
@@ -140,9 +147,9 @@ class Observer:
         shared = [slot.path for slot in self._slots if layouts[slot.mask] is None and slot.mask not in absent]
         if shared:
             trouble = trouble or f"the draw of {shared[0]} is shared by all rows"
-        largest = max(value.nbytes for value in few.values())
+        row_bytes = max(_grows(value, more.get(name)) for name, value in few.items())
         dtype = str(few[output].dtype)
-        return Trace(sites, of_slot, layouts, units, kinds, trouble, -(-largest // _FEW), dtype, frozenset(absent))
+        return Trace(sites, of_slot, layouts, units, kinds, trouble, row_bytes, dtype, frozenset(absent))
 
     def _on(self, feeds: Callable[[Rows], Feeds], rows: Rows, count: int) -> Feeds:
         given = feeds(rows.take(np.arange(count) % rows.count))
@@ -223,6 +230,11 @@ def _axis_of(few: tuple[int, ...], more: tuple[int, ...], path: str) -> Axis | N
     return Axis(axis, few[axis] // _FEW, rank=len(few))
 
 
+def _grows(value: Array, larger: Array | None) -> int:
+    """How many bytes a value grows by with each row."""
+    return -(-value.nbytes // _FEW) if larger is None else max(1, (larger.nbytes - value.nbytes) // (_MORE - _FEW))
+
+
 def _follows(few: Array, more: Array) -> tuple[Axis | None, str]:
     """How a value follows the rows, and why it cannot be repeated if it cannot."""
     if few.shape != more.shape:
@@ -261,14 +273,16 @@ def mask_feed(slot: Slot, trace: Trace, drawn: Mapping[str, Array], rows: int, o
 def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: int | None) -> Array:
     if numbers is None:
         return np.asarray(slot.expected, np.float32)
+    if only is not None:
+        numbers = numbers[only : only + 1]
     values, layout = slot.values(numbers).reshape(-1, *trace.units[slot.mask]), trace.layouts[slot.mask]
     if layout is None or layout.axis is None:
         assert only is not None, "a draw that all rows share is looped over"
-        return np.asarray(values[only])
+        return np.asarray(values[0])
     axis, own = layout.axis, layout.multiple > 1
     if only is not None:
         place = axis + layout.apart
-        mask = np.expand_dims(values[only], place)
+        mask = np.expand_dims(values[0], place)
         return _merged(mask, axis, place, rows, axis + 1 + own) if own else mask
     stack = np.expand_dims(np.moveaxis(values, 0, axis), axis + 1)
     return _merged(stack, axis, axis + 1, rows, axis + 2 + own)

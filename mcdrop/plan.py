@@ -149,7 +149,7 @@ def _chunk(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks]) -> float:
     """How much memory a chunk should take, as a multiple of the usual, where that can be timed quickly."""
     assert plan.program is not None
     given = repeat_rows(rows, _CHUNK_ROWS)
-    usual = CHUNK_BYTES // (4 * plan.trace.pass_bytes * _CHUNK_ROWS)
+    usual = CHUNK_BYTES // (4 * (plan.trace.pass_bytes * _CHUNK_ROWS + plan.trace.shared_bytes))
     if not 1 / min(_CHUNKS) <= usual <= _MOST_PASSES:  # too few to choose, or more than is ever asked for
         return 1.0
     once = _run(plan.program, given, stacks_of(usual))

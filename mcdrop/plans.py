@@ -20,7 +20,7 @@ from mcdrop.plan import CAPTURED, Plan, Tuning, straight
 from mcdrop.planning import make_plan
 from mcdrop.program import Values
 from mcdrop.rows import Rows
-from mcdrop.stacks import Kept, Span, expected_stack, stack
+from mcdrop.stacks import Bits, Kept, Span, block_bytes, expected_stack, stack
 from mcdrop.standing import state_of
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
 from mcdrop.trace import Trace, trace, widened
@@ -138,27 +138,26 @@ class Plans:
             self.live, self.plain, tensors, self.pick, found, off, some,
             precision=self.precision, compiled=self.compiled, tuning=self.tuning,
         )  # fmt: skip
+        # what is drawn together is of use to the passes that follow, also where it is large
+        self._masks.most = max(self._masks.most, sum(block_bytes(site, self._place()[0]) for site in plan.on))
         if plan.program is not None and self.tuning is None:
             self.tuning = Tuning(plan.chunk, plan.kept_from)
         return plan
 
     def stacks(self, plan: Plan, span: Span) -> Stacks:
         """Gives the masks of some passes, one stack a draw; None for draws that are left off."""
-        device = self._place()[0]
-        blocks = span.blocks()
-        if blocks is None:
-            return self._drawn(plan, span, device)
         # less than a block of passes that depend on one another: the whole of it is drawn once, for its other parts too
         parts = []
-        for block in blocks:
+        for block in span.blocks() or [span]:
             first, last = max(span.start, block.start), min(span.start + span.passes, block.start + block.passes)
             cut = slice(first - block.start, last - block.start)
-            parts.append([None if one is None else one[cut] for one in self._drawn(plan, block, device)])
+            parts.append([None if one is None else one[cut] for one in self._drawn(plan, block)])
         if len(parts) == 1:
             return parts[0]
         return [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
 
-    def _drawn(self, plan: Plan, span: Span, device: torch.device) -> Stacks:
+    def _drawn(self, plan: Plan, span: Span) -> list[Tensor | Bits | None]:
+        device = self._place()[0]
         return [
             None
             if site.name in plan.off

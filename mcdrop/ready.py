@@ -53,10 +53,17 @@ class Room:
 
     def pass_bytes(self, plan: Plan) -> int:
         """Gives what a further pass of one row needs."""
-        if plan.tier not in (CAPTURED, "vmap"):
-            return 4 * plan.trace.row_bytes
+        once = plan.tier in (CAPTURED, "vmap")
+        return self._of(plan, plan.trace.pass_bytes if once else plan.trace.row_bytes)
+
+    def shared_bytes(self, plan: Plan) -> int:
+        """Gives what a further pass needs besides, for all rows together."""
+        return self._of(plan, plan.trace.shared_bytes)
+
+    def _of(self, plan: Plan, largest: int) -> int:
+        """What is needed for a largest result: some four of them are alive at a time."""
         # where the memory was not given, a measurement has said how much of it is fastest
-        return int(4 * plan.trace.pass_bytes / (1.0 if self.given else plan.chunk))
+        return int(4 * largest / (1.0 if self.given else plan.chunk))
 
 
 class Ready:
@@ -88,10 +95,15 @@ class Ready:
     @property
     def most(self) -> int:
         """How many passes of these rows should be run at a time."""
+        return max(1, self._room.bytes // self._needed)
+
+    @property
+    def _needed(self) -> int:
+        """What a pass of these rows needs."""
         needed = max(1, self._room.pass_bytes(self._whole))
         if self._on_gpu and self._plan.program is not None:
             needed = max(needed, _SUMMING * self._plan.program.width)
-        return max(1, self._room.bytes // (needed * self._rows.count))
+        return needed * self._rows.count + self._room.shared_bytes(self._whole)
 
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of some passes; out of memory, half of the passes or of the rows at a time."""
@@ -216,7 +228,7 @@ class Ready:
         if finish.summing is not None and finish.summing.first is not None:  # which is another one every time
             return None
         # a larger run keeps the GPU busy for longer than it takes to start, or is one of several chunks
-        if _SMALL * finish.passes * rows * self._room.pass_bytes(self._whole) > self._room.bytes:
+        if _SMALL * finish.passes * self._needed > self._room.bytes:
             return None
         return program.played(weights, masks, leaves, rows, finish, lambda: self._plans.arithmetic(self._tensors))
 

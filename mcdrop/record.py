@@ -89,15 +89,14 @@ class Recorder:
 
 @dataclass
 class Spy(TorchDispatchMode):
-    """Notes random operations that no rule caught and the sizes of results; diverts a write to a watched tensor."""
+    """Notes random operations that no rule caught and the size of each result; diverts a write to a watched tensor."""
 
     paths: dict[int, str]
     watched: dict[int, str]
     escaped: list[tuple[str, str]] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
     swapped: set[str] = field(default_factory=set)
-    largest: int = 0
-    largest_drawn: int = 0  # of what comes after the first draw
+    results: list[tuple[int, bool]] = field(default_factory=list)  # bytes, and whether anything was drawn before
     drawn: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
@@ -120,9 +119,7 @@ class Spy(TorchDispatchMode):
         result = func(*args, **kwargs)
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.watched:
-                self.largest = max(self.largest, value.numel() * value.element_size())
-                if self.drawn():
-                    self.largest_drawn = max(self.largest_drawn, value.numel() * value.element_size())
+                self.results.append((value.numel() * value.element_size(), self.drawn()))
         return result
 
     def _is_write(self, func: Any, given: dict[str, Any], name: str, value: Any) -> bool:
@@ -262,9 +259,11 @@ def record(
     leaf = rows.leaves[0]
     source = Recorder(paths, leaf.device, seed=seed, force=force)
     spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in source.draws))
+    stays = [*kept_tensors(module)]  # where a forward sets others, so that none of these takes the memory of one
     with own_generator():
         foreign = _Foreign()
         with _own_tensor_dicts(module, spy), spy, Interception(source, RULES):
             forward(module, rows, pick)
         spy.escaped += foreign.moved(known=bool(spy.escaped))
+    del stays
     return source, spy

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mcdrop.each_pass import EACH_PASS
 from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RECURRENT, RUN
 from mcdrop.masking import after_conv, masked, summed
 from mcdrop.onednn import IN_PLACE, ONEDNN
@@ -278,10 +279,11 @@ _FAST: dict[Any, Callable[..., Any]] = {
 def lower(graph: fx.Graph, *, fused: bool) -> None:
     """Puts what is called in the place of what was written down.
 
-    Where torch's compiler fuses, it calls recurrent layers as they are, since those that it writes come out wrong.
+    Where torch's compiler fuses, it calls recurrent layers as they are, since those that it writes come out wrong, and
+    what runs pass by pass, since it would write out every pass.
     """
     for node in graph.nodes:
-        if node.op == "call_function" and (fused or node.target is not RECURRENT):
+        if node.op == "call_function" and (fused or node.target not in (EACH_PASS, RECURRENT)):
             node.target = _factors if _scales_mask(node) else _FAST.get(node.target, node.target)
 
 

@@ -1,21 +1,25 @@
 """Stacks of masks on the device: for each draw of a network its masks of some passes, kept while there is room."""
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mcdrop.masks import BLOCKS, Site, sample_masks
+from mcdrop.masks import BLOCKS, Site, draw
 
-__all__ = ["Kept", "Span", "expected_stack", "stack"]
+__all__ = ["Bits", "Kept", "Span", "block_bytes", "expected_stack", "stack"]
 
 _SLAB = 4 * 2**20
 _ALIGNED = 64
+_PACKED = 2**16  # units of a pass from which a CPU keeps a bit for each: eight times as many passes fit
 _EXPECTED = {"uniform": 0.5, "normal": 0.0}
 
 
@@ -83,7 +87,7 @@ class Kept:
                 self.held.move_to_end(key)
                 return self.held[key][0]
         made = tree_map(self.slabs.moved, make())
-        size = sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
+        size = sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, Tensor | Bits))
         with self.lock:
             if key not in self.held and size <= self.most:
                 self.held[key] = made, size
@@ -93,11 +97,39 @@ class Kept:
         return made
 
 
-def stack(site: Site, span: Span, device: torch.device) -> Tensor:
-    """Gives the masks of a site (T, *shape): a byte a unit where they are kept or dropped, else real numbers."""
-    drawn = sample_masks([site], span.passes, seed=span.seed, start=span.start, sampler=span.sampler)[site.name]
-    mask = torch.as_tensor(drawn).to(device)
-    return mask.bool() if site.kind == "bernoulli" else mask
+class Bits:
+    """Masks of large draws (T, ...), a bit a unit, such as those of weights; passes are cut out as of a tensor."""
+
+    def __init__(self, masks: NDArray[np.bool_]) -> None:
+        """Takes a byte a unit."""
+        self._shape = masks.shape[1:]
+        self._bits = np.packbits(masks.reshape(len(masks), -1), axis=1)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that they take."""
+        return self._bits.nbytes
+
+    def __getitem__(self, passes: slice) -> Tensor:
+        """Gives the masks of some passes, a byte a unit."""
+        opened = np.unpackbits(self._bits[passes], axis=1, count=math.prod(self._shape))
+        return torch.from_numpy(opened.view(np.bool_).reshape(-1, *self._shape))
+
+
+def stack(site: Site, span: Span, device: torch.device) -> Tensor | Bits:
+    """Gives the masks of a site (T, *shape): a byte or a bit a unit where they are kept or dropped, else numbers."""
+    drawn = draw(site, span.passes, seed=span.seed, start=span.start, sampler=span.sampler)
+    if device.type == "cpu" and drawn.dtype == np.bool_ and math.prod(site.shape) >= _PACKED:
+        return Bits(drawn)
+    return torch.as_tensor(drawn).to(device)
+
+
+def block_bytes(site: Site, device: torch.device) -> int:
+    """Gives the memory of the masks of a site that are drawn at once, whatever is asked for, by any sampler."""
+    passes, units = max(size for (size, _), *_ in filter(None, BLOCKS.values())), math.prod(site.shape)
+    if site.kind != "bernoulli":
+        return 4 * passes * units
+    return passes * units // (8 if device.type == "cpu" and units >= _PACKED else 1)
 
 
 def expected_stack(site: Site, device: torch.device) -> Tensor:

@@ -142,6 +142,9 @@ def holding(module: nn.Module, state: Sequence[State], tensors: Sequence[Tensor]
         place[key] = mapped(value, stand_in)
     for place, key, held in dicts:
         place[key] = {name: stand_in(tensor) for name, tensor in held.items()}
+        for tensor in place[key].values() if key == "_parameters" else ():
+            if tensor is not None:
+                tensor._is_param = True  # what torch tells a parameter by that is of another type
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """What every pass of an input signature does: its draws in order, and the axis of each that follows the rows."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from mcdrop.forward import forward
 from mcdrop.intercept import Given, Interception, Layout, Rules
 from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
-from mcdrop.record import Draw, Recorder, nowhere, record
+from mcdrop.record import Draw, Recorder, Spy, nowhere, record
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 
@@ -25,6 +26,7 @@ __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 _SEEDS = (1, 2, 3)
 _ONE_SIZE = (RuntimeError, ValueError, IndexError, AssertionError)  # of a network that is built for one batch size
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
+_SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
 _FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
 
 
@@ -37,7 +39,8 @@ class Trace:
     that is switched off (None where its rate is 0 besides), ``forced`` the numbers of those that drop all the same.
     ``escaped`` lists (module, operation) of draws that no rule controls, ``written`` the parameters and buffers that
     the pass writes to, ``swapped`` the modules that have others put in their place for a while. ``row_bytes`` is the
-    largest result of one operation, in bytes a row, ``pass_bytes`` the largest after the first draw.
+    largest result of one operation, in bytes a row, ``pass_bytes`` the largest after the first draw, and
+    ``shared_bytes`` the largest there that all rows share, such as weights under a mask.
     """
 
     sites: tuple[Site, ...]
@@ -51,6 +54,7 @@ class Trace:
     swapped: frozenset[str]
     row_bytes: int
     pass_bytes: int
+    shared_bytes: int
 
     def left_off(self, excluded: frozenset[str]) -> frozenset[str]:
         """Names the draws that passes leave out: those of excluded modules, and dropout at a rate of 0.
@@ -90,7 +94,7 @@ def widened(found: Trace, other: Trace) -> Trace:
     if len(found.sites) != len(other.sites) or found.layouts != other.layouts or not alike:
         raise UncontrolledDraw("the network takes another way through these rows than through its example")
     sites = (replace(a, shape=tuple(map(max, a.shape, b.shape))) for a, b in pairs)
-    sizes = {name: max(getattr(found, name), getattr(other, name)) for name in ("row_bytes", "pass_bytes")}
+    sizes = {name: max(getattr(found, name), getattr(other, name)) for name in _SIZES}
     return replace(found, sites=tuple(sites), **sizes)
 
 
@@ -112,10 +116,11 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     except _ONE_SIZE:
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
-    few, more = source.draws, []
+    few, more, larger = source.draws, [], None
     rates = _random_rates(few, [record(module, given, pick, seed=seed, force=force)[0] for seed in _SEEDS])
     with suppress(*_ONE_SIZE):
-        more = record(module, repeat_rows(rows, _MORE), pick, seed=0, force=force)[0].draws
+        wide, larger = record(module, repeat_rows(rows, _MORE), pick, seed=0, force=force)
+        more = wide.draws
     told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
     unclear = tuple(f"site{i}" for i, (_, clear) in enumerate(told) if not clear)
     shapes = [
@@ -140,8 +145,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         escaped=tuple(spy.escaped),
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
-        row_bytes=-(-spy.largest // given.count),
-        pass_bytes=-(-spy.largest_drawn // given.count),
+        **_memory(spy, larger, given.count),
     )
     return found if found.unclear else _ordered(module, given, pick, found)
 
@@ -173,6 +177,21 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
         return difference(torch.cat(alone), together[:2]) > _LOOSE * tolerance(together.dtype)
 
     return placed(told_apart(several, differs))
+
+
+def _memory(spy: Spy, larger: Spy | None, rows: int) -> dict[str, int]:
+    """The largest results by row, by row after the first draw, and of all rows together there.
+
+    What does not grow from some rows to more is shared; where there are none to tell, all belongs to the rows.
+    """
+    found = dict.fromkeys(_SIZES, 1)
+    tells = larger is not None and rows < _MORE and len(larger.results) == len(spy.results)
+    more = larger.results if larger is not None and tells else None
+    for i, (size, drawn) in enumerate(spy.results):
+        own = size / rows if more is None else (more[i][0] - size) / (_MORE - rows)
+        each = {"row_bytes": own, "pass_bytes": own * drawn, "shared_bytes": (size - own * rows) * drawn}
+        found = {name: max(most, math.ceil(each[name])) for name, most in found.items()}
+    return found
 
 
 def _random_rates(draws: list[Draw], others: list[Recorder]) -> frozenset[int]:

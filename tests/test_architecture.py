@@ -15,7 +15,7 @@ PACKAGES = ("mcdrop", "service", "models")
 # From the ground up. A module may import from lower floors, never from its own.
 FLOORS = [
     ["mcdrop.errors", "mcdrop.blocks", "mcdrop.agreement"],
-    ["mcdrop.at_once"],
+    ["mcdrop.at_once", "mcdrop.samplers"],
     [
         "mcdrop.masks",
         "mcdrop.moments",
@@ -33,6 +33,8 @@ FLOORS = [
         "mcdrop.digits",
         "mcdrop.masking",
         "mcdrop.attention",
+        "mcdrop.convolve",
+        "mcdrop.each_pass",
     ],
     [
         "mcdrop.shadow",
@@ -43,6 +45,7 @@ FLOORS = [
         "mcdrop.rowfile",
         "mcdrop.stacks",
         "mcdrop.sums",
+        "mcdrop.drawn",
     ],
     ["mcdrop.sequences", "mcdrop.onnx_draws", "mcdrop.replay", "mcdrop.blockwise"],
     ["mcdrop.onnx_trace"],
@@ -136,8 +139,11 @@ HOMES = {
         "mcdrop.program",
         "mcdrop.replay",
         "mcdrop.sums",
+        "mcdrop.drawn",
         "mcdrop.digits",
         "mcdrop.attention",
+        "mcdrop.convolve",
+        "mcdrop.each_pass",
         "mcdrop.blockwise",
         "mcdrop.masking",
         "mcdrop.stages",

@@ -108,6 +108,29 @@ def test_other_seeds_sites_and_passes_give_independent_masks(sampler: str) -> No
             assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(20_000), (a, b)
 
 
+@pytest.mark.parametrize("p", [0.0, 1 / 16, 0.25, 3 / 64, 0.5, 5 / 1024, 5033165 / 2**24, 1 - 2**-24, 1.0])
+@every_sampler
+def test_units_are_kept_whose_numbers_reach_the_rate(sampler: str, p: float) -> None:
+    """Rates at the edges of strata and inside of them, in passes before the 64th and after."""
+    for start, passes in ((0, 5), (40, 60), (130, 16)):
+        numbers = masks((3, 70), passes, start=start, sampler=sampler, kind="uniform")
+        kept = masks((3, 70), passes, start=start, sampler=sampler, p=p)
+        np.testing.assert_array_equal(kept, numbers >= np.float32(p))
+
+
+@every_sampler
+@every_kind
+def test_pieces_of_a_large_block_are_those_of_the_whole(
+    sampler: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for start, passes in ((3, 2), (60, 20)):
+        whole = masks((3000,), passes, start=start, sampler=sampler, kind=kind, p=0.3)
+        with monkeypatch.context() as patched:
+            patched.setattr("mcdrop.masks._SPLIT", 104)
+            pieces = masks((3000,), passes, start=start, sampler=sampler, kind=kind, p=0.3)
+        np.testing.assert_array_equal(pieces, whole)
+
+
 def test_the_stream_is_numpys_philox() -> None:
     """The law of the stream, written out: key from BLAKE2b, one counter for eight units, 32 bits a unit."""
     import hashlib

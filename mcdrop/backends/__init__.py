@@ -69,6 +69,9 @@ class Backend(Protocol):
     def pass_bytes(self, rows: Rows) -> int:
         """Gives the memory that a further pass of one row in the same chunk needs."""
 
+    def shared_bytes(self, rows: Rows) -> int:
+        """Gives the memory that a further pass needs besides, for all rows together, such as weights under a mask."""
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -80,7 +83,8 @@ class Plain:
     @property
     def most(self) -> int:
         """How many passes of these rows should be run at a time."""
-        return max(1, self.backend.chunk_bytes // (max(1, self.backend.pass_bytes(self.rows)) * self.rows.count))
+        needed = max(1, self.backend.pass_bytes(self.rows)) * self.rows.count + self.backend.shared_bytes(self.rows)
+        return max(1, self.backend.chunk_bytes // needed)
 
     def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of some passes."""

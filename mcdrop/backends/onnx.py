@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mcdrop.agreement import difference
 from mcdrop.backends import Plain
+from mcdrop.drawn import Drawn, LatestMasks
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_draws import Slot
@@ -37,7 +38,6 @@ _TOLERANCE = {"float16": 1e-2, "float32": 3e-5, "float64": 1e-12}
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
-Drawn = Mapping[str, Array]  # site name -> its draws (T, ...); a site that is not there is at its expectation
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class OnnxBackend:
         self._takes = {info.name for info in self._after.get_inputs()}
         self._observer: Observer | None = None
         self._plans: dict[object, _Plan] = {}
-        self._masks: dict[object, Drawn] = {}
+        self._masks = LatestMasks(_MASK_BYTES)
         self._lock = threading.Lock()
         self._last = threading.local()
 
@@ -130,7 +130,8 @@ class OnnxBackend:
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
         plan = self.plan(rows)
-        return self.run(rows, self._drawn(plan.trace, passes, seed, start, sampler), passes, plan.trace, plan.tier)
+        drawn = self._masks.get(plan.trace.sites, passes, seed=seed, start=start, sampler=sampler)
+        return self.run(rows, drawn, passes, plan.trace, plan.tier)
 
     def deterministic(self, rows: Rows) -> NDArray[np.float32]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
@@ -170,6 +171,10 @@ class OnnxBackend:
         """Gives what a further pass of one row needs."""
         return self.row_bytes(rows)
 
+    def shared_bytes(self, rows: Rows) -> int:
+        """Gives what a further pass needs besides, for all rows together."""
+        return 4 * self.plan(rows).trace.shared_bytes
+
     # -- one layer down --
 
     def plan(self, rows: Rows) -> _Plan:
@@ -208,19 +213,6 @@ class OnnxBackend:
         return self._checked(np.stack(each), rows)
 
     # -- inside --
-
-    def _drawn(self, trace: Trace, passes: int, seed: int, start: int, sampler: str) -> Drawn:
-        """The draws of some passes; the latest that were used are kept."""
-        key = (trace.sites, passes, seed, start, sampler)
-        with self._lock:
-            found = self._masks.pop(key, None)
-        if found is None:
-            found = sample_masks(trace.sites, passes, seed=seed, start=start, sampler=sampler)
-        with self._lock:
-            self._masks[key] = found
-            while sum(one.nbytes for held in self._masks.values() for one in held.values()) > _MASK_BYTES:
-                del self._masks[next(iter(self._masks))]
-        return found
 
     def _random(self, feeds: Feeds) -> Array:
         output: Array = self._after.run([self.output], {k: v for k, v in feeds.items() if k in self._takes})[0]

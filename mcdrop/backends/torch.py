@@ -115,7 +115,8 @@ class TorchBackend:
         They are run in chunks, or ``at_once``.
         """
         plan, tensors = self.plans.prepare(rows)
-        chunk = passes if at_once else max(1, self.chunk_bytes // max(1, self.pass_bytes(rows) * rows.count))
+        needed = self.pass_bytes(rows) * rows.count + self.shared_bytes(rows)
+        chunk = passes if at_once else max(1, self.chunk_bytes // needed)
         parts = []
         for start in range(0, passes, chunk):
             stacks = self.plans.stacks(plan, Span(min(chunk, passes - start), 0, start, "iid"))
@@ -168,6 +169,10 @@ class TorchBackend:
     def pass_bytes(self, rows: Rows) -> int:
         """Gives what a further pass of one row needs: what comes before the first draw is mostly not run again."""
         return self.room.pass_bytes(self.plans.plan(rows))
+
+    def shared_bytes(self, rows: Rows) -> int:
+        """Gives what a further pass needs besides, for all rows together."""
+        return self.room.shared_bytes(self.plans.plan(rows))
 
     def tier(self, rows: Rows) -> tuple[str, str]:
         """Gives the tier that runs the passes of such rows, and why."""
