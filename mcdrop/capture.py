@@ -6,8 +6,10 @@ as guards. Weights and buffers are inputs of the graph: later changes of them ar
 attributes, or in lists and dicts there, are inputs too: later writes to them are seen.
 """
 
+import itertools
 import logging
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from mcdrop.trace import Trace, one_pass
 __all__ = ["Captured", "NotCaptured", "capture"]
 
 _PASSES, _ROWS = 5, 3  # of the stand-ins: unequal primes, so that no axis is taken for another
+_TELLING = (31, 37, 41, 43, 47, 53, 59, 61)  # numbers of rows that are told from other sizes where they come as numbers
 
 # Decisions about the layout in memory, which change no number; and what torch decides of its own stand-ins.
 _HARMLESS = ("_subclasses/", "_prims_common/", "_prims/")
@@ -47,6 +50,10 @@ class NotCaptured(Exception):
 
 class _ByValues(NotCaptured):
     """A network that decides by values."""
+
+
+class _Tied(NotCaptured):
+    """A network that takes the number of rows for a number, as by ``len(x)``."""
 
 
 @dataclass(frozen=True)
@@ -106,23 +113,44 @@ def capture(
     """
     if found.unclear:
         raise NotCaptured("its draws depend on the batch")
+
+    def written() -> Captured:
+        try:
+            return _captured(module, rows, pick, found, masks, dtype)
+        except _Tied as error:
+            sizes = {size for tensor in _own_tensors(module, rows, masks) for size in tensor.shape[1:]}
+            count = next((count for count in _TELLING if all(size % count for size in sizes)), None)
+            if count is None:
+                raise error from None
+            return _captured(module, rows, pick, found, masks, dtype, count)
+
     try:
-        return _captured(module, rows, pick, found, masks, dtype)
+        return written()
     except _ByValues:
         # libraries that look into a mask to save work, such as transformers, do not where an exporter asks them
         with _compiling_state_context():
-            return _captured(module, rows, pick, found, masks, dtype)
+            return written()
+
+
+def _own_tensors(module: nn.Module, rows: Rows, masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """All that a forward begins with, the rows or the passes in front."""
+    state = [tensor[None] for one in state_of(module) if (tensor := one.now()) is not None]
+    return [*state, *rows.leaves, *(mask for mask in masks if mask is not None)]
 
 
 def _captured(
-    module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None], dtype: torch.dtype | None
-) -> Captured:
+    module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None], dtype: torch.dtype | None,
+    count: int | None = None,
+) -> Captured:  # fmt: skip
+    """Writes it down; with a ``count`` for so many rows first, and then for any: its multiples were numbers of rows."""
     places, beside, names = state_of(module), constants_of(module), [*rows.kwargs]
     own = [one for one in places if one.now() is not None]
     state = [*own, *beside]
 
     def passes(weights: list[Tensor], leaves: list[Tensor], stacks: list[Tensor]) -> Tensor:
-        placed = Rows(tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), _ROWS)
+        placed = Rows(
+            tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), count or _ROWS
+        )
 
         def one(*each: Tensor) -> Tensor:
             left = iter(each)
@@ -141,7 +169,15 @@ def _captured(
         [_stand_in(mode, _typed(leaf, dtype), _ROWS) for leaf in rows.leaves],
         [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
-    graph = _written_down(passes, arguments, mode)
+    if count is None:
+        graph = _written_down(passes, arguments, mode)
+    else:
+        tied: list[Tensor] = [
+            mode.from_tensor(_typed(leaf, dtype).new_empty((count, *leaf.shape[1:]))) for leaf in rows.leaves
+        ]
+        graph = _written_down(passes, (arguments[0], tied, arguments[2]), mode)
+        untied = _untied(graph, len(arguments[0]), count)
+        graph = _written_down(lambda *given: untied.run(*itertools.chain(*given)), arguments, mode)
     symbols = _symbols(env, *arguments[1:])
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
     weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
@@ -154,9 +190,30 @@ def _symbols(env: ShapeEnv, leaves: Sequence[Tensor], stacks: Sequence[Tensor]) 
     """The symbols of the numbers of rows and passes."""
     axes = [("N", leaf) for leaf in leaves] + [("T", stack) for stack in stacks]
     symbols = {env.replace(_expression(tensor.shape[0])): axis for axis, tensor in axes}
-    if any(not symbol.is_symbol for symbol in symbols):
-        raise NotCaptured("its operations are tied to the number of rows or passes, as by len(x); x.shape[0] is free")
+    tied = [axis for symbol, axis in symbols.items() if not symbol.is_symbol]
+    if tied:
+        raise (_Tied if tied == ["N"] else NotCaptured)("its operations are tied to the number of rows or passes")
     return symbols
+
+
+def _untied(graph: fx.Graph, place: int, count: int) -> fx.Interpreter:
+    """Makes multiples of a number of rows in a graph follow the rows of the placeholder in a place."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        rows = graph.call_function(torch.ops.aten.sym_size.int, (inputs[place], 0))
+
+    for node in [*graph.nodes]:
+        if node.op != "call_function" or node is rows:
+            continue
+
+        def follows(argument: Any, node: fx.Node = node) -> Any:
+            if type(argument) is not int or not argument or argument % count:
+                return argument
+            with graph.inserting_before(node):
+                return graph.call_function(operator.mul, (rows, argument // count))
+
+        node.args, node.kwargs = (fx.node.map_aggregate(given, follows) for given in (node.args, node.kwargs))
+    return fx.Interpreter(fx.GraphModule(graph.owning_module or nn.Module(), graph))
 
 
 def _read(

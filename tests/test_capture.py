@@ -135,24 +135,6 @@ def test_what_cannot_be_captured_says_why_and_answers_as_the_loop(make: Callable
         assert apart(passes(model, x[:rows], 4), loop(model, x[:rows], 4)) < 1e-5
 
 
-@pytest.mark.parametrize("count", [len, lambda x: x.shape[0]], ids=["len", "shape"])
-def test_who_asks_for_the_number_of_rows_by_len_is_told_how_to_be_captured(count: Callable[[Tensor], int]) -> None:
-    class Counts(Branches):
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.body(x) + torch.ones(count(x), 1)
-            return out
-
-    torch.manual_seed(0)
-    x = torch.randn(9, 4)
-    model = mcdrop.wrap(Counts(), example=x[:4])
-    if count is len:
-        assert "as by len(x); x.shape[0] is free" in model.audit.tier_reason
-    else:
-        assert model.audit.tier == "captured", model.audit.tier_reason
-    for rows in (1, 9):
-        assert apart(passes(model, x[:rows], 4), loop(model, x[:rows], 4)) < 1e-5
-
-
 # -- weights of today --------------------------------------------------------------------------------------------------
 
 

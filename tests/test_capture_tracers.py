@@ -13,6 +13,7 @@ from devices import on_each_device
 from torch import Tensor, nn
 
 import mcdrop
+from mcdrop.capture import _TELLING
 
 
 class Body(nn.Module):
@@ -55,6 +56,71 @@ def test_who_looks_into_a_mask_but_not_for_an_exporter_is_captured_for_all_masks
         mask[8] = last
         rows = {"x": x, "mask": mask}
         assert apart(passes(model, rows, 4), loop(model, rows, 4)) < 1e-5
+
+
+COUNTING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "shaped": lambda x, h: h.reshape(len(x), -1),
+    "flattened": lambda x, h: h.reshape(-1).view(len(x), 6),
+    "made": lambda x, h: h + torch.ones(len(h), 6).to(h) + torch.full((len(x), 1), 0.5).to(h),
+    "numbered": lambda x, h: h[torch.arange(len(x), device=h.device)],
+    "cut": lambda x, h: torch.cat([h, h.square()])[len(x) :],
+    "twice": lambda x, h: h.repeat(2, 1).view(2, len(x), 6).mean(0),
+    "by shape": lambda x, h: h + torch.ones(x.shape[0], 1).to(h),
+}
+
+
+class Counting(Body):
+    """Asks for the number of rows as a number."""
+
+    def __init__(self, count: Callable[[Tensor, Tensor], Tensor], sizes: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.count = count
+        for size in sizes:
+            self.register_buffer(f"of_{size}", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body[2](self.count(x, self.body[1](self.body[0](x.view(len(x), 4)))))
+        return out
+
+
+@pytest.mark.parametrize("count", COUNTING.values(), ids=COUNTING)
+@on_each_device
+def test_who_asks_for_the_number_of_rows_is_captured_for_any(
+    count: Callable[[Tensor, Tensor], Tensor], device: str
+) -> None:
+    torch.manual_seed(0)
+    net, x = Counting(count).to(device), torch.randn(70, 4, device=device)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    for rows in (1, 2, 31, 70):
+        assert apart(passes(model, x[:rows], 4), loop(model, x[:rows], 4)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Counting(lambda x, h: h * (2 if len(x) > 20 else 1)),
+        Counting(COUNTING["shaped"], _TELLING),
+        Counting(lambda x, h: torch.cat([h[i : i + 1] for i in range(len(h))])),
+    ],
+    ids=["decides by it", "no number tells it", "goes row by row"],
+)
+def test_where_a_number_of_rows_cannot_be_told_the_network_itself_runs(net: nn.Module) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(70, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "vmap", model.audit.tier_reason
+    for rows in (1, 31, 70):
+        assert apart(passes(model, x[:rows], 4), loop(model, x[:rows], 4)) < 1e-5
+
+
+@on_each_device
+def test_who_asks_for_the_number_of_rows_is_compiled_and_halved(device: str) -> None:
+    torch.manual_seed(0)
+    net, x = Counting(COUNTING["made"]).to(device), torch.randn(20, 4, device=device)
+    expected = passes(mcdrop.wrap(net, example=x[:4]), x, 4)
+    assert apart(passes(mcdrop.wrap(net, example=x[:4], compile=True), x, 4), expected) < 1e-5
+    assert apart(passes(mcdrop.wrap(net, example=x[:4], precision="bf16"), x, 4), expected) < 3e-2
 
 
 ACTIVATIONS = [
