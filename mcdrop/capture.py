@@ -169,21 +169,25 @@ def _captured(
         [_stand_in(mode, _typed(leaf, dtype), _ROWS) for leaf in rows.leaves],
         [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
-    if count is None:
-        graph = _written_down(passes, arguments, mode)
-    else:
-        tied: list[Tensor] = [
-            mode.from_tensor(_typed(leaf, dtype).new_empty((count, *leaf.shape[1:]))) for leaf in rows.leaves
-        ]
-        graph = _written_down(passes, (arguments[0], tied, arguments[2]), mode)
-        untied = _untied(graph, len(arguments[0]), count)
-        graph = _written_down(lambda *given: untied.run(*itertools.chain(*given)), arguments, mode)
+    graph = _for_any(passes, arguments, mode, count)
     symbols = _symbols(env, *arguments[1:])
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
     weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
     beside, read = _read(graph, beside, weights[len(own) :])
     standing, weights = Standing([*places, *beside]), (*weights[: len(own)], *read)
     return Captured(graph, weights, leaves, stacks, standing, symbols, _guards(env, symbols))
+
+
+def _for_any(
+    passes: Callable[..., Tensor], arguments: tuple[list[Tensor], ...], mode: FakeTensorMode, count: int | None
+) -> fx.Graph:
+    if count is None:
+        return _written_down(passes, arguments, mode)
+    weights, leaves, stacks = arguments
+    with mode:
+        tied = [leaf.new_empty((count, *leaf.shape[1:])) for leaf in leaves]
+    untied = _untied(_written_down(passes, (weights, tied, stacks), mode), len(weights), count)
+    return _written_down(lambda *given: untied.run(*itertools.chain(*given)), arguments, mode)
 
 
 def _symbols(env: ShapeEnv, leaves: Sequence[Tensor], stacks: Sequence[Tensor]) -> dict[Any, str]:

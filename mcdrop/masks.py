@@ -28,7 +28,8 @@ __all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "draw", "sample_
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
 _UNITS = 2**13  # of small blocks that are drawn together
-_SPLIT = 2**16  # of a large one; a multiple of eight
+_SPLIT = 2**16  # of a large one
+_EIGHT = 8  # pieces begin with a multiple of it
 
 Masks = dict[str, NDArray[np.float32]]
 
@@ -87,7 +88,7 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
             part[:] = kind.draw(numbers, streams, start, passes, site.p)
         ends = np.cumsum([block.wanted for block in some])
         for block, part in zip(some, np.split(drawn, ends[:-1], axis=1), strict=True):
-            values[(slice(None), *block.place)] = part.reshape(passes, *block.kept)[block.clip]
+            values[(slice(None), *block.place)] = part.reshape(passes, *block.sizes)
     return values
 
 
@@ -107,28 +108,54 @@ class _Block:
         return math.prod(self.extent)
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """The extent without what is clipped of the first axis, which comes last and is not drawn."""
-        return (*(part.stop - part.start for part in self.place[:1]), *self.extent[1:])
+    def sizes(self) -> tuple[int, ...]:
+        """The extent within the shape."""
+        return tuple(part.stop - part.start for part in self.place)
 
     @property
     def wanted(self) -> int:
-        return math.prod(self.kept)
+        return math.prod(self.sizes)
 
-    @property
-    def clip(self) -> tuple[slice, ...]:
-        return (slice(None), *(slice(0, part.stop - part.start) for part in self.place))
+    def stream(self, key: str, first: int = 0, drawn: int | None = None) -> Stream:
+        """Gives its random numbers: from a unit on so many, or those of all rows that are within the shape."""
+        drawn = math.prod((*self.sizes[:1], *self.extent[1:])) if drawn is None else drawn
+        chosen = self._chosen()
+        if chosen is not None:
+            inner = math.prod(self.extent[1:])
+            chosen = (np.arange(0, drawn, inner)[:, None] + chosen).reshape(-1)
+        return Stream(f"{key}/{self.name}", self.units, drawn, first, chosen)
+
+    def _chosen(self) -> NDArray[np.int64] | None:
+        """Which units of a step along the first axis are within the shape; None where all are."""
+        if self.sizes[1:] == self.extent[1:]:
+            return None
+        step = np.arange(math.prod(self.extent[1:])).reshape(self.extent[1:])
+        return step[tuple(map(slice, self.sizes[1:]))].reshape(-1)
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """Cuts a large one: the first unit, how many are drawn, and how many of them are wanted."""
+        inner, kept = math.prod(self.extent[1:]), math.prod(self.sizes[1:])
+        if kept == inner:
+            for first in range(0, self.wanted, _SPLIT):
+                size = min(_SPLIT, self.wanted - first)
+                yield first, size, size
+            return
+        rows = self.sizes[0]
+        step = max(_EIGHT, _SPLIT // inner // _EIGHT * _EIGHT)
+        for row in range(0, rows, step):
+            size = min(step, rows - row)
+            yield row * inner, size * inner, size * kept
 
 
 def _parts(key: str, blocks: Sequence[_Block], drawn: NDArray[Any]) -> Iterator[tuple[Sequence[Stream], NDArray[Any]]]:
     """What is drawn at a time, and where it goes: several blocks, or pieces of a large one."""
     if len(blocks) > 1:
-        yield [Stream(f"{key}/{block.name}", block.units, block.wanted) for block in blocks], drawn
+        yield [block.stream(key) for block in blocks], drawn
         return
-    (block,) = blocks
-    for first in range(0, block.wanted, _SPLIT):
-        part = drawn[:, first : first + _SPLIT]
-        yield [Stream(f"{key}/{block.name}", block.units, part.shape[1], first)], part
+    begin = 0
+    for first, size, wanted in blocks[0].pieces():
+        yield [blocks[0].stream(key, first, size)], drawn[:, begin : begin + wanted]
+        begin += wanted
 
 
 def _together(blocks: Iterator[_Block]) -> Iterator[list[_Block]]:

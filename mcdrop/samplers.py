@@ -28,15 +28,21 @@ Kept = NDArray[np.bool_]
 
 
 class Stream(NamedTuple):
-    """The random numbers of a block: their key, the units of a pass, and how many are wanted from which on.
+    """The random numbers of a block: their key, the units of a pass, how many are drawn, and from which on.
 
-    ``first`` is a multiple of eight.
+    ``first`` is a multiple of eight; ``chosen`` are those of the drawn ones that are wanted (None: all).
     """
 
     key: str
     units: int
-    wanted: int
+    drawn: int
     first: int = 0
+    chosen: NDArray[np.int64] | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many are wanted."""
+        return self.drawn if self.chosen is None else len(self.chosen)
 
 
 class Sampler(NamedTuple):
@@ -63,7 +69,7 @@ def _philox(streams: Sequence[Stream], what: str, start: int, passes: int) -> Wo
 
 def _one_philox(stream: Stream, what: str, start: int, passes: int) -> Words:
     """Gives those of one stream; a pass begins on a whole Philox counter."""
-    counters, few = -(-stream.units // _EIGHT), -(-stream.wanted // _EIGHT)
+    counters, few = -(-stream.units // _EIGHT), -(-stream.drawn // _EIGHT)
     digest = hashlib.blake2b(f"{stream.key}{what}".encode(), digest_size=16).digest()
     first = start * counters + stream.first // _EIGHT
     generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=first)
@@ -74,7 +80,8 @@ def _one_philox(stream: Stream, what: str, start: int, passes: int) -> Words:
         for one in words:
             one[:] = generator.random_raw(few * 4)
             generator.advance(counters - few)
-    return words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)[:, : stream.wanted]
+    each = words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)
+    return each[:, : stream.drawn] if stream.chosen is None else np.take(each, stream.chosen, axis=1)
 
 
 # -- independent passes ------------------------------------------------------------------------------------------------
@@ -100,12 +107,12 @@ def _balanced_words(streams: Sequence[Stream], start: int, passes: int) -> Words
     passes have enough blocks to tell their error by, and many have a smaller one.
     """
 
-    def made(blocks: NDArray[np.int64], nested: bool) -> Words:
+    def made(blocks: NDArray[np.int64], nested: slice) -> Words:
         sixteenth, inside = _sixteenths(streams, blocks), _of_blocks(streams, "/inside", blocks) >> np.uint32(4)
-        if nested:
-            place, chance = _chances(streams, blocks)
-            chance = np.take_along_axis(chance, sixteenth.astype(np.intp), axis=1)
-            inside = (inside >> np.uint32(2)) | (_quarters(chance, place) << np.uint32(26))
+        if len(blocks[nested]):
+            place, chance = _chances(streams, blocks[nested])
+            chance = np.take_along_axis(chance, sixteenth[nested].astype(np.intp), axis=1)
+            inside[nested] = (inside[nested] >> np.uint32(2)) | (_quarters(chance, place) << np.uint32(26))
         words: Words = (sixteenth.astype(np.uint32) << np.uint32(28)) | inside
         return words
 
@@ -117,17 +124,16 @@ def _balanced_kept(streams: Sequence[Stream], start: int, passes: int, threshold
     stratum, rest = divmod(threshold, 2**28)
     edge, finer = divmod(rest, 2**26)
 
-    def made(blocks: NDArray[np.int64], nested: bool) -> Kept:
+    def made(blocks: NDArray[np.int64], nested: slice) -> Kept:
         sixteenth = _sixteenths(streams, blocks)
         if not rest:
             return sixteenth >= stratum
         inside = _of_blocks(streams, "/inside", blocks)
-        if nested:
-            place, chance = _chances(streams, blocks, stratum)
+        within = inside >= rest << 4
+        if len(blocks[nested]):
+            place, chance = _chances(streams, blocks[nested], stratum)
             quarter = _quarters(chance, place)
-            within = (inside >= finer << 6) & (quarter == edge) | (quarter > edge)
-        else:
-            within = inside >= rest << 4
+            within[nested] = (inside[nested] >= finer << 6) & (quarter == edge) | (quarter > edge)
         kept: Kept = (sixteenth > stratum) | (within & (sixteenth == stratum))
         return kept
 
@@ -135,18 +141,21 @@ def _balanced_kept(streams: Sequence[Stream], start: int, passes: int, threshold
 
 
 def _in_stretches(
-    made: Callable[[NDArray[np.int64], bool], NDArray[Any]], dtype: type, streams: Sequence[Stream], start: int,
+    made: Callable[[NDArray[np.int64], slice], NDArray[Any]], dtype: type, streams: Sequence[Stream], start: int,
     passes: int,
 ) -> NDArray[Any]:  # fmt: skip
-    """Puts together what is made of blocks of 16 passes (blocks, 16, units), some at a time; later ones are nested."""
+    """Puts together what is made of blocks of 16 passes (blocks, 16, units), some at a time.
+
+    It is told which of them are parts of blocks of 64, by their places.
+    """
     units = sum(stream.wanted for stream in streams)
     found: NDArray[Any] = np.empty((passes, units), dtype)
-    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * max(1, units)))
-    edges = [_LARGE, *range(start - start % stretch, start + passes, stretch), start + passes]
-    edges = sorted({edge for edge in edges if start < edge <= start + passes} | {start})
-    for low, high in itertools.pairwise(edges):
+    together = max([units, *(stream.drawn for stream in streams)])
+    stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * max(1, together)))
+    for edge in range(start - start % stretch, start + passes, stretch):
+        low, high = max(start, edge), min(start + passes, edge + stretch)
         blocks = np.arange(low // _SMALL, -(-high // _SMALL))
-        each = made(blocks, low >= _LARGE).reshape(-1, units)
+        each = made(blocks, slice(np.searchsorted(blocks, _LARGE // _SMALL), None)).reshape(-1, units)
         begin = int(blocks[0]) * _SMALL
         found[low - start : high - start] = each[low - begin : high - begin]
     return found
@@ -168,10 +177,12 @@ def _chances(
     """Each block's place in its block of 64, and what the quarters of a 16th follow from: (blocks, 16 or 1, units)."""
     whole, place = np.divmod(blocks, _LARGE // _SMALL)
     wholes = np.arange(whole[0], whole[-1] + 1)
-    if stratum is None:
-        words = _of_blocks(streams, "/quarter", wholes)
-    else:
+    if stratum is not None and sum(stream.drawn for stream in streams) > _PIECE:
         words = np.stack([_philox(streams, "/quarter", int(one) * _SMALL + stratum, 1) for one in wholes])
+    else:  # all at once are fewer calls
+        words = _of_blocks(streams, "/quarter", wholes)[
+            :, slice(None) if stratum is None else slice(stratum, stratum + 1)
+        ]
     return place.astype(np.uint32)[:, None, None], words[whole - whole[0]]
 
 

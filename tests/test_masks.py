@@ -118,16 +118,18 @@ def test_units_are_kept_whose_numbers_reach_the_rate(sampler: str, p: float) -> 
         np.testing.assert_array_equal(kept, numbers >= np.float32(p))
 
 
+@pytest.mark.parametrize("shape", [(3000,), (300, 20), (50, 3, 20)], ids=str)
 @every_sampler
 @every_kind
 def test_pieces_of_a_large_block_are_those_of_the_whole(
-    sampler: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    sampler: str, kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for start, passes in ((3, 2), (60, 20)):
-        whole = masks((3000,), passes, start=start, sampler=sampler, kind=kind, p=0.3)
         with monkeypatch.context() as patched:
+            patched.setattr("mcdrop.masks._UNITS", 1)  # a block at a time
+            whole = masks(shape, passes, start=start, sampler=sampler, kind=kind, p=0.3)
             patched.setattr("mcdrop.masks._SPLIT", 104)
-            pieces = masks((3000,), passes, start=start, sampler=sampler, kind=kind, p=0.3)
+            pieces = masks(shape, passes, start=start, sampler=sampler, kind=kind, p=0.3)
         np.testing.assert_array_equal(pieces, whole)
 
 
