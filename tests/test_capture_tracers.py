@@ -115,11 +115,10 @@ def test_where_a_number_of_rows_cannot_be_told_the_network_itself_runs(net: nn.M
 
 
 @on_each_device
-def test_who_asks_for_the_number_of_rows_is_compiled_and_halved(device: str) -> None:
+def test_who_asks_for_the_number_of_rows_is_halved_too(device: str) -> None:
     torch.manual_seed(0)
     net, x = Counting(COUNTING["made"]).to(device), torch.randn(20, 4, device=device)
     expected = passes(mcdrop.wrap(net, example=x[:4]), x, 4)
-    assert apart(passes(mcdrop.wrap(net, example=x[:4], compile=True), x, 4), expected) < 1e-5
     assert apart(passes(mcdrop.wrap(net, example=x[:4], precision="bf16"), x, 4), expected) < 3e-2
 
 

@@ -22,7 +22,7 @@ MORE, FEWER = [*range(ROWS), 0], [2, 1]  # rows: the proof has all four, and one
 NO_GRAPH = {
     "attention_over_rows", "autocast", "batch_statistics", "branch_on_value", "custom_autograd", "drawn_rate",
     "draws_follow_values", "dynamic_shape", "fake_quantised", "gradient_inside", "gru_packed", "layer_drop",
-    "lstm_packed", "lstm_weight_dropped", "numpy_inside",
+    "lstm_packed", "numpy_inside",
 }  # fmt: skip
 if torch.__version__ < "2.13":
     NO_GRAPH.add("checkpointed")
