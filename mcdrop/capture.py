@@ -39,6 +39,7 @@ __all__ = ["Captured", "NotCaptured", "capture"]
 
 _PASSES, _ROWS = 5, 3  # of the stand-ins: unequal primes, so that no axis is taken for another
 _TELLING = (31, 37, 41, 43, 47, 53, 59, 61)  # numbers of rows that are told from other sizes where they come as numbers
+_MANY = 1_000_003  # another, for what a network decides by them
 
 # Decisions about the layout in memory, which change no number; and what torch decides of its own stand-ins.
 _HARMLESS = ("_subclasses/", "_prims_common/", "_prims/")
@@ -119,10 +120,10 @@ def capture(
             return _captured(module, rows, pick, found, masks, dtype)
         except _Tied as error:
             sizes = {size for tensor in _own_tensors(module, rows, masks) for size in tensor.shape[1:]}
-            count = next((count for count in _TELLING if all(size % count for size in sizes)), None)
-            if count is None:
+            counts = [count for count in _TELLING if all(size % count for size in sizes)][:2]
+            if len(counts) < 2:
                 raise error from None
-            return _captured(module, rows, pick, found, masks, dtype, count)
+            return _captured(module, rows, pick, found, masks, dtype, (*counts, _MANY))
 
     try:
         return written()
@@ -140,17 +141,16 @@ def _own_tensors(module: nn.Module, rows: Rows, masks: Sequence[Tensor | None]) 
 
 def _captured(
     module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: Sequence[Tensor | None], dtype: torch.dtype | None,
-    count: int | None = None,
+    counts: Sequence[int] = (),
 ) -> Captured:  # fmt: skip
-    """Writes it down; with a ``count`` for so many rows first, and then for any: its multiples were numbers of rows."""
+    """Writes it down; with ``counts`` for so many rows first, then for any: their multiples were numbers of rows."""
     places, beside, names = state_of(module), constants_of(module), [*rows.kwargs]
     own = [one for one in places if one.now() is not None]
     state = [*own, *beside]
 
     def passes(weights: list[Tensor], leaves: list[Tensor], stacks: list[Tensor]) -> Tensor:
-        placed = Rows(
-            tuple(leaves[: len(rows.args)]), dict(zip(names, leaves[len(rows.args) :], strict=True)), count or _ROWS
-        )
+        named, given = dict(zip(names, leaves[len(rows.args) :], strict=True)), tuple(leaves[: len(rows.args)])
+        placed = Rows(given, named, _ROWS)
 
         def one(*each: Tensor) -> Tensor:
             left = iter(each)
@@ -169,7 +169,7 @@ def _captured(
         [_stand_in(mode, _typed(leaf, dtype), _ROWS) for leaf in rows.leaves],
         [_stand_in(mode, stack, _PASSES) for stack in masks if stack is not None],
     )
-    graph = _for_any(passes, arguments, mode, count)
+    graph = _for_any(passes, arguments, mode, counts)
     symbols = _symbols(env, *arguments[1:])
     placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
     weights, leaves, stacks = (tuple(next(placeholders) for _ in given) for given in arguments)
@@ -179,14 +179,19 @@ def _captured(
 
 
 def _for_any(
-    passes: Callable[..., Tensor], arguments: tuple[list[Tensor], ...], mode: FakeTensorMode, count: int | None
+    passes: Callable[..., Tensor], arguments: tuple[list[Tensor], ...], mode: FakeTensorMode, counts: Sequence[int]
 ) -> fx.Graph:
-    if count is None:
+    """Writes passes down for any number of rows; all ``counts`` must give the same, the last of them without a loop."""
+    if not counts:
         return _written_down(passes, arguments, mode)
-    weights, leaves, stacks = arguments
-    with mode:
-        tied = [leaf.new_empty((count, *leaf.shape[1:])) for leaf in leaves]
-    untied = _untied(_written_down(passes, (weights, tied, stacks), mode), len(weights), count)
+    (weights, leaves, stacks), code = arguments, ""
+    for count in counts:
+        with mode:
+            tied = [leaf.new_empty((count, *leaf.shape[1:])) for leaf in leaves]
+        untied = _untied(_written_down(passes, (weights, tied, stacks), mode), len(weights), count)
+        if code not in ("", untied.module.code):
+            raise NotCaptured("it goes another way for other numbers of rows")
+        code = str(untied.module.code)
     return _written_down(lambda *given: untied.run(*itertools.chain(*given)), arguments, mode)
 
 

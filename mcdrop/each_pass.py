@@ -63,7 +63,7 @@ def each_pass(
     name = f"{operator} {settings} {apart} {spec}"
     _CALLS[name] = _Held(operator, run, together, one)
     found = EACH_PASS([leaves[place].movedim(axes[place], 0) for place in apart], [leaves[p] for p in alike], name)
-    return found if len(operator._schema.returns) != 1 or _gives_list(operator) else found[0]
+    return found if _gives_list(operator) else found[0]
 
 
 def run_each_pass(differing: Sequence[Tensor], same: Sequence[Tensor], call: str) -> list[Tensor]:

@@ -139,7 +139,6 @@ HOMES = {
         "mcdrop.program",
         "mcdrop.replay",
         "mcdrop.sums",
-        "mcdrop.drawn",
         "mcdrop.digits",
         "mcdrop.attention",
         "mcdrop.convolve",

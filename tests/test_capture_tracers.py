@@ -100,10 +100,11 @@ def test_who_asks_for_the_number_of_rows_is_captured_for_any(
     "net",
     [
         Counting(lambda x, h: h * (2 if len(x) > 20 else 1)),
+        Counting(lambda x, h: h * (2 if len(x) > 65 else 1)),
         Counting(COUNTING["shaped"], _TELLING),
         Counting(lambda x, h: torch.cat([h[i : i + 1] for i in range(len(h))])),
     ],
-    ids=["decides by it", "no number tells it", "goes row by row"],
+    ids=["decides by few", "decides by many", "no number tells it", "goes row by row"],
 )
 def test_where_a_number_of_rows_cannot_be_told_the_network_itself_runs(net: nn.Module) -> None:
     torch.manual_seed(0)

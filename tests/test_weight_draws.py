@@ -174,7 +174,11 @@ def test_passes_with_large_draws_are_those_of_the_masks_however_they_are_cut() -
     with torch.no_grad():
         before, weight, bias = net[:2](x), net[2].layer.weight, net[2].layer.bias  # type: ignore[index]
         each = [net[3](F.linear(before, weight * torch.from_numpy(one) / (1 - P), bias)) for one in mask]  # type: ignore[index]
-    for memory in (1, 8 * 4 * 300 * 300, 2**30):  # a pass at a time, parts of blocks of passes, and all
+    for memory in (
+        1,
+        8 * 4 * 4 * (300 * 300 + 20 * 300),
+        2**30,
+    ):  # a pass at a time, parts of blocks of passes, and all
         backend_of(model).chunk_bytes = memory
         block = model.backend.block(model.rows(x))
         parts = [
