@@ -18,6 +18,8 @@ from mcdrop.errors import ArtifactError, InputError
 __all__ = [
     "Chain",
     "Constants",
+    "Graph",
+    "Node",
     "Place",
     "constant",
     "depends_on",

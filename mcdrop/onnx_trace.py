@@ -20,6 +20,7 @@ from mcdrop.masks import Site, sample_masks
 from mcdrop.onnx_bodies import ABSENT
 from mcdrop.onnx_draws import Slot
 from mcdrop.onnx_graph import depends_on, pruned
+from mcdrop.onnx_mixing import united
 from mcdrop.rows import Rows
 
 __all__ = ["Axis", "Observer", "Trace", "fold_rows", "mask_feed", "ordered"]
@@ -95,7 +96,7 @@ class Observer:
     ) -> None:  # fmt: skip
         """Takes a graph that ``masks_as_inputs`` changed, its slots, what makes a session, and what runs it."""
         self._run = run
-        graph = model.graph
+        self._graph = graph = model.graph
         self._slots = slots
         self._initial = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         inputs = [info.name for info in graph.input if info.name not in self._initial]
@@ -147,6 +148,7 @@ class Observer:
         shared = [slot.path for slot in self._slots if layouts[slot.mask] is None and slot.mask not in absent]
         if shared:
             trouble = trouble or f"the draw of {shared[0]} is shared by all rows"
+        trouble = trouble or united(self._graph, [slot.mask for slot in self._slots], few, more)
         row_bytes = max(_grows(value, more.get(name)) for name, value in few.items())
         dtype = str(few[output].dtype)
         return Trace(sites, of_slot, layouts, units, kinds, trouble, row_bytes, dtype, frozenset(absent))

@@ -82,7 +82,7 @@ class _Posterior(nn.Module):
         for site in found.sites:
             if site.name not in off:  # torch 2.13 cannot export a buffer that is None
                 self.register_buffer(site.name, torch.as_tensor(drawn[site.name]))
-        self._folds = all(layout is not None for layout in found.layouts)
+        self._folds = all(layout is not None for layout in found.layouts) and not found.united
 
     def forward(self, *leaves: Tensor) -> dict[str, Tensor]:
         """Gives the posterior."""

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mcdrop.forward import forward
 from mcdrop.intercept import Interception
 from mcdrop.masks import Site, sample_masks
+from mcdrop.mixing import NUMBERS_READ, Result, result_of
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
@@ -96,7 +97,7 @@ class Spy(TorchDispatchMode):
     escaped: list[tuple[str, str]] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
     swapped: set[str] = field(default_factory=set)
-    results: list[tuple[int, bool]] = field(default_factory=list)  # bytes, and whether anything was drawn before
+    results: list[Result] = field(default_factory=list)
     drawn: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
@@ -117,10 +118,14 @@ class Spy(TorchDispatchMode):
             args = tuple(diverted.get(name, value) for name, value in zip(names, args, strict=False))
             kwargs = {name: diverted.get(name, value) for name, value in kwargs.items()}
         result = func(*args, **kwargs)
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.watched:
-                self.results.append((value.numel() * value.element_size(), self.drawn()))
+        self.note(str(func).removeprefix("aten."), result, [*args, *kwargs.values()])
         return result
+
+    def note(self, name: str, result: Any, given: Sequence[Any]) -> None:
+        """Notes what an operation made; of several values the first tells what it was made of."""
+        for place, value in enumerate(result if isinstance(result, tuple | list) else (result,)):
+            if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() not in self.watched:
+                self.results.append(result_of(name, value, () if place else given, drawn=self.drawn()))
 
     def _is_write(self, func: Any, given: dict[str, Any], name: str, value: Any) -> bool:
         """Whether an operation writes to this argument and it is watched; then it gets a copy to write to."""
@@ -251,6 +256,19 @@ def nowhere(path: str) -> bool:
     return False
 
 
+def _readings(spy: Spy) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Rules that note when numbers are read out of torch."""
+
+    def rule_of(function: Callable[..., Any]) -> Callable[..., Any]:
+        def rule(mode: Interception, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            spy.note(f"Tensor.{function.__name__}", None, [tensor])
+            return function(tensor, *args, **kwargs)
+
+        return rule
+
+    return {function: rule_of(function) for function in NUMBERS_READ}
+
+
 def record(
     module: nn.Module, rows: Rows, pick: Pick, *, seed: int | None, force: Callable[[str], bool] = nowhere
 ) -> tuple[Recorder, Spy]:
@@ -262,7 +280,7 @@ def record(
     stays = [*kept_tensors(module)]  # where a forward sets others, so that none of these takes the memory of one
     with own_generator():
         foreign = _Foreign()
-        with _own_tensor_dicts(module, spy), spy, Interception(source, RULES):
+        with _own_tensor_dicts(module, spy), spy, Interception(source, {**RULES, **_readings(spy)}):
             forward(module, rows, pick)
         spy.escaped += foreign.moved(known=bool(spy.escaped))
     del stays

@@ -67,7 +67,8 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
         warnings.filterwarnings("error", message=".*performance drop.*")
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
         # where rows of other passes lie in one batch, what a network writes to itself may be made of all of them
-        for tier in ("vmap",) if volatile(module) else ("vmap", "fold"):
+        apart = found.united or ("it writes to itself" if volatile(module) else "")
+        for tier in ("vmap",) if apart else ("vmap", "fold"):
             try:
                 got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
             except Exception as error:  # whatever a network does there, the loop is right
@@ -79,6 +80,8 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
                 reasons.append(f"{tier} differs from the loop by {worst:.1e}")
             elif tier == "vmap":
                 return tier, "equals the loop; what comes before the first draw is run once"
+    if apart:
+        reasons.append(f"fold would mix passes: {apart}")
     best = min(seconds, key=lambda tier: seconds[tier])
     agrees = "equals the loop" if best == "fold" else "the way that the others are checked against"
     return best, "; ".join([agrees, *reasons])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
@@ -16,7 +17,9 @@ from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
 from mcdrop.intercept import Given, Interception, Layout, Rules
 from mcdrop.masks import Site, sample_masks
+from mcdrop.mixing import united
 from mcdrop.outputs import Pick
+from mcdrop.quiet import first_line
 from mcdrop.record import Draw, Recorder, Spy, nowhere, record
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
@@ -38,9 +41,10 @@ class Trace:
     the rows could not be told: their masks belong to one number of rows. ``off`` lists the module of each dropout call
     that is switched off (None where its rate is 0 besides), ``forced`` the numbers of those that drop all the same.
     ``escaped`` lists (module, operation) of draws that no rule controls, ``written`` the parameters and buffers that
-    the pass writes to, ``swapped`` the modules that have others put in their place for a while. ``row_bytes`` is the
-    largest result of one operation, in bytes a row, ``pass_bytes`` the largest after the first draw, and
-    ``shared_bytes`` the largest there that all rows share, such as weights under a mask.
+    the pass writes to, ``swapped`` the modules that have others put in their place for a while. ``united`` says why
+    passes cannot share a batch, and is empty where they can. ``row_bytes`` is the largest result of one operation, in
+    bytes a row, ``pass_bytes`` the largest after the first draw, and ``shared_bytes`` the largest there that all rows
+    share, such as weights under a mask.
     """
 
     sites: tuple[Site, ...]
@@ -52,6 +56,7 @@ class Trace:
     escaped: tuple[tuple[str, str], ...]
     written: tuple[str, ...]
     swapped: frozenset[str]
+    united: str
     row_bytes: int
     pass_bytes: int
     shared_bytes: int
@@ -116,7 +121,8 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     except _ONE_SIZE:
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
-    few, more, larger = source.draws, [], None
+    few, more, larger, first = source.draws, [], None, spy
+    again = partial(record, module, repeat_rows(given, 2 * given.count), pick, seed=0, force=force)
     rates = _random_rates(few, [record(module, given, pick, seed=seed, force=force)[0] for seed in _SEEDS])
     with suppress(*_ONE_SIZE):
         wide, larger = record(module, repeat_rows(rows, _MORE), pick, seed=0, force=force)
@@ -130,8 +136,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     if unclear and given is not rows:
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
-        asked = [draw.shape for draw in source.draws]
-        shapes = [asked[i] if f"site{i}" in unclear else shape for i, shape in enumerate(shapes)]
+        shapes = [source.draws[i].shape if f"site{i}" in unclear else shape for i, shape in enumerate(shapes)]
     found = Trace(
         sites=tuple(
             Site(f"site{i}", shapes[i], draw.p, "uniform" if i in rates else draw.kind, draw.path)
@@ -145,6 +150,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         escaped=tuple(spy.escaped),
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
+        united=_united(first, larger, again),
         **_memory(spy, larger, given.count),
     )
     return found if found.unclear else _ordered(module, given, pick, found)
@@ -179,6 +185,14 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
     return placed(told_apart(several, differs))
 
 
+def _united(few: Spy, more: Spy | None, again: Callable[[], tuple[Recorder, Spy]]) -> str:
+    """Says why passes cannot share a batch; ``again`` runs the few rows twice over."""
+    try:
+        return united(few.results, None if more is None else more.results, lambda: again()[1].results)
+    except _ONE_SIZE as error:
+        return f"it does not take more rows: {first_line(error)}"
+
+
 def _memory(spy: Spy, larger: Spy | None, rows: int) -> dict[str, int]:
     """The largest results by row, by row after the first draw, and of all rows together there.
 
@@ -187,9 +201,9 @@ def _memory(spy: Spy, larger: Spy | None, rows: int) -> dict[str, int]:
     found = dict.fromkeys(_SIZES, 1)
     tells = larger is not None and rows < _MORE and len(larger.results) == len(spy.results)
     more = larger.results if larger is not None and tells else None
-    for i, (size, drawn) in enumerate(spy.results):
-        own = size / rows if more is None else (more[i][0] - size) / (_MORE - rows)
-        each = {"row_bytes": own, "pass_bytes": own * drawn, "shared_bytes": (size - own * rows) * drawn}
+    for i, one in enumerate(spy.results):
+        own = one.size / rows if more is None else (more[i].size - one.size) / (_MORE - rows)
+        each = {"row_bytes": own, "pass_bytes": own * one.drawn, "shared_bytes": (one.size - own * rows) * one.drawn}
         found = {name: max(most, math.ceil(each[name])) for name, most in found.items()}
     return found
 

@@ -14,7 +14,7 @@ PACKAGES = ("mcdrop", "service", "models")
 
 # From the ground up. A module may import from lower floors, never from its own.
 FLOORS = [
-    ["mcdrop.errors", "mcdrop.blocks", "mcdrop.agreement"],
+    ["mcdrop.errors", "mcdrop.blocks", "mcdrop.agreement", "mcdrop.mixing"],
     ["mcdrop.at_once", "mcdrop.samplers"],
     [
         "mcdrop.masks",
@@ -42,6 +42,7 @@ FLOORS = [
         "mcdrop.intercept",
         "mcdrop.backends",
         "mcdrop.onnx_bodies",
+        "mcdrop.onnx_mixing",
         "mcdrop.rowfile",
         "mcdrop.stacks",
         "mcdrop.sums",
@@ -111,6 +112,7 @@ HOMES = {
         "mcdrop.batchnorm",
         "mcdrop.inject",
         "mcdrop.layers",
+        "mcdrop.mixing",
         "mcdrop.outputs",
         "mcdrop.shadow",
         "mcdrop.volatile",
