@@ -17,7 +17,7 @@ from mcdrop.errors import ModelRefused, UncontrolledDraw
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
 
-__all__ = ["PACKED", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Layout", "Rules", "Source"]
+__all__ = ["PACKED", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Layout", "Rules", "Source", "result"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -200,14 +200,14 @@ class Interception(TorchFunctionMode):
         """Takes the source that answers the draws, and the rules by function."""
         super().__init__()
         self.source = source
-        self._rules = rules
+        self.rules = rules
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the rule of a function that draws, and any other function as it is."""
         kwargs = kwargs or {}
-        rule = self._rules.get(func)
+        rule = self.rules.get(func)
         if rule is not None:
             return rule(self, *args, **kwargs)
         taught = TAUGHT_FUNCTIONS.get(func) if TAUGHT_FUNCTIONS else None
@@ -260,13 +260,13 @@ class Interception(TorchFunctionMode):
         The mask has the first ``leading`` axes of the tensor (None: all).
         """
         keep = self._keep(x, p, x.dim() if leading is None else leading)
-        return _result(x) if keep is None else x * (keep * (1 / (1 - p) if p < 1 else 0.0))
+        return result(x) if keep is None else x * (keep * (1 / (1 - p) if p < 1 else 0.0))
 
     def alpha_drop(self, x: Tensor, p: float, leading: int | None = None) -> Tensor:
         """Alpha dropout: dropped units go to SELU's floor, and moments are restored (Klambauer et al. 2017, sec. 3)."""
         keep = self._keep(x, p, x.dim() if leading is None else leading)
         if keep is None:
-            return _result(x)
+            return result(x)
         scale = 0.0 if p == 1 else ((1 - p) * (1 + p * _SELU_FLOOR**2)) ** -0.5
         return scale * (x * keep + _SELU_FLOOR * (1 - keep)) - scale * _SELU_FLOOR * p
 
@@ -275,6 +275,6 @@ class Interception(TorchFunctionMode):
         return None if keep is None else keep.to(x.dtype).reshape(*keep.shape, *(1,) * (x.dim() - leading))
 
 
-def _result(x: Tensor) -> Tensor:
+def result(x: Tensor) -> Tensor:
     """Gives a tensor as what an operation gives: a parameter would be registered wherever a module keeps it."""
     return x.detach() if isinstance(x, nn.Parameter) else x

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mcdrop.digits import digits
-from mcdrop.errors import InputError
+from mcdrop.errors import InputError, UncontrolledDraw
 from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
@@ -197,8 +197,13 @@ class Plans:
             return straight(program, program.masks(present), tensors, len(present[0]))
         # a single pass has nothing to batch, and vmap's rules only cost
         single = all(stack is None or len(stack) == 1 for stack in stacks)
-        run = TIERS["loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier]
-        return run(self.live, tensors, self.pick, plan.trace, stacks)
+        tier = "loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier
+        try:
+            return TIERS[tier](self.live, tensors, self.pick, plan.trace, stacks)
+        except UncontrolledDraw:
+            if tier != "direct":
+                raise
+        return TIERS["loop"](self.live, tensors, self.pick, plan.trace, stacks)  # it sees what the other did not expect
 
     def _eager(self, plan: Plan, tensors: Rows) -> str:
         """The tier for what a captured program does not stand for: other sizes, or one draw alone. Found when asked."""

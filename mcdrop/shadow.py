@@ -8,28 +8,59 @@ the original are seen by the shadow at once. Layers added to or taken from the o
 import copy
 import functools
 import sys
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mcdrop.errors import ModelRefused
 from mcdrop.registry import TAUGHT_LAYERS, Taught
 from mcdrop.standing import kept_tensors
 
-__all__ = ["copied", "live_shadow", "reached_originals", "unwrapped"]
+__all__ = ["PLAYING", "copied", "live_shadow", "reached_originals", "takes_masks", "unwrapped"]
+
+PLAYING = threading.local()  # its ``mode`` drops in this thread's dropout layers; without one they do as ever
 
 _SHARED = ("_parameters", "_buffers")
 _DEEPEST = 3  # containers inside containers that may still hold a module
 
 
+def _drops(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward of a dropout layer that runs a function of torch, or what drops in its place."""
+
+    def drop(self: Any, input: Tensor) -> Tensor:
+        mode = getattr(PLAYING, "mode", None)
+        if mode is None:
+            return function(input, self.p, self.training, self.inplace)
+        dropped: Tensor = mode.rules[function](mode, input, self.p, self.training, self.inplace)
+        return dropped
+
+    return drop
+
+
+_DROPS: dict[type, Callable[..., Tensor]] = {
+    nn.Dropout: _drops(F.dropout),
+    nn.Dropout1d: _drops(F.dropout1d),
+    nn.Dropout2d: _drops(F.dropout2d),
+    nn.Dropout3d: _drops(F.dropout3d),
+}
+
+
+def takes_masks(layer: nn.Module) -> bool:
+    """Whether a layer of a shadow is a dropout layer that may be given its masks."""
+    return getattr(layer.__dict__.get("forward"), "__func__", None) in _DROPS.values()
+
+
 def live_shadow(module: nn.Module, *, drawing: bool = False) -> nn.Module:
     """Gives a shadow of the module with every training flag off.
 
-    One that is ``drawing`` has the forwards and flags of the layers that the user has taught (``register``).
+    One that is ``drawing`` has the forwards and flags of the layers that the user has taught (``register``), and its
+    dropout layers may be given their masks (``PLAYING``).
 
     Raises:
         ModelRefused: a TorchScript module, whose Python structure is gone.
@@ -50,6 +81,9 @@ def live_shadow(module: nn.Module, *, drawing: bool = False) -> nn.Module:
             copies[id(original)].__dict__.update(_state(original, copies))
             if drawing and type(original) in TAUGHT_LAYERS:
                 _teach(copies[id(original)], TAUGHT_LAYERS[type(original)])
+            elif drawing and type(original) in _DROPS:
+                layer = copies[id(original)]
+                layer.__dict__.setdefault("forward", types.MethodType(_DROPS[type(original)], layer))
     return copies[id(module)]
 
 

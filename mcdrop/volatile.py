@@ -7,7 +7,6 @@ grows: passes that went on from one another would depend on their order, and on 
 import hashlib
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -79,25 +78,33 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), key
 
 
-@contextmanager
-def from_start(module: nn.Module) -> Iterator[None]:
+class from_start:
     """Gives a forward its own copies of what it writes to, and takes what it wrote away again.
 
     Buffers are put in a dict of its own: a captured graph, or the user's network, may read the other meanwhile.
+    A class, because every single pass enters it, and a generator would cost several times as much.
     """
-    held, dicts = list[_Held](), []
-    for name, start in volatile(module).items():
-        owner, key = _owner(module, name)
-        dicts.append((owner, owner._buffers))
-        owner.__dict__["_buffers"] = {**owner._buffers}
-        held.append(_Held(owner._buffers if key in owner._buffers else vars(owner), key))
-        held[-1].put(mapped(start, _cloned))
-    try:
-        yield
-    finally:
-        for one in reversed(held):
+
+    __slots__ = ("_dicts", "_held", "_module")
+
+    def __init__(self, module: nn.Module) -> None:
+        """Takes a shadow."""
+        self._module, self._held, self._dicts = module, list[_Held](), list[tuple[nn.Module, Any]]()
+
+    def __enter__(self) -> None:
+        """Puts the copies in their places."""
+        for name, start in volatile(self._module).items():
+            owner, key = _owner(self._module, name)
+            self._dicts.append((owner, owner._buffers))
+            owner.__dict__["_buffers"] = {**owner._buffers}
+            self._held.append(_Held(owner._buffers if key in owner._buffers else vars(owner), key))
+            self._held[-1].put(mapped(start, _cloned))
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Takes away what was written."""
+        for one in reversed(self._held):
             one.put_back()
-        for owner, buffers in reversed(dicts):
+        for owner, buffers in reversed(self._dicts):
             owner.__dict__["_buffers"] = buffers
 
 

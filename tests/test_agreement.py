@@ -93,7 +93,7 @@ def test_a_class_whose_logit_is_masked_has_no_chance_and_changes_nothing(precisi
 
 
 @pytest.mark.parametrize(
-    ("way", "chosen", "tiers"), [("", ["captured"], [*TIERS]), ("branch", ["fold", "loop"], ["fold"])]
+    ("way", "chosen", "tiers"), [("", ["captured"], [*TIERS]), ("branch", ["direct"], ["direct", "fold"])]
 )
 def test_masked_logits_are_the_same_in_every_tier(way: str, chosen: list[str], tiers: list[str]) -> None:
     model = mcdrop.wrap(Classes(-INF, way), example=X, task="classification")

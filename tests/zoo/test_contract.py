@@ -95,7 +95,8 @@ def test_the_tier_gives_what_the_loop_gives_with_the_same_masks(name: str) -> No
     backend = made.model.backend
     assert isinstance(backend, TorchBackend)
     loop = backend.run(made.rows, 8, only=None, tier="loop")
-    assert same(backend.run(made.rows, 8, only=None).float(), loop.float(), tolerance(made.module))
+    for tier in (None, "direct"):
+        assert same(backend.run(made.rows, 8, only=None, tier=tier).float(), loop.float(), tolerance(made.module))
     assert same(passes(made, made.example, 8), loop.float(), tolerance(made.module))
 
 
