@@ -19,7 +19,7 @@ TINY = Recipe(p=0.1, hidden=(8, 8), epochs=2, batch=16, rate=1e-3, decay=0.0, bi
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A made-up set ``line`` of 60 rows, target in the middle column, with three splits, and the same as ``yacht``."""
+    """A made-up set ``line`` of 60 rows, target in the middle column, with two splits, and the same as ``yacht``."""
     rng = np.random.default_rng(0)
     for name in ("line", "yacht"):
         here = tmp_path / "uci" / name
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
         np.savetxt(here / "data.txt", np.stack([x[:, 0], 3 * x[:, 0] + 5, np.round(x[:, 1])], axis=1))
         np.savetxt(here / "index_features.txt", [0, 2], fmt="%d")
         np.savetxt(here / "index_target.txt", [1], fmt="%d")
-        for k in range(3):
+        for k in range(2):
             order = rng.permutation(60)
             np.savetxt(here / f"index_train_{k}.txt", order[:50], fmt="%d")
             np.savetxt(here / f"index_test_{k}.txt", order[50:], fmt="%d")
@@ -40,8 +40,8 @@ def test_a_set_is_read_as_its_index_files_say(folder: Path) -> None:
     raw = np.loadtxt(folder / "uci" / "line" / "data.txt")
     np.testing.assert_array_equal(data.x, raw[:, [0, 2]])
     np.testing.assert_array_equal(data.y, raw[:, 1])
-    assert [len(rows) for rows in data.train] == [50] * 3
-    assert [len(rows) for rows in data.test] == [10] * 3
+    assert [len(rows) for rows in data.train] == [50] * 2
+    assert [len(rows) for rows in data.test] == [10] * 2
 
 
 def test_splits_that_do_not_cut_the_rows_in_two_are_refused() -> None:
@@ -62,7 +62,7 @@ def test_a_missing_set_or_folder_says_what_there_is(folder: Path, tmp_path: Path
 def test_other_splits_have_the_same_sizes_and_follow_the_seed(folder: Path) -> None:
     data = read_set(folder, "line")
     one, two = recut(data, 1), recut(data, 1)
-    assert [len(rows) for rows in one.test] == [10] * 3
+    assert [len(rows) for rows in one.test] == [10] * 2
     assert all((a == b).all() for a, b in zip(one.train, two.train, strict=True))
     assert any((a != b).any() for a, b in zip(one.train, recut(data, 2).train, strict=True))
 
@@ -133,13 +133,13 @@ def test_every_dropout_of_a_network_is_live_in_mcdrop() -> None:
 
 def test_the_benchmark_runs_on_any_folder_of_the_layout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out" / "uci.json"
-    main(["--data", str(folder), "--json", str(out), "--effort", "0.005"])
+    main(["--data", str(folder), "--json", str(out), "--effort", "0.0005"])
     results = json.loads(out.read_text())
     assert set(results["environment"]) == {"machine", "versions", "commit"}
     assert list(results["sets"]) == ["line", "yacht"]
     assert list(results["sets"]["line"]) == ["ours"]  # the paper knows no such set
     assert list(results["sets"]["yacht"]) == ["paper", "ours"]
-    assert len(results["sets"]["yacht"]["paper"]["rmse"]["splits"]) == 3
+    assert len(results["sets"]["yacht"]["paper"]["rmse"]["splits"]) == 2
     coverage = results["sets"]["line"]["ours"]["coverage"]
     assert coverage["0.8"]["conformal"]["covered"] >= 0.5
     assert coverage["0.95"]["conformal"]["width"] is None  # infinite: ten held-out rows are too few for 95 %

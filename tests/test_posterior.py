@@ -46,8 +46,16 @@ def _compare(found: dict[str, Any], expected: mcdrop.Prediction) -> None:
         assert np.abs(np.asarray(value) - getattr(expected, name)).max() <= 1e-5, name
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
-@pytest.mark.parametrize("name", ["cnn", "encoder", "lstm", "mlp"])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("cnn", "classification"),
+        ("encoder", "regression"),
+        ("lstm", "classification"),
+        ("mlp", "classification"),
+        ("mlp", "regression"),
+    ],
+)
 def test_it_equals_predict_for_any_number_of_rows(name: str, task: str, tmp_path: Path) -> None:
     module, x = built(name)
     model = mcdrop.wrap(module, example=x, task=task)
