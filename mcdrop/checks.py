@@ -1,9 +1,13 @@
-"""Checks of a traced network: same masks, same answer; rows answer for themselves; the expectation is eval's."""
+"""Checks of a traced network: what each mask changes; same masks, same answer; rows for themselves; expectations."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from mcdrop.agreement import difference
+from mcdrop.agreement import difference, identical
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import draws_off
@@ -14,18 +18,50 @@ from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 from mcdrop.volatile import alike, inside
 
-__all__ = ["SAME", "coupled", "mean_preserving", "unrepeatable"]
+__all__ = ["SAME", "changing", "coupled", "mean_preserving", "unrepeatable"]
 
 SAME = 1e-6  # a GPU adds up in no order
 _SO = "so a row's answer depends on its batch"
+_TRIES = 6
+_APART = 1000  # seeds of other masks
+_FEW = 8
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 
 
-def _masks(found: Trace, rows: Rows) -> list[Tensor]:
+def _masks(found: Trace, rows: Rows, *, seed: int = 0) -> list[Tensor]:
     """The draws of one pass."""
     device = rows.leaves[0].device
-    drawn = sample_masks(found.sites, 1, seed=0)
+    drawn = sample_masks(found.sites, 1, seed=seed)
     return [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]
+
+
+def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Callable[[int], bool]:
+    """Gives what says of a site whether another mask on it alone changes the output; one pass is shared by all."""
+    # the others drawn too: some draws only show where another one is not at its expectation
+    drawn = cache(lambda seed: _masks(found, rows, seed=seed))
+    # half of the units whatever the rate, so that a rare drop is seen as well as a common one
+    halved = replace(found, sites=tuple(replace(site, p=0.5) for site in found.sites))
+    others = cache(lambda seed: _masks(halved, rows, seed=_APART + seed))
+
+    @torch.no_grad()
+    def output(masks: list[Tensor]) -> Tensor:
+        return one_pass(live, rows, pick, found, masks)
+
+    base = cache(lambda seed: output(drawn(seed)))
+
+    def changes(index: int, seed: int) -> bool:
+        masks = [*drawn(seed)]
+        masks[index] = _unlike(masks[index], others(seed)[index], found.sites[index].kind)
+        return not identical(output(masks), base(seed))
+
+    return lambda index: any(changes(index, seed) for seed in range(_TRIES))
+
+
+def _unlike(mask: Tensor, other: Tensor, kind: str) -> Tensor:
+    """Another mask; where units are few it may be the same, or lead to the same decision, so the opposite of it."""
+    if mask.numel() > _FEW:
+        return other
+    return {"bernoulli": 1 - mask, "normal": -mask, "uniform": torch.where(mask < 0.5, 0.999, 0.001)}.get(kind, other)
 
 
 def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:

@@ -130,8 +130,10 @@ class _NormInputs(TorchFunctionMode):
 def _norms(backend: TorchBackend, rows: Rows) -> tuple[NormReport, ...]:
     """Per norm layer the variance under masks over the running one, and over that without (Li et al. 2018, sec. 3)."""
     masked, plain = _NormInputs(backend.live), _NormInputs(backend.plain)
-    backend.watch(rows, masked, passes=_PASSES)
     backend.watch(rows, plain, passes=0)
+    if not plain.seen:
+        return ()
+    backend.watch(rows, masked, passes=_PASSES)
     reports = []
     for path, (mean, square, running) in ((path, _pooled(seen)) for path, seen in masked.seen.items()):
         if path not in plain.seen:

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mcdrop.agreement import difference, identical
+from mcdrop.agreement import difference
 from mcdrop.audit import Audit, SiteReport
-from mcdrop.checks import SAME, coupled, mean_preserving, unrepeatable
+from mcdrop.checks import SAME, changing, coupled, mean_preserving, unrepeatable
 from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.forward import draws_off, to_tensors
-from mcdrop.masks import Site, sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
 from mcdrop.record import Spy, own_generator, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow, reached_originals
-from mcdrop.trace import Trace, one_pass, trace
+from mcdrop.trace import Trace, trace
 from mcdrop.volatile import Left, own, starts
 
 __all__ = ["UNUSABLE", "Discovery", "Overrules", "discover", "matching"]
@@ -30,7 +29,6 @@ __all__ = ["UNUSABLE", "Discovery", "Overrules", "discover", "matching"]
 UNUSABLE = "the network cannot take these inputs"
 
 _FEW_ROWS = 4
-_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,8 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         raise UncontrolledDraw(_lost_message(name, lost))
     warnings += lost + _unclear(found) + coupled(live, few, pick, found)
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
-    reports = tuple(_report(live, few, pick, found, index, excluded) for index in range(len(found.sites)))
+    changes = changing(live, few, pick, found)
+    reports = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))
     audit = Audit(
         model=name,
         modules=sum(1 for _ in live.modules()),
@@ -222,37 +221,19 @@ def _own_swapped(shadows: tuple[nn.Module, ...], paths: Collection[str]) -> None
             owner.__dict__.update(_parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
 
 
-def _report(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int, excluded: frozenset[str]) -> SiteReport:
-    """Checks whether a mask on one site alone changes the output."""
+def _report(found: Trace, index: int, excluded: frozenset[str], changes: Callable[[int], bool]) -> SiteReport:
+    """Reports on one site; ``changes`` says whether a mask on it alone changes the output."""
     site = found.sites[index]
-    verdict, reason = _verdict(live, rows, pick, found, index)
+    verdict, reason = "live", "changes the output"
+    if site.kind == "bernoulli" and site.p in (0.0, 1.0):
+        verdict, reason = "idle", f"its drop rate is {site.p:g}"
+    elif not changes(index):
+        verdict, reason = "idle", "no mask on it changes the output"
     if site.path in excluded:
         verdict, reason = "excluded", "excluded by the user"
     p = site.p if site.kind == "bernoulli" else None
     shared = found.layouts[index] is None and site.name not in found.unclear
     return SiteReport(site.name, site.path, site.kind, p, site.shape, verdict, reason, shared)
-
-
-def _verdict(live: nn.Module, rows: Rows, pick: Pick, found: Trace, index: int) -> tuple[str, str]:
-    site = found.sites[index]
-    if site.kind == "bernoulli" and site.p in (0.0, 1.0):
-        return "idle", f"its drop rate is {site.p:g}"
-    # half of the units whatever the rate, so that a rare drop is seen as well as a common one
-    sites = [*found.sites]
-    sites[index] = Site(site.name, site.shape, 0.5, site.kind)
-    device = rows.leaves[0].device
-    for seed in range(_TRIES):
-        # the others drawn too: some draws only show where another one is not at its expectation
-        drawn = sample_masks(sites, 2, seed=seed)
-        stacks = [torch.as_tensor(drawn[other.name]).to(device) for other in sites]
-        masks = [stack[0] for stack in stacks]
-        with torch.no_grad():
-            base = one_pass(live, rows, pick, found, masks)
-            masks[index] = stacks[index][1]
-            output = one_pass(live, rows, pick, found, masks)
-        if not identical(output, base):
-            return "live", "changes the output"
-    return "idle", "no mask on it changes the output"
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
     if site.kind not in KINDS:
         raise UnknownName("kind of draw", site.kind, KINDS)
     kind, numbers = KINDS[site.kind], SAMPLERS[sampler]
+    if site.kind == "bernoulli" and site.p in (0, 1):
+        return np.full((passes, *site.shape), not site.p, kind.dtype)
     values: NDArray[Any] = np.empty((passes, *site.shape), kind.dtype)
     for some in _together(_blocks(site.shape)):
         drawn: NDArray[Any] = np.empty((passes, sum(block.wanted for block in some)), kind.dtype)

@@ -1,9 +1,11 @@
 """The differential probe: what does switching on the training flag of one module do?
 
 No list of layer types: one flag at a time, on a shadow, and only flags whose effect is "draws random numbers and
-nothing else" are kept. BatchNorm, moving averages, losses and auxiliary heads of training stay in eval.
+nothing else" are kept. (Those that nobody but torch's own dropout layers reads are known to be such.) BatchNorm, moving
+averages, losses and auxiliary heads of training stay in eval.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from mcdrop.agreement import identical
 from mcdrop.forward import out_of_memory
 from mcdrop.record import record
 from mcdrop.rows import Rows
+from mcdrop.shadow import takes_masks
 
 __all__ = ["Verdict", "probe"]
 
@@ -37,12 +40,15 @@ class Verdict:
 
 
 @contextmanager
-def _noting_readers(module: nn.Module) -> Iterator[set[int]]:
-    """Collects the ids of the modules that read ``self.training``; changes classes of the shadow for the while."""
-    readers: set[int] = set()
+def _noting_readers(module: nn.Module) -> Iterator[dict[int, list[bool]]]:
+    """Collects whose ``training`` is read, by id, and of each time whether by itself.
+
+    It changes classes of the shadow for the while.
+    """
+    readers: dict[int, list[bool]] = {}
 
     def read(self: nn.Module) -> bool:
-        readers.add(id(self))
+        readers.setdefault(id(self), []).append(sys._getframe(1).f_locals.get("self") is self)
         return bool(self.__dict__["training"])
 
     def write(self: nn.Module, value: bool) -> None:
@@ -71,12 +77,21 @@ def probe(module: nn.Module, rows: Rows) -> dict[str, Verdict]:
         if isinstance(child, _NormBase):
             verdicts[path] = Verdict("norm", "a norm layer: its running statistics stay frozen")
             continue
+        if _only_drops(child, by_itself=all(readers[id(child)])):
+            verdicts[path] = Verdict("stochastic", "draws random numbers", len(readers[id(child)]))
+            continue
         child.training = True
         try:
             verdicts[path] = _effect(module, rows, base)
         finally:
             child.training = False
     return verdicts
+
+
+def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
+    """Whether a flag is read by nothing but one of torch's dropout layers, whose code says what it does."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return takes_masks(layer) and by_itself and not hooked and 0 <= float(layer.p) <= 1  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -119,34 +134,34 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 def _effect(module: nn.Module, rows: Rows, base: _Observation) -> Verdict:
-    """Says what the flag that was just switched on does."""
+    """Says what the flag that was just switched on does; a second look is for what the first does not settle."""
     try:
-        seen = [_observe(module, rows, seed=seed) for seed in _SEEDS]
+        first = _observe(module, rows, seed=_SEEDS[0])
+        altered = _altered(first, base)
+        if first.draws > base.draws and first.structure == base.structure and not altered:
+            return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
+        second = _observe(module, rows, seed=_SEEDS[1])
     except Exception as error:  # any failure but of memory means that this is not a flag to switch on
         if out_of_memory(error):
             raise
         return Verdict("refused", f"fails in training mode: {type(error).__name__}: {str(error)[:100]}")
-    first = seen[0]
-    draws = max(one.draws for one in seen) - base.draws
-    if first.written - base.written:
-        return Verdict(
-            "refused", f"writes to {', '.join(sorted(first.written - base.written))} in training mode", draws
-        )
-    if first.changed - base.changed:
-        return Verdict(
-            "refused", f"changes its attribute {min(first.changed - base.changed)[1]} in training mode", draws
-        )
-    if any(one.structure != base.structure for one in seen) and not _shapes_vary(seen):
+    draws = max(first.draws, second.draws) - base.draws
+    if altered:
+        return Verdict("refused", altered, draws)
+    if first.structure == second.structure != base.structure:  # else the shape of the output itself is random
         return Verdict("refused", "returns something else in training mode", draws)
-    if all(one.draws == base.draws for one in seen):
-        if all(identical(a, b) for a, b in zip(first.values, base.values, strict=True)):
-            return Verdict("inert", "no effect on this input")
-        if any(not identical(a, b) for a, b in zip(first.values, seen[1].values, strict=True)):
-            return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
-        return Verdict("refused", "computes something else in training mode, without a draw")
-    return Verdict("stochastic", "draws random numbers", draws)
+    if {first.draws, second.draws} != {base.draws}:
+        return Verdict("stochastic", "draws random numbers", draws)
+    if all(identical(a, b) for a, b in zip(first.values, base.values, strict=True)):
+        return Verdict("inert", "no effect on this input")
+    if any(not identical(a, b) for a, b in zip(first.values, second.values, strict=True)):
+        return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
+    return Verdict("refused", "computes something else in training mode, without a draw")
 
 
-def _shapes_vary(seen: list[_Observation]) -> bool:
-    """Whether the shape of the output itself is random."""
-    return len({one.structure for one in seen}) > 1
+def _altered(seen: _Observation, base: _Observation) -> str:
+    """Says what a pass in training mode writes to or changes and one in eval does not; empty where there is nothing."""
+    written, changed = seen.written - base.written, seen.changed - base.changed
+    if written:
+        return f"writes to {', '.join(sorted(written))} in training mode"
+    return f"changes its attribute {min(changed)[1]} in training mode" if changed else ""
