@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import cache
 
@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mcdrop.decisions import Parted
 from mcdrop.digits import digits
-from mcdrop.errors import InputError, UncontrolledDraw
+from mcdrop.errors import InputError
 from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
@@ -22,7 +23,7 @@ from mcdrop.program import Values
 from mcdrop.rows import Rows
 from mcdrop.stacks import Bits, Kept, Span, block_bytes, expected_stack, stack
 from mcdrop.standing import state_of
-from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
+from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, one_by_one
 from mcdrop.trace import Trace, trace, widened
 
 __all__ = ["Plans"]
@@ -198,12 +199,10 @@ class Plans:
         # a single pass has nothing to batch, and vmap's rules only cost
         single = all(stack is None or len(stack) == 1 for stack in stacks)
         tier = "loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier
-        try:
-            return TIERS[tier](self.live, tensors, self.pick, plan.trace, stacks)
-        except UncontrolledDraw:
-            if tier != "direct":
-                raise
-        return TIERS["loop"](self.live, tensors, self.pick, plan.trace, stacks)  # it sees what the other did not expect
+        run = one_by_one if tier == "direct" else TIERS[tier]
+        with suppress(Parted):
+            return run(self.live, tensors, self.pick, plan.trace, stacks)
+        return one_by_one(self.live, tensors, self.pick, plan.trace, stacks)
 
     def _eager(self, plan: Plan, tensors: Rows) -> str:
         """The tier for what a captured program does not stand for: other sizes, or one draw alone. Found when asked."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcdrop.decisions import DECISION_RULES
 from mcdrop.intercept import Folded, Interception
 from mcdrop.sequences import SEQUENCE_RULES, body_rule
 
@@ -164,6 +165,7 @@ def _blank(kwargs: dict[str, Any], like: Tensor | None = None) -> Tensor:
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **SEQUENCE_RULES,
+    **DECISION_RULES,
     F.gumbel_softmax: body_rule(F.gumbel_softmax),
     F.dropout: _drop_rule(Interception.drop, None),
     F.dropout1d: _drop_rule(Interception.drop, 2, unbatched=2),

@@ -9,13 +9,16 @@ are checked against. To add a tier, add one function and one line to
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference
+from mcdrop.decisions import Parted
 from mcdrop.digits import tolerance
 from mcdrop.direct import pass_by_pass
+from mcdrop.errors import UncontrolledDraw
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
 from mcdrop.quiet import ALONE, first_line
@@ -23,11 +26,12 @@ from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 from mcdrop.volatile import volatile
 
-__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier"]
+__all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "one_by_one"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
 CHECK_PASSES = 3
+_GROUPS = 8  # of passes that decide alike, where there are few passes; and passes to a group, where there are many
 
 
 def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
@@ -36,7 +40,7 @@ def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stack
     return torch.stack([one_pass(module, rows, pick, found, masks) for masks in each])
 
 
-def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+def _together(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
     present = [stack for stack in stacks if stack is not None]
 
     def one(*masks: Tensor) -> Tensor:
@@ -45,6 +49,42 @@ def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stack
 
     output: Tensor = torch.vmap(one, randomness="error")(*present)
     return output
+
+
+def one_by_one(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    """Runs pass after pass: directly, or where that was not expected by the loop."""
+    try:
+        return pass_by_pass(module, rows, pick, found, stacks)
+    except UncontrolledDraw:
+        return _loop(module, rows, pick, found, stacks)
+
+
+def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    """Runs passes together that decide alike, and those of many groups pass by pass.
+
+    Raises:
+        Parted: hardly two passes decide alike.
+    """
+    groups = [list(range(next(len(stack) for stack in stacks if stack is not None)))]
+    done: list[tuple[list[int], Tensor]] = []
+    most = max(_GROUPS, len(groups[0]) // _GROUPS)
+    while groups:
+        group = groups.pop()
+        some = [stack if stack is None or len(group) == len(stack) else stack[group] for stack in stacks]
+        try:
+            run = _together if len(done) + len(groups) < most else one_by_one
+            done.append((group, run(module, rows, pick, found, some)))
+        except Parted as parted:
+            parts: dict[Any, list[int]] = {}
+            for number, value in zip(group, parted.values, strict=True):
+                parts.setdefault(value, []).append(number)
+            if len(parts) > max(2, len(group) // 2):
+                raise
+            groups += parts.values()
+    if len(done) == 1:
+        return done[0][1]
+    order = torch.tensor([number for group, _ in done for number in group], device=done[0][1].device)
+    return torch.cat([output for _, output in done])[order.argsort()]
 
 
 def _fold(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:

@@ -14,7 +14,7 @@ PACKAGES = ("mcdrop", "service", "models")
 
 # From the ground up. A module may import from lower floors, never from its own.
 FLOORS = [
-    ["mcdrop.errors", "mcdrop.blocks", "mcdrop.agreement", "mcdrop.mixing"],
+    ["mcdrop.errors", "mcdrop.blocks", "mcdrop.agreement", "mcdrop.mixing", "mcdrop.decisions"],
     ["mcdrop.at_once", "mcdrop.samplers"],
     [
         "mcdrop.masks",
@@ -113,6 +113,7 @@ HOMES = {
         "mcdrop.batchnorm",
         "mcdrop.inject",
         "mcdrop.layers",
+        "mcdrop.decisions",
         "mcdrop.direct",
         "mcdrop.mixing",
         "mcdrop.outputs",

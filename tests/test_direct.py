@@ -17,7 +17,7 @@ X = torch.linspace(-1, 1, 20).reshape(5, 4)
 
 
 class Branching(nn.Module):
-    """Goes by a value, so that no graph and no batch of passes holds it; what it does there is for others to say."""
+    """Goes by a number that no two passes share, so that nothing holds several; what it does there others say."""
 
     def __init__(self, *, own: bool = False) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.drop(self.first(x).relu())
-        if h.sum() > 1000:
+        if float(h.sum()) > 1000:
             h = self.there(h)
         y: Tensor = self.last(h)
         return y
@@ -65,7 +65,7 @@ class Channels(nn.Module):
         for drop in (*self.drops, *self.drops):
             h = drop(h + 1)
         h = self.wide[1](self.wide[0](h.unsqueeze(-1)).unsqueeze(-1)).flatten(2)
-        if h.sum() > 1e9:
+        if float(h.sum()) > 1e9:
             h = h * 0
         y: Tensor = self.last(h.sum(1))
         return y

@@ -46,13 +46,17 @@ class Deciding(nn.Module):
         return total * 0 if self.asked(h) else total
 
 
-QUESTIONS: dict[str, Callable[[Tensor], Any]] = {
-    "a mean as it is": lambda h: h.mean() > 1,
-    "a sum by item": lambda h: h.sum().item() > 8,
-    "numbers by numpy": lambda h: h.detach().cpu().numpy().mean() > 1,
-    "numbers by tolist": lambda h: sum(h[:, 0].tolist()) + float(h[:, 1:].sum()) > 8,
-    "a list alone": lambda h: np.mean(h.tolist()) > 1,
-    "the largest of averages": lambda h: float(h.mean(1).max()) > 1,
+QUESTIONS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "a mean as it is": ("vmap", lambda h: h.mean() > 1),
+    "a sum by item": ("vmap", lambda h: h.sum().item() / 2 > 4),
+    "a mean by bool": ("vmap", lambda h: bool(h.mean() > 1)),
+    "a count by index": ("vmap", lambda h: [*[False] * 5, *[True] * 4][(h > 0).sum() // len(h)]),
+    "a count by item": ("vmap", lambda h: (h > 0).sum().item() // len(h) > 4),
+    "a sum by float": ("vmap", lambda h: float(h.sum()) > 8),
+    "numbers by numpy": ("direct", lambda h: h.detach().cpu().numpy().mean() > 1),
+    "numbers by tolist": ("direct", lambda h: sum(h[:, 0].tolist()) + float(h[:, 1:].sum()) > 8),
+    "a list alone": ("direct", lambda h: np.mean(h.tolist()) > 1),
+    "the largest of averages": ("vmap", lambda h: h.mean(1).max() > 1),
 }
 
 
@@ -62,11 +66,12 @@ def assert_each_pass_decides(model: mcdrop.Model) -> None:
     assert abs(result.variance.item() - VARIANCE) < 4 * ((FOURTH - VARIANCE**2) / PASSES) ** 0.5
 
 
-@pytest.mark.parametrize("asked", QUESTIONS.values(), ids=QUESTIONS)
+@pytest.mark.parametrize(("tier", "asked"), QUESTIONS.values(), ids=QUESTIONS)
 @on_each_device
-def test_each_pass_decides_for_itself(asked: Callable[[Tensor], Any], device: str) -> None:
+def test_each_pass_decides_for_itself(tier: str, asked: Callable[[Tensor], Any], device: str) -> None:
     model = mcdrop.wrap(Deciding(asked).to(device), example=EXAMPLE)
-    assert "fold would mix passes" in model.audit.tier_reason
+    assert model.audit.tier == tier, model.audit.tier_reason
+    assert tier == "vmap" or "fold would mix passes" in model.audit.tier_reason
     assert_each_pass_decides(model)
 
 

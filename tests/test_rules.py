@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
+from mcdrop.decisions import DECISION_RULES
 from mcdrop.masks import Site, sample_masks
 from mcdrop.model import Model
 from mcdrop.rules import RULES
@@ -233,10 +234,11 @@ def test_other_draws_have_torchs_own_distribution(act: Act) -> None:
 
 
 def test_every_rule_is_tested() -> None:
-    """Those of sequences, packed ones too, and the one that runs torch's own body, have tests of their own."""
+    """Those of sequences, packed or not, of decisions, and the one that runs torch's own body have tests elsewhere."""
     rules = (
         RULES.keys()
         - SEQUENCE_RULES.keys()
+        - DECISION_RULES.keys()
         - {F.gumbel_softmax, torch._pack_padded_sequence, torch._pad_packed_sequence}
     )
     homes = {"torch.nn.functional": "F", "torch": "torch", None: "Tensor"}
