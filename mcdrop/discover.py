@@ -48,13 +48,18 @@ class Overrules:
 
 @dataclass(frozen=True)
 class Discovery:
-    """A network's two shadows (draws on; all off), modules whose draws stay off, forced calls, and the audit."""
+    """A network's two shadows (draws on; all off), modules whose draws stay off, forced calls, and the audit.
+
+    ``found`` is the trace of the example, of which ``rows`` are a few.
+    """
 
     live: nn.Module
     plain: nn.Module
     excluded: frozenset[str]
     force: Callable[[str], bool]
     audit: Audit
+    rows: Rows
+    found: Trace
 
 
 @own_generator()
@@ -104,7 +109,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     )
     if not audit.live:
         raise NoStochasticSite(_none_message(audit, found))
-    return Discovery(live, plain, excluded, force, audit)
+    return Discovery(live, plain, excluded, force, audit, few, found)
 
 
 def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:

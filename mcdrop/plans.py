@@ -48,6 +48,7 @@ class Plans:
         floating = next((one for one, tensor in held if tensor.is_floating_point()), None)
         self._telling = [one for one in (held[0][0] if held else None, floating) if one is not None]
         self._plans: dict[object, Plan] = {}
+        self._known: tuple[object, Trace | None] = None, None
         self._lock = threading.Lock()
         self._latest = threading.local()
         self._eager_tiers: dict[int, str] = {}
@@ -84,9 +85,7 @@ class Plans:
         if latest is not None and latest[0]() is rows and latest[1] == place and latest[3] is self._plans:
             found: Plan = latest[2]
             return found
-        # of arrays and tensors alike: they are run as the same tensors
-        signature = (*((leaf.shape[1:], _name(leaf.dtype)) for leaf in rows.leaves), *rows.kwargs, place)
-        plans = self._plans
+        signature, plans = self._signature(rows, place), self._plans
         # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
         plan = plans.get(signature) or plans.get((signature, rows.count))
         if plan is None:
@@ -98,6 +97,16 @@ class Plans:
                     plans[(signature, rows.count) if plan.trace.unclear else signature] = plan
         self._latest.found = weakref.ref(rows), place, plan, plans
         return plan
+
+    @staticmethod
+    def _signature(rows: Rows, place: tuple[torch.device, torch.dtype]) -> tuple[object, ...]:
+        """What tells apart the rows of plans; arrays and tensors are alike, since they are run as the same tensors."""
+        return (*((leaf.shape[1:], _name(leaf.dtype)) for leaf in rows.leaves), *rows.kwargs, place)
+
+    def knows(self, rows: Rows, found: Trace) -> None:
+        """Takes what a trace of such rows has found just now, so that their plan need not trace them again."""
+        if not found.unclear:
+            self._known = self._signature(rows, self._place()), found
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Where the network is now, told by its first weight and its first floating one."""
@@ -124,7 +133,9 @@ class Plans:
                     straight(plan.program, plan.program.masks(masks), rows, CHECK_PASSES)
 
     def _proved(self, tensors: Rows) -> Plan:
-        found = trace(self.live, tensors, self.pick, self.force)
+        (known, found), self._known = self._known, (None, None)
+        if found is None or known != self._signature(tensors, self._place()):
+            found = trace(self.live, tensors, self.pick, self.force)
         off = found.left_off(self.excluded)
         if len(off) == len(found.sites):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tensors.leaves)

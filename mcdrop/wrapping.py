@@ -83,14 +83,14 @@ def wrap(
     overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     rows, seen = _discovered(module, rows, pick, overrules)
     backend = TorchBackend(seen.live, seen.plain, pick, seen.excluded, seen.force, precision, compile, _tuning(tuning))
+    backend.plans.knows(seen.rows, seen.found)
     backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
     audit = diagnose(backend, rows, seen.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
     backend = _shared_out(backend, module, devices)
-    audit = replace(audit, devices=backend.devices)
     asked = _unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}, audit)
     return Model(
-        module=module, backend=backend, audit=audit, task=task, asked=asked,
+        module=module, backend=backend, audit=replace(audit, devices=backend.devices), task=task, asked=asked,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
     )  # fmt: skip
 
