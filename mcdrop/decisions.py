@@ -1,65 +1,64 @@
 """What a network decides by a value, when many passes run at once: each pass decides by its own.
 
-Inside ``vmap`` a value that a mask has changed is one for each pass. Where all passes decide alike they stay together;
-else they are told apart by what they decide, and run again in groups that do.
+Inside ``vmap`` a value that a mask has changed is one for each pass. A run goes the way that most of its passes go;
+those that would go another one are noted, and their outputs are not to be used. Nothing is raised: the network would
+see it.
 """
 
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DECISION_RULES", "Parted"]
+__all__ = ["DECISION_RULES", "Parted", "deciding"]
+
+_NOW = threading.local()  # its ``stays`` says of each pass of this thread's run whether it goes the run's way
 
 
 class Parted(Exception):
-    """Passes decide differently: ``values`` says of each, in order, by what."""
-
-    def __init__(self, values: list[Any]) -> None:
-        """Takes what each pass decides by."""
-        super().__init__(f"passes decide by different values, such as {values[0]} and {next(_others(values), None)}")
-        self.values = values
+    """Hardly two passes decide alike, so that nothing is gained by running them together."""
 
 
-def _others(values: list[Any]) -> Any:
-    return (value for value in values if value != values[0])
+@contextmanager
+def deciding(passes: int) -> Iterator[list[bool]]:
+    """Lets passes that run together decide by values; gives of each whether it has gone the way of the run."""
+    stays, outer = [True] * passes, getattr(_NOW, "stays", None)
+    _NOW.stays = stays
+    try:
+        yield stays
+    finally:
+        _NOW.stays = outer
 
 
-def _of_each_pass(tensor: Tensor) -> list[Any] | None:
+def _of_each_pass(tensor: Tensor, passes: int) -> list[Any] | None:
     """What stands in a single value of each pass; None where it is not of several passes, or nobody knows it yet."""
     functorch = torch._C._functorch
     if not functorch.is_batchedtensor(tensor) or tensor.numel() != 1:
         return None
     values = functorch.get_unwrapped(tensor)
-    return values.flatten().tolist() if type(values) is Tensor and not _wrapped(values) else None
+    known = type(values) is Tensor and not functorch.is_functorch_wrapped_tensor(values)
+    return values.flatten().tolist() if known and values.numel() == passes else None
 
 
-def _wrapped(tensor: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
-
-
-def _rule(function: Callable[[Tensor], Any], kind: type) -> Callable[..., Any]:
-    """A rule for a function that makes a Python number of a tensor."""
+def _rule(function: Callable[[Tensor], Any], kind: type | None = None) -> Callable[..., Any]:
+    """A rule for a function that makes a Python number of a tensor, of a ``kind`` (None: of the tensor's)."""
 
     def rule(mode: object, tensor: Tensor) -> Any:
-        values = _of_each_pass(tensor)
-        if values is None:
+        stays = getattr(_NOW, "stays", None)
+        values = None if stays is None else _of_each_pass(tensor, len(stays))
+        if stays is None or values is None:
             return function(tensor)
-        told = list(map(kind, values))
-        if len(set(told)) > 1:
-            raise Parted(told)
-        return told[0]
+        told = values if kind is None else list(map(kind, values))
+        words = list(map(repr, told))  # NaN is NaN
+        (most, _), *_ = Counter(word for word, stay in zip(words, stays, strict=True) if stay).most_common(1)
+        stays[:] = [stay and word == most for word, stay in zip(words, stays, strict=True)]
+        return told[words.index(most)]
 
     return rule
-
-
-def _item(mode: object, tensor: Tensor) -> Any:
-    """A real number stays a tensor, with which the network may compute and compare."""
-    values = _of_each_pass(tensor)
-    if values is not None and tensor.is_floating_point():
-        return tensor.reshape(())
-    return _rule(Tensor.item, bool if tensor.dtype == torch.bool else int)(mode, tensor)
 
 
 DECISION_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -68,6 +67,6 @@ DECISION_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__index__: _rule(Tensor.__index__, int),
     Tensor.__int__: _rule(Tensor.__int__, int),
     Tensor.is_nonzero: _rule(Tensor.is_nonzero, bool),
-    Tensor.item: _item,
+    Tensor.item: _rule(Tensor.item),
     torch.is_nonzero: _rule(torch.is_nonzero, bool),
 }

@@ -21,7 +21,8 @@ Number = bool | int | float
 class Result(NamedTuple):
     """What one operation made: ``size`` and ``given`` are the bytes of it and of the arguments.
 
-    ``drawn`` says whether something was drawn before; the ``value`` is there where it is few numbers.
+    ``drawn`` says whether something was drawn before; the ``value`` is there where it is few numbers. How many entries
+    there are is ``counted`` where that follows from values.
     """
 
     name: str
@@ -29,9 +30,10 @@ class Result(NamedTuple):
     given: int
     drawn: bool
     value: Tensor | Number | None
+    counted: bool = False
 
 
-def result_of(name: str, made: object, given: Sequence[Any], *, drawn: bool) -> Result:
+def result_of(name: str, made: object, given: Sequence[Any], *, drawn: bool, counted: bool = False) -> Result:
     """Gives what an operation made of its arguments; lists among these are looked into."""
     taken = [leaf for one in given for leaf in (one if isinstance(one, list | tuple) else (one,))]
     value: Tensor | Number | None = None
@@ -39,7 +41,7 @@ def result_of(name: str, made: object, given: Sequence[Any], *, drawn: bool) -> 
         value = made
     elif isinstance(made, Tensor) and made.numel() <= _FEW:
         value = made.detach().clone()
-    return Result(name, _bytes(made), sum(map(_bytes, taken)), drawn, value)
+    return Result(name, _bytes(made), sum(map(_bytes, taken)), drawn, value, counted)
 
 
 def united(few: Sequence[Result], more: Sequence[Result] | None, again: Callable[[], Sequence[Result]]) -> str:
@@ -50,6 +52,9 @@ def united(few: Sequence[Result], more: Sequence[Result] | None, again: Callable
     """
     if more is None or len(few) != len(more):
         return "another number of rows takes other operations"
+    counts = next((one.name for one in few if one.counted), "")
+    if counts:
+        return f"{counts} counts entries of all rows"
     ones = [i for i, (a, b) in enumerate(zip(few, more, strict=True)) if a.size == b.size and b.given > a.given]
     for i in ones:
         if few[i].drawn and not _empty(few[i]):

@@ -23,6 +23,7 @@ from mcdrop.rows import Rows
 from mcdrop.stacks import expected_stack
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
 from mcdrop.trace import Trace, repeat_rows
+from mcdrop.volatile import Left
 
 __all__ = ["LARGEST_ERROR", "PRECISIONS", "check_precision", "make_plan"]
 
@@ -60,7 +61,7 @@ def make_plan(
         ModelRefused: a precision or a compilation that needs the network as a graph, where it cannot be captured.
     """
     few = rows if found.unclear else rows.take(slice(0, _ROWS))
-    stacks = stacks_of(found, CHECK_PASSES)
+    stacks, before = stacks_of(found, CHECK_PASSES), Left(live)
     dtype = PRECISIONS[precision]
 
     @cache
@@ -79,6 +80,7 @@ def make_plan(
         with quiet() if compiled else nullcontext():  # torch's compiler warns of torch
             prove(program, live, few, pick, found, stacks, None if dtype is None else spread)
     except NotCaptured as error:
+        before.put_back()  # what a forward that was broken off has done to the network
         if dtype is not None or compiled:
             what = f"precision={precision!r}" if dtype is not None else "compile=True"
             raise ModelRefused(f"{what} needs the network as one graph, and it cannot be captured: {error}") from None

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 
@@ -25,6 +25,7 @@ from mcdrop.stacks import Bits, Kept, Span, block_bytes, expected_stack, stack
 from mcdrop.standing import state_of
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, one_by_one
 from mcdrop.trace import Trace, trace, widened
+from mcdrop.volatile import Left
 
 __all__ = ["Plans"]
 
@@ -211,8 +212,14 @@ class Plans:
         single = all(stack is None or len(stack) == 1 for stack in stacks)
         tier = "loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier
         run = one_by_one if tier == "direct" else TIERS[tier]
-        with suppress(Parted):
+        before = Left(self.live) if tier == "vmap" and plan.trace.united else None
+        try:
             return run(self.live, tensors, self.pick, plan.trace, stacks)
+        except Exception as error:  # of a way that the check did not go; the network's own comes again
+            if out_of_memory(error) or (before is None and not isinstance(error, Parted)):
+                raise
+        if before is not None:
+            before.put_back()
         return one_by_one(self.live, tensors, self.pick, plan.trace, stacks)
 
     def _eager(self, plan: Plan, tensors: Rows) -> str:

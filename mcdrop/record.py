@@ -118,14 +118,16 @@ class Spy(TorchDispatchMode):
             args = tuple(diverted.get(name, value) for name, value in zip(names, args, strict=False))
             kwargs = {name: diverted.get(name, value) for name, value in kwargs.items()}
         result = func(*args, **kwargs)
-        self.note(str(func).removeprefix("aten."), result, [*args, *kwargs.values()])
+        given_to = [*args, *kwargs.values()]
+        self.note(str(func).removeprefix("aten."), result, given_to, counted=_counts(func, given_to))
         return result
 
-    def note(self, name: str, result: Any, given: Sequence[Any]) -> None:
+    def note(self, name: str, result: Any, given: Sequence[Any], *, counted: bool = False) -> None:
         """Notes what an operation made; of several values the first tells what it was made of."""
         for place, value in enumerate(result if isinstance(result, tuple | list) else (result,)):
             if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() not in self.watched:
-                self.results.append(result_of(name, value, () if place else given, drawn=self.drawn()))
+                taken = () if place else given
+                self.results.append(result_of(name, value, taken, drawn=self.drawn(), counted=counted))
 
     def _is_write(self, func: Any, given: dict[str, Any], name: str, value: Any) -> bool:
         """Whether an operation writes to this argument and it is watched; then it gets a copy to write to."""
@@ -142,6 +144,15 @@ class Spy(TorchDispatchMode):
         if said or unsaid:
             self.written.add(owner)
         return said or unsaid
+
+
+def _counts(func: Any, given: Sequence[Any]) -> bool:
+    """Whether the size of what an operation gives follows from values; by index only from what is true and false."""
+    if torch.Tag.dynamic_output_shape not in getattr(func, "tags", ()):
+        return False
+    if func is not torch.ops.aten.index.Tensor:
+        return True
+    return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in given[1])
 
 
 def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

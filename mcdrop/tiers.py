@@ -9,13 +9,12 @@ are checked against. To add a tier, add one function and one line to
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference
-from mcdrop.decisions import Parted
+from mcdrop.decisions import Parted, deciding
 from mcdrop.digits import tolerance
 from mcdrop.direct import pass_by_pass
 from mcdrop.errors import UncontrolledDraw
@@ -24,14 +23,14 @@ from mcdrop.outputs import Pick
 from mcdrop.quiet import ALONE, first_line
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
-from mcdrop.volatile import volatile
+from mcdrop.volatile import Left, volatile
 
 __all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "one_by_one"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
 CHECK_PASSES = 3
-_GROUPS = 8  # of passes that decide alike, where there are few passes; and passes to a group, where there are many
+_WAYS = 8  # a way that a smaller part of the passes goes is gone pass by pass
 
 
 def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
@@ -60,31 +59,28 @@ def one_by_one(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: 
 
 
 def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
-    """Runs passes together that decide alike, and those of many groups pass by pass.
+    """Runs passes together that decide alike, group after group, and what is left of many ways pass by pass.
 
     Raises:
         Parted: hardly two passes decide alike.
     """
-    groups = [list(range(next(len(stack) for stack in stacks if stack is not None)))]
-    done: list[tuple[list[int], Tensor]] = []
-    most = max(_GROUPS, len(groups[0]) // _GROUPS)
-    while groups:
-        group = groups.pop()
-        some = [stack if stack is None or len(group) == len(stack) else stack[group] for stack in stacks]
-        try:
-            run = _together if len(done) + len(groups) < most else one_by_one
-            done.append((group, run(module, rows, pick, found, some)))
-        except Parted as parted:
-            parts: dict[Any, list[int]] = {}
-            for number, value in zip(group, parted.values, strict=True):
-                parts.setdefault(value, []).append(number)
-            if len(parts) > max(2, len(group) // 2):
-                raise
-            groups += parts.values()
-    if len(done) == 1:
-        return done[0][1]
-    order = torch.tensor([number for group, _ in done for number in group], device=done[0][1].device)
-    return torch.cat([output for _, output in done])[order.argsort()]
+    left = list(range(next(len(stack) for stack in stacks if stack is not None)))
+    order: list[int] = []
+    outputs: list[Tensor] = []
+    while left:
+        some = [stack if stack is None or len(left) == len(stack) else stack[left] for stack in stacks]
+        with deciding(len(left)) as stays:
+            output = _together(module, rows, pick, found, some)
+        if sum(stays) < min(len(left), max(2, len(left) // _WAYS)):
+            if not outputs:
+                raise Parted("hardly two passes decide alike")
+            stays, output = [True] * len(left), one_by_one(module, rows, pick, found, some)
+        if all(stays) and not outputs:
+            return output
+        order += [number for number, stay in zip(left, stays, strict=True) if stay]
+        left = [number for number, stay in zip(left, stays, strict=True) if not stay]
+        outputs.append(output[torch.tensor(stays, device=output.device)])
+    return torch.cat(outputs)[torch.tensor(order, device=outputs[0].device).argsort()]
 
 
 def _fold(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
@@ -104,7 +100,7 @@ TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor]] = {
 
 def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> tuple[str, str]:
     """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest."""
-    seconds, reasons = {}, []
+    seconds, reasons, before = {}, [], Left(module)
     with torch.no_grad(), ALONE, warnings.catch_warnings():
         # where torch only loops inside vmap, nothing is gained, and users would see its warning
         warnings.filterwarnings("error", message=".*performance drop.*")
@@ -115,6 +111,7 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
             try:
                 got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
             except Exception as error:  # whatever a network does there, the loop is right
+                before.put_back()  # of what it does to itself, half
                 reasons.append(f"{tier} does not take this network: {first_line(error)}")
                 continue
             worst = difference(got, expected)

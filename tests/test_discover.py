@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -273,3 +274,31 @@ def test_every_refusal_is_an_error_of_this_library() -> None:
     assert issubclass(NoStochasticSite, ModelRefused)
     assert issubclass(UncontrolledDraw, ModelRefused)
     assert issubclass(ModelRefused, mcdrop.errors.MCDropError)
+
+
+class FewNumbers(nn.Module):
+    """Draws so few numbers that another draw may be the same, or the network may see no difference in its opposite."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.answer = nn.Linear(4, 2), answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self.layer(x))
+
+
+FEW_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "an even function of a normal": lambda h: h * torch.randn(1).abs(),
+    "squares of one for each row": lambda h: h * torch.randn(len(h), 1).square(),
+    "the sign alone": lambda h: h * torch.randn(len(h), 1).sign(),
+    "one keeps all": lambda h: h * (torch.rand(()) > 0.3),
+    "a row at a time": lambda h: F.dropout(h.new_ones(len(h), 1), 0.01) * h,
+}
+
+
+@pytest.mark.parametrize("answer", FEW_NUMBERS.values(), ids=FEW_NUMBERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draw_of_few_numbers_is_seen_to_be_live(answer: Callable[[Tensor], Tensor], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = mcdrop.wrap(FewNumbers(answer), example=torch.randn(4, 4))
+    assert [site.verdict for site in model.audit.sites] == ["live"] * len(model.audit.sites)

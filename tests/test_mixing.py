@@ -75,8 +75,16 @@ def test_each_pass_decides_for_itself(tier: str, asked: Callable[[Tensor], Any],
     assert_each_pass_decides(model)
 
 
+class Same(torch.autograd.Function):
+    """Gives what it is given, in the old form, which vmap does not take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+
 class Looking(nn.Module):
-    """Looks at all rows before anything is dropped, and then takes entries by whether they are, as vmap cannot."""
+    """Looks at all rows before anything is dropped."""
 
     def __init__(self, asked: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -84,8 +92,8 @@ class Looking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         yes = bool(self.asked(x))
-        h: Tensor = self.drop(x).flatten()
-        total = h[h.isfinite()].reshape(x.shape).sum(1, keepdim=True)
+        h: Tensor = Same.apply(self.drop(x))  # type: ignore[no-untyped-call]
+        total = h.sum(1, keepdim=True)
         return total * 0 if yes else total
 
 
@@ -107,6 +115,26 @@ def test_what_is_asked_before_a_draw_has_the_answer_of_the_rows_alone(
     assert model.audit.tier == tier
     result = mcdrop.sample(model, ROW, mcdrop.PassPlan(PASSES, sampler="iid"))
     assert abs(result.mean.item() - UNITS) < 4 * (4 * UNITS / 4 / PASSES) ** 0.5  # 2 k with k binomial
+
+
+@pytest.mark.parametrize(
+    "count",
+    [lambda h: len(h.sum(1).gt(8).nonzero()), lambda h: h[h.sum(1) > 8].shape[0], lambda h: len(h.unique(dim=0)) // 2],
+    ids=["nonzero", "by true and false", "unique"],
+)
+def test_how_many_entries_there_are_is_told_of_each_pass(count: Callable[[Tensor], int]) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.drop(x)
+            return h.sum(1, keepdim=True) * (1 + count(h))
+
+    model = mcdrop.wrap(Counting(), example=EXAMPLE)
+    assert model.audit.tier == "direct"
+    assert "counts entries of all rows" in model.audit.tier_reason
 
 
 def graph(*middle: onnx.NodeProto) -> "onnx.ModelProto":
