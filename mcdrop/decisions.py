@@ -53,7 +53,7 @@ def _rule(function: Callable[[Tensor], Any], kind: type | None = None) -> Callab
         if stays is None or values is None:
             return function(tensor)
         told = values if kind is None else list(map(kind, values))
-        words = list(map(repr, told))  # NaN is NaN
+        words = list(map(repr, told))  # in which NaN is like NaN
         (most, _), *_ = Counter(word for word, stay in zip(words, stays, strict=True) if stay).most_common(1)
         stays[:] = [stay and word == most for word, stay in zip(words, stays, strict=True)]
         return told[words.index(most)]

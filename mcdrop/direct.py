@@ -21,7 +21,7 @@ from mcdrop.shadow import PLAYING, takes_masks
 from mcdrop.standing import attributes
 from mcdrop.trace import Trace
 
-__all__ = ["pass_by_pass"]
+__all__ = ["pass_by_pass", "passes_of"]
 
 
 def pass_by_pass(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Sequence[Tensor | None]) -> Tensor:
@@ -33,11 +33,16 @@ def pass_by_pass(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks
     masks, outputs = _Masks(stacks, found), []
     mode = _Ready(masks, RULES)
     with mode if _looks(module, found) else _alone(mode, rows.leaves[0].device):
-        for number in range(next(len(stack) for stack in stacks if stack is not None)):
+        for number in range(passes_of(stacks)):
             masks.begin(number)
             outputs.append(forward(module, rows, pick))
             masks.finish()
     return torch.stack(outputs)
+
+
+def passes_of(stacks: Sequence[Tensor | None]) -> int:
+    """Gives the number of passes that stacks of masks are for."""
+    return next(len(stack) for stack in stacks if stack is not None)
 
 
 def _looks(module: nn.Module, found: Trace) -> bool:

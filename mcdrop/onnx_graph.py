@@ -21,6 +21,7 @@ __all__ = [
     "Graph",
     "Node",
     "Place",
+    "bodies",
     "constant",
     "depends_on",
     "drop_norm_training",
@@ -143,9 +144,14 @@ def walk(graph: Graph, chain: Chain = ()) -> Iterator[Place]:
     """Walks over every node, those of the bodies of If, Loop and Scan after the node that holds them."""
     for node in graph.node:
         yield Place(graph, node, chain)
-        for attribute in node.attribute:
-            for body in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
-                yield from walk(body, (*chain, (graph, node, attribute.name)))
+        for name, body in bodies(node):
+            yield from walk(body, (*chain, (graph, node, name)))
+
+
+def bodies(node: Node) -> Iterator[tuple[str, Graph]]:
+    """Walks over (attribute, graph) of the bodies that a node holds itself."""
+    for attribute in node.attribute:
+        yield from ((attribute.name, body) for body in [attribute.g] * attribute.HasField("g") + list(attribute.graphs))
 
 
 def constant(model: Any) -> Constants:
@@ -184,10 +190,9 @@ def drop_norm_training(model: Any) -> list[str]:
 def reads(node: Node) -> set[str]:
     """The values that a node reads, those that its bodies take from outside included."""
     names = set(node.input)
-    for attribute in node.attribute:
-        for body in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
-            names |= {name for inner in body.node for name in reads(inner)}
-            names |= {output.name for output in body.output}
+    for _, body in bodies(node):
+        names |= {name for inner in body.node for name in reads(inner)}
+        names |= {output.name for output in body.output}
     return names - {""}
 
 

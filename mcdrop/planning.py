@@ -80,7 +80,7 @@ def make_plan(
         with quiet() if compiled else nullcontext():  # torch's compiler warns of torch
             prove(program, live, few, pick, found, stacks, None if dtype is None else spread)
     except NotCaptured as error:
-        before.put_back()  # what a forward that was broken off has done to the network
+        before.put_back()  # a forward that was broken off may have left it half changed
         if dtype is not None or compiled:
             what = f"precision={precision!r}" if dtype is not None else "compile=True"
             raise ModelRefused(f"{what} needs the network as one graph, and it cannot be captured: {error}") from None

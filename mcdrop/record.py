@@ -118,8 +118,8 @@ class Spy(TorchDispatchMode):
             args = tuple(diverted.get(name, value) for name, value in zip(names, args, strict=False))
             kwargs = {name: diverted.get(name, value) for name, value in kwargs.items()}
         result = func(*args, **kwargs)
-        given_to = [*args, *kwargs.values()]
-        self.note(str(func).removeprefix("aten."), result, given_to, counted=_counts(func, given_to))
+        arguments = [*args, *kwargs.values()]
+        self.note(str(func).removeprefix("aten."), result, arguments, counted=_counts(func, arguments))
         return result
 
     def note(self, name: str, result: Any, given: Sequence[Any], *, counted: bool = False) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mcdrop.agreement import difference
 from mcdrop.decisions import Parted, deciding
 from mcdrop.digits import tolerance
-from mcdrop.direct import pass_by_pass
+from mcdrop.direct import pass_by_pass, passes_of
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.intercept import Folded
 from mcdrop.outputs import Pick
@@ -34,7 +34,7 @@ _WAYS = 8  # a way that a smaller part of the passes goes is gone pass by pass
 
 
 def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
-    passes = next(len(stack) for stack in stacks if stack is not None)
+    passes = passes_of(stacks)
     each = ([None if stack is None else stack[t] for stack in stacks] for t in range(passes))
     return torch.stack([one_pass(module, rows, pick, found, masks) for masks in each])
 
@@ -64,7 +64,7 @@ def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stack
     Raises:
         Parted: hardly two passes decide alike.
     """
-    left = list(range(next(len(stack) for stack in stacks if stack is not None)))
+    left = list(range(passes_of(stacks)))
     order: list[int] = []
     outputs: list[Tensor] = []
     while left:
@@ -84,7 +84,7 @@ def _vmap(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stack
 
 
 def _fold(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
-    passes = next(len(stack) for stack in stacks if stack is not None)
+    passes = passes_of(stacks)
     copies = rows.map(lambda leaf: leaf.repeat(passes, *(1,) * (leaf.dim() - 1)))
     output = one_pass(module, copies, pick, found, stacks, Folded)
     return output.reshape(passes, rows.count, *output.shape[1:])
@@ -111,7 +111,7 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
             try:
                 got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
             except Exception as error:  # whatever a network does there, the loop is right
-                before.put_back()  # of what it does to itself, half
+                before.put_back()  # a forward that is broken off may leave the network half changed
                 reasons.append(f"{tier} does not take this network: {first_line(error)}")
                 continue
             worst = difference(got, expected)

@@ -33,17 +33,19 @@ EXAMPLE = np.full((4, UNITS), -1e-3, np.float32)
 ROW = np.ones((1, UNITS), np.float32)
 
 
-class Deciding(nn.Module):
-    """Asks a question of what it has dropped, and answers with 0 where it is told yes."""
+class Dropped(nn.Module):
+    """Answers with what is made of dropped rows."""
 
-    def __init__(self, asked: Callable[[Tensor], Any]) -> None:
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.drop, self.asked = nn.Dropout(0.5), asked
+        self.drop, self.answer = nn.Dropout(0.5), answer
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.drop(x)
-        total = h.sum(1, keepdim=True)
-        return total * 0 if self.asked(h) else total
+        return self.answer(self.drop(x))
+
+
+def summed(h: Tensor) -> Tensor:
+    return h.sum(1, keepdim=True)
 
 
 QUESTIONS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
@@ -69,7 +71,7 @@ def assert_each_pass_decides(model: mcdrop.Model) -> None:
 @pytest.mark.parametrize(("tier", "asked"), QUESTIONS.values(), ids=QUESTIONS)
 @on_each_device
 def test_each_pass_decides_for_itself(tier: str, asked: Callable[[Tensor], Any], device: str) -> None:
-    model = mcdrop.wrap(Deciding(asked).to(device), example=EXAMPLE)
+    model = mcdrop.wrap(Dropped(lambda h: summed(h) * (0 if asked(h) else 1)).to(device), example=EXAMPLE)
     assert model.audit.tier == tier, model.audit.tier_reason
     assert tier == "vmap" or "fold would mix passes" in model.audit.tier_reason
     assert_each_pass_decides(model)
@@ -123,16 +125,7 @@ def test_what_is_asked_before_a_draw_has_the_answer_of_the_rows_alone(
     ids=["nonzero", "by true and false", "unique"],
 )
 def test_how_many_entries_there_are_is_told_of_each_pass(count: Callable[[Tensor], int]) -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = nn.Dropout(0.5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h: Tensor = self.drop(x)
-            return h.sum(1, keepdim=True) * (1 + count(h))
-
-    model = mcdrop.wrap(Counting(), example=EXAMPLE)
+    model = mcdrop.wrap(Dropped(lambda h: summed(h) * (1 + count(h))), example=EXAMPLE)
     assert model.audit.tier == "direct"
     assert "counts entries of all rows" in model.audit.tier_reason
 
@@ -210,20 +203,8 @@ def test_a_loop_that_ends_by_its_steps_alone_is_folded() -> None:
     assert mcdrop.wrap(model, example=EXAMPLE).audit.tier == "fold"
 
 
-class Weighing(nn.Module):
-    """The same without a decision: a factor that is 0 or 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.drop(x)
-        return h.sum(1, keepdim=True) * (h.mean() <= 1)
-
-
 def test_an_exported_posterior_weighs_each_pass_by_itself(tmp_path: Path) -> None:
-    model = mcdrop.wrap(Weighing(), example=EXAMPLE)
+    model = mcdrop.wrap(Dropped(lambda h: summed(h) * (h.mean() <= 1)), example=EXAMPLE)  # a factor of 0 or 1
     expected: NDArray[Any] = mcdrop.predict(model, ROW, passes=40).mean
     assert 0 < abs(expected.item() - MEAN) < 4 * (VARIANCE / 40) ** 0.5
     path = mcdrop.export_torch(model, tmp_path / "posterior.pt2", passes=40)
