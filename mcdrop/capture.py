@@ -10,8 +10,10 @@ import itertools
 import logging
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,7 +252,7 @@ def _stand_in(mode: FakeTensorMode, tensor: Tensor, count: int | None = None) ->
 def _written_down(
     function: Callable[..., Tensor], arguments: tuple[list[Tensor], ...], mode: FakeTensorMode
 ) -> fx.Graph:
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, _compiled_as_it_stands():
         # where torch only loops inside vmap, nothing is gained
         warnings.filterwarnings("error", message=".*performance drop.*")
         try:
@@ -267,6 +269,12 @@ def _written_down(
         if draws(node.target, node.args, node.kwargs):
             raise NotCaptured(f"it draws by {node.target}")
     return graph
+
+
+def _compiled_as_it_stands() -> AbstractContextManager[Any]:
+    """Lets functions that the network compiled by ``torch.compile`` be written down, which torch refuses otherwise."""
+    dynamo = sys.modules.get("torch._dynamo")  # not there: nothing is compiled, and loading it takes a second
+    return nullcontext() if dynamo is None else dynamo.config.patch(error_on_nested_fx_trace=False)
 
 
 def _expression(size: Any) -> Any:

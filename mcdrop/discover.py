@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from mcdrop.agreement import difference
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.checks import SAME, changing, coupled, mean_preserving, unrepeatable
-from mcdrop.errors import InputError, ModelRefused, NoStochasticSite, UncontrolledDraw
+from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.forward import draws_off, to_tensors
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
+from mcdrop.quiet import first_line
 from mcdrop.record import Spy, own_generator, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow, reached_originals
@@ -29,6 +30,7 @@ __all__ = ["UNUSABLE", "Discovery", "Overrules", "discover", "matching"]
 UNUSABLE = "the network cannot take these inputs"
 
 _FEW_ROWS = 4
+_WHOLE_GRAPH = "; call torch.compiler.set_stance('force_eager') before, which runs what it compiles as it stands"
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,12 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
     """Runs one pass that cannot write to the user's tensors, and checks that its output can be used."""
     try:
         output, spy = _look(live, rows, pick)
-    except InputError:
+    except MCDropError:
         raise
     except Exception as error:
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in rows.named())
-        raise InputError(f"{UNUSABLE} ({shapes}): {error}") from error
+        remedy = _WHOLE_GRAPH if "fullgraph=True" in str(error) else ""
+        raise InputError(f"{UNUSABLE} ({shapes}): {first_line(error)}{remedy}") from error
     shape = tuple(output.shape)
     if not shape or shape[0] != rows.count:
         raise InputError(

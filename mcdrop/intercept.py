@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import ModelRefused, UncontrolledDraw
@@ -24,6 +25,10 @@ Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__", "__ixor__", "__setitem__"}
 _NOT_BATCHED = ("vmap", "match the broadcast shape", "Batching rule")  # what torch says of a target without the axis
 PACKED = "packed rows are put in order of their lengths, whichever pass they belong to"
+_OUT_OF_SIGHT = (
+    "the network calls torch's {!r}, whose functions run out of sight, so that a draw in them could not be controlled; "
+    "write it with operations instead, such as torch.where or scaled_dot_product_attention"
+)
 _OTHER_WAY = "the network takes another way through these rows than through its example"
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
 
@@ -217,6 +222,8 @@ class Interception(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
+            if isinstance(func, HigherOrderOperator) and isinstance(error, NotImplementedError):
+                raise ModelRefused(_OUT_OF_SIGHT.format(func.name())) from error
             if not any(said in str(error) for said in _NOT_BATCHED):
                 raise
             return self._lifted(func, args, kwargs)

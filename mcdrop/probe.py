@@ -6,7 +6,7 @@ averages, losses and auxiliary heads of training stay in eval.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,9 @@ from mcdrop.shadow import takes_masks
 __all__ = ["Verdict", "probe"]
 
 _SEEDS = (1, 2)
+_LOOKS_UP = nn.Module.__getattr__.__code__
+
+Readers = dict[int, list[bool]]
 
 
 @dataclass(frozen=True)
@@ -39,59 +42,65 @@ class Verdict:
     draws: int = 0
 
 
-@contextmanager
-def _noting_readers(module: nn.Module) -> Iterator[dict[int, list[bool]]]:
-    """Collects whose ``training`` is read, by id, and of each time whether by itself.
+class _Flags(dict[str, Any]):
+    """A module's submodules, where torch looks for the training flag once it is no attribute: notes who asks for it.
 
-    It changes classes of the shadow for the while.
+    Classes stay as they are, since a forward may go by them.
     """
-    readers: dict[int, list[bool]] = {}
 
-    def read(self: nn.Module) -> bool:
-        readers.setdefault(id(self), []).append(sys._getframe(1).f_locals.get("self") is self)
-        return bool(self.__dict__["training"])
+    owner: nn.Module
+    training: bool
+    readers: Readers
 
-    def write(self: nn.Module, value: bool) -> None:
-        self.__dict__["training"] = value
+    def __contains__(self, name: object) -> bool:
+        """Has the flag where the module looks an attribute up; not where it sets one."""
+        if name == "training" and sys._getframe(1).f_code is _LOOKS_UP:
+            return True
+        return super().__contains__(name)
 
-    children = list(module.modules())
-    classes = [type(child) for child in children]
-    for child, kind in zip(children, classes, strict=True):
-        spied = {"training": property(read, write), "__module__": kind.__module__}
-        child.__class__ = type(kind.__name__, (kind,), spied)
+    def __missing__(self, name: str) -> bool:
+        """Gives the flag, and notes whether its owner asks by itself."""
+        if name != "training":
+            raise KeyError(name)
+        frame = sys._getframe(1)
+        while frame.f_code.co_name == "__getattr__" and frame.f_back is not None:
+            frame = frame.f_back
+        self.readers.setdefault(id(self.owner), []).append(frame.f_locals.get("self") is self.owner)
+        return self.training
+
+
+@contextmanager
+def _noting_readers(module: nn.Module) -> Iterator[Readers]:
+    """Collects whose ``training`` is read, by id, and of each time whether by itself."""
+    readers: Readers = {}
+    children = [child for child in module.modules() if "training" in child.__dict__]
+    shared = [(child.training, child._modules) for child in children]
+    for child, (training, modules) in zip(children, shared, strict=True):
+        flags = _Flags(modules)
+        flags.owner, flags.training, flags.readers = child, training, readers
+        child.__dict__["_modules"] = flags
+        del child.__dict__["training"]
     try:
         yield readers
     finally:
-        for child, kind in zip(children, classes, strict=True):
-            child.__class__ = kind
+        for child, (training, modules) in zip(children, shared, strict=True):
+            own = dict(child._modules)
+            modules.clear()
+            modules.update(own)
+            child.__dict__.update(training=training, _modules=modules)
 
 
-def probe(module: nn.Module, rows: Rows) -> dict[str, Verdict]:
-    """Gives for each module that reads its training flag what switching it on does; all flags are off at the end."""
-    with _noting_readers(module) as readers:
-        base = _observe(module, rows, seed=_SEEDS[0])
-    verdicts = {}
-    for path, child in module.named_modules():
-        if id(child) not in readers:
-            continue
-        if isinstance(child, _NormBase):
-            verdicts[path] = Verdict("norm", "a norm layer: its running statistics stay frozen")
-            continue
-        if _only_drops(child, by_itself=all(readers[id(child)])):
-            verdicts[path] = Verdict("stochastic", "draws random numbers", len(readers[id(child)]))
-            continue
-        child.training = True
-        try:
-            verdicts[path] = _effect(module, rows, base)
-        finally:
+@contextmanager
+def _switched_on(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Sets flags for the while."""
+    chosen = list(modules)
+    try:
+        for child in chosen:
+            child.training = True
+        yield
+    finally:
+        for child in chosen:
             child.training = False
-    return verdicts
-
-
-def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
-    """Whether a flag is read by nothing but one of torch's dropout layers, whose code says what it does."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return takes_masks(layer) and by_itself and not hooked and 0 <= float(layer.p) <= 1  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class _Observation:
     values: list[Tensor]
     written: frozenset[str]
     changed: frozenset[tuple[str, str]]  # attributes, as (module, name)
+    readers: Readers
 
 
 def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
@@ -109,10 +119,11 @@ def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
 
     def keep(result: Any) -> Tensor:
         raw.append(result)
-        return next(leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        return next(leaf for leaf in _flat(result)[0] if isinstance(leaf, Tensor))
 
-    source, spy = record(module, rows, keep, seed=seed)
-    leaves, spec = _pytree.tree_flatten(raw[0])
+    with _noting_readers(module) as readers:
+        source, spy = record(module, rows, keep, seed=seed)
+    leaves, spec = _flat(raw[0])
     values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
     changed = frozenset(key for key, value in _attributes(module).items() if before.get(key) != value)
@@ -120,7 +131,14 @@ def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
         child.__dict__.clear()
         child.__dict__.update(attributes)
     draws = len(source.draws) + len(spy.escaped)
-    return _Observation(draws, structure, values, frozenset(spy.written), changed)
+    return _Observation(draws, structure, values, frozenset(spy.written), changed, readers)
+
+
+def _flat(result: Any) -> tuple[list[Any], Any]:
+    """Gives what a network returned as a list, and how it was nested; of an object unknown to torch, its values."""
+    leaves, spec = _pytree.tree_flatten(result)
+    known = any(isinstance(leaf, Tensor) for leaf in leaves) or not hasattr(result, "__dict__")
+    return (leaves, spec) if known else _pytree.tree_flatten(vars(result))
 
 
 def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
@@ -133,30 +151,94 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
     }
 
 
-def _effect(module: nn.Module, rows: Rows, base: _Observation) -> Verdict:
-    """Says what the flag that was just switched on does; a second look is for what the first does not settle."""
+def probe(module: nn.Module, rows: Rows) -> dict[str, Verdict]:
+    """Gives for each module that reads its training flag what switching it on does; all flags are off at the end."""
+    base = _observe(module, rows, seed=_SEEDS[0])
+    return _together(module, rows, _each(module, rows, base, {}))
+
+
+def _each(module: nn.Module, rows: Rows, base: _Observation, known: Mapping[str, Verdict]) -> dict[str, Verdict]:
+    """Looks at flags that were read in an observation and are not known, one by one beside those that are on."""
+    verdicts = {}
+    for path, child in module.named_modules():
+        if id(child) not in base.readers or path in known:
+            continue
+        if isinstance(child, _NormBase):
+            verdicts[path] = Verdict("norm", "a norm layer: its running statistics stay frozen")
+        elif _only_drops(child, by_itself=all(base.readers[id(child)])):
+            verdicts[path] = Verdict("stochastic", "draws random numbers", len(base.readers[id(child)]))
+        else:
+            verdicts[path] = _effect(module, child, rows, base)
+    return verdicts
+
+
+def _together(module: nn.Module, rows: Rows, verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+    """Looks at flags that are read, or draw, only where others are on, as in ``if self.training: x = self.drop(x)``.
+
+    Of those without an effect of their own, the ones that draws need are switched on.
+    """
+    by_path, verdicts = dict(module.named_modules()), dict(verdicts)
+
+    def observed(*kinds: str, but: str | None = None) -> tuple[_Observation, dict[str, Verdict]]:
+        with _switched_on(by_path[path] for path, one in verdicts.items() if one.kind in kinds and path != but):
+            seen = _observe(module, rows, seed=_SEEDS[0])
+            return seen, _each(module, rows, seen, verdicts)
+
+    while True:
+        seen, found = observed("stochastic", "inert")
+        if not found:
+            break
+        verdicts |= found
+    inert = [path for path, one in verdicts.items() if one.kind == "inert"]
+    if inert and observed("stochastic")[0].draws < seen.draws:
+        for path in inert:
+            missing = seen.draws - observed("stochastic", "inert", but=path)[0].draws
+            if missing > 0:
+                verdicts[path] = Verdict("stochastic", "lets others draw", missing)
+    return verdicts
+
+
+def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
+    """Whether a flag is read by nothing but one of torch's dropout layers, whose code says what it does."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return takes_masks(layer) and by_itself and not hooked and 0 <= float(layer.p) <= 1  # type: ignore[arg-type]
+
+
+def _effect(module: nn.Module, child: nn.Module, rows: Rows, base: _Observation) -> Verdict:
+    """Says what a flag does that is switched on; a second look is for what the first does not settle."""
     try:
-        first = _observe(module, rows, seed=_SEEDS[0])
-        altered = _altered(first, base)
-        if first.draws > base.draws and first.structure == base.structure and not altered:
-            return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
-        second = _observe(module, rows, seed=_SEEDS[1])
+        with _switched_on([child]):
+            first = _observe(module, rows, seed=_SEEDS[0])
+            altered = _altered(first, base)
+            if first.draws > base.draws and first.structure == base.structure and not altered:
+                return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
+            second = _observe(module, rows, seed=_SEEDS[1])
+            hidden = _hidden_draws(module, rows, base, first)
     except Exception as error:  # any failure but of memory means that this is not a flag to switch on
         if out_of_memory(error):
             raise
         return Verdict("refused", f"fails in training mode: {type(error).__name__}: {str(error)[:100]}")
     draws = max(first.draws, second.draws) - base.draws
     if altered:
-        return Verdict("refused", altered, draws)
+        return Verdict("refused", altered, draws + hidden)
     if first.structure == second.structure != base.structure:  # else the shape of the output itself is random
-        return Verdict("refused", "returns something else in training mode", draws)
+        return Verdict("refused", "returns something else in training mode", draws + hidden)
     if {first.draws, second.draws} != {base.draws}:
         return Verdict("stochastic", "draws random numbers", draws)
     if all(identical(a, b) for a, b in zip(first.values, base.values, strict=True)):
         return Verdict("inert", "no effect on this input")
     if any(not identical(a, b) for a, b in zip(first.values, second.values, strict=True)):
         return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
-    return Verdict("refused", "computes something else in training mode, without a draw")
+    none = "" if hidden else ", without a draw"
+    return Verdict("refused", f"computes something else in training mode{none}", hidden)
+
+
+def _hidden_draws(module: nn.Module, rows: Rows, base: _Observation, seen: _Observation) -> int:
+    """How many draws, of flags that are read only where another is on, the first output would follow."""
+    others = [one for one in module.modules() if id(one) in seen.readers.keys() - base.readers.keys()]
+    with _switched_on(one for one in others if not isinstance(one, _NormBase)):
+        first, second = (_observe(module, rows, seed=seed) for seed in _SEEDS) if others else (seen, seen)
+    return 0 if identical(first.values[0], second.values[0]) else first.draws - seen.draws
 
 
 def _altered(seen: _Observation, base: _Observation) -> str:

@@ -88,7 +88,7 @@ class Recorder:
         return False
 
 
-@dataclass
+@dataclass(repr=False)  # torch writes a mode into its errors
 class Spy(TorchDispatchMode):
     """Notes random operations that no rule caught and the size of each result; diverts a write to a watched tensor."""
 

@@ -228,6 +228,33 @@ def test_an_example_that_the_network_cannot_take_is_refused_with_its_shape() -> 
         mcdrop.wrap(nn.Sequential(nn.Linear(5, 1), nn.Dropout(0.5)), example=X)
 
 
+def test_functions_that_run_out_of_sight_are_refused_by_name() -> None:
+    with pytest.raises(ModelRefused, match=r"^the network calls torch's 'cond', whose functions run out of sight"):
+        wrapped(lambda x, on: torch.cond(x.sum() > 0, lambda h: h.sin(), lambda h: h.cos(), (F.dropout(x, 0.5, on),)))
+
+
+def test_what_a_network_compiles_is_captured_as_it_stands() -> None:
+    def act(x: Tensor, on: bool) -> Tensor:
+        return F.dropout(x.relu() + 1, 0.5, on)
+
+    spreads = []
+    for one in (act, torch.compile(act, backend="eager")):
+        torch.manual_seed(0)
+        model = wrapped(one)
+        assert model.audit.tier == "captured"
+        spreads.append(spread(model))
+    assert spreads[0] == pytest.approx(spreads[1], rel=1e-6)
+
+
+def test_a_compiled_function_that_must_be_one_graph_is_refused_with_a_remedy() -> None:
+    act = torch.compile(lambda x, on: F.dropout(x.relu() + 1, 0.5, on), backend="eager", fullgraph=True)
+    with pytest.raises(InputError, match=r"cannot take these inputs .*set_stance\('force_eager'\)") as refused:
+        wrapped(act)
+    assert len(str(refused.value)) < 400
+    with torch.compiler.set_stance("force_eager"):
+        assert wrapped(act).audit.tier == "captured"
+
+
 OUTPUTS = {
     "a sum over the rows": lambda x, on: F.dropout(x, 0.5, on).sum(dim=0),
     "a single number": lambda x, on: F.dropout(x, 0.5, on).sum(),
