@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcdrop.audit import Audit, NormReport
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
+from mcdrop.forward import as_numpy
 from mcdrop.moments import Found, mean_gap, moments_of, total_variance
 from mcdrop.onednn import FLOPS, available
 from mcdrop.planning import LARGEST_ERROR
-from mcdrop.ready import as_numpy
 from mcdrop.record import caller, module_paths
 from mcdrop.rows import Rows
 

@@ -124,10 +124,13 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in rows.named())
         remedy = _WHOLE_GRAPH if "fullgraph=True" in str(error) else ""
         raise InputError(f"{UNUSABLE} ({shapes}): {first_line(error)}{remedy}") from error
+    if output.is_complex():
+        raise InputError("the picked output is complex; return real numbers, such as torch.view_as_real of it")
     shape = tuple(output.shape)
     if not shape or shape[0] != rows.count:
+        several = "; give an example of several rows, where squeeze() leaves that axis" if rows.count == 1 else ""
         raise InputError(
-            f"the picked output has the shape {shape} for {rows.count} rows; its first axis must be the rows"
+            f"the picked output has the shape {shape} for {rows.count} rows; its first axis must be the rows{several}"
         )
     return spy
 

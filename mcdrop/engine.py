@@ -6,7 +6,7 @@ whose mean is known well enough may leave the batch without changing the answer 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ _CHECKED_AT = 0.975
 _ROUND = 64  # passes between two looks at the error of an adaptive run
 
 Array = NDArray[np.float64]
+Kept = NDArray[np.floating[Any]]  # in the network's own precision
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,12 @@ class PassResult:
     standard_error: Array
     degrees: NDArray[np.int64]
     deterministic: Array
-    samples: NDArray[np.float32] | None
+    samples: Kept | None
     plan: PassPlan
     features: NDArray[np.float32] | None = None  # hidden features (N, F), where a screen compares them
 
     @classmethod
-    def of(
-        cls, gathered: Gathered, deterministic: Array, samples: NDArray[np.float32] | None, plan: PassPlan
-    ) -> "PassResult":
+    def of(cls, gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan) -> "PassResult":
         """Reads what was gathered for rows that all had the same passes."""
         found = gathered.read()
         zeros = np.zeros(len(found.mean), np.int64)
@@ -156,7 +155,7 @@ def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Stat
         return PassResult.join([run(backend, block, plan, statistics) for block in rows.split(size)])
 
 
-def _of(gathered: Gathered, deterministic: Array, samples: NDArray[np.float32] | None, plan: PassPlan) -> PassResult:
+def _of(gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan) -> PassResult:
     """Reads what was gathered; a closed form gathers conditional means and variances, whose total is the variance."""
     result = PassResult.of(gathered, deterministic, samples, plan)
     if not plan.exact_last:
@@ -175,7 +174,7 @@ def _deterministic(block: Block, statistics: Statistics) -> Array:
 
 
 def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics) -> PassResult:
-    kept: list[NDArray[np.float32]] | None = [] if plan.keep_samples else None
+    kept: list[Kept] | None = [] if plan.keep_samples else None
     block = backend.block(rows, exact_last=plan.exact_last)
     gathered = Gathered(BLOCKS[plan.sampler])
     _gather(gathered, block, plan, statistics, (0, plan.passes), kept)
@@ -185,7 +184,7 @@ def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics)
 
 def _gather(
     gathered: Gathered, block: Block, plan: PassPlan, statistics: Statistics, span: tuple[int, int],
-    kept: list[NDArray[np.float32]] | None = None,
+    kept: list[Kept] | None = None,
 ) -> None:  # fmt: skip
     """Runs the passes of a span in chunks, and adds them to what was gathered.
 
@@ -207,8 +206,8 @@ def _gather(
                 continue
         outputs = block.forward(count, seed=plan.seed, start=start, sampler=plan.sampler)
         values = statistics.of(outputs.astype(np.float64))
-        if kept is not None:  # in the network's own precision
-            kept.append(values[..., : statistics.kept(values.shape[-1])].astype(np.float32))
+        if kept is not None:
+            kept.append(values[..., : statistics.kept(values.shape[-1])].astype(outputs.dtype))
         gathered.add(values)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mcdrop.errors import InputError
@@ -17,6 +18,8 @@ from mcdrop.rules import RULES
 from mcdrop.volatile import from_start
 
 __all__ = [
+    "Outputs",
+    "as_numpy",
     "draws_off",
     "forward",
     "moved",
@@ -27,6 +30,8 @@ __all__ = [
     "to_tensors",
     "using",
 ]
+
+Outputs = NDArray[np.floating[Any]]
 
 
 def to_tensors(rows: Rows, module: nn.Module) -> Rows:
@@ -92,6 +97,10 @@ def forward(module: nn.Module, rows: Rows, pick: Pick) -> Tensor:
     kwargs = {name: leaf.clone() for name, leaf in rows.kwargs.items()}
     with from_start(module):
         output = pick(module(*args, **kwargs))
+    if output.dtype == torch.bool:
+        output = output.float()
+    if rows.count == 1 and output.shape[:1] != (1,):  # squeezed, which takes away the axis of a single row
+        output = output.unsqueeze(0)
     return output.unsqueeze(-1) if output.dim() == 1 else output
 
 
@@ -131,6 +140,16 @@ class said_of:
             return
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in self._rows.named())
         raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error
+
+
+def as_numpy(output: Outputs | Tensor) -> Outputs:
+    """Gives outputs as an array: of float64 where float32 would round them."""
+    if isinstance(output, np.ndarray):
+        return output
+    wide = output.dtype in (torch.float64, torch.int64, torch.int32)
+    there = output.is_cpu and output.dtype in (torch.float32, torch.float64)
+    array: Outputs = (output if there else output.to("cpu", torch.float64 if wide else torch.float32)).detach().numpy()
+    return array
 
 
 def out_of_memory(error: Exception) -> bool:

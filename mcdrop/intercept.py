@@ -254,10 +254,19 @@ class Interception(TorchFunctionMode):
             return target
 
     def numbers(self, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Gives uniform or normal numbers of a shape, in the type and on the device of a tensor."""
+        """Gives uniform or normal numbers of a shape, in the type and on the device of a tensor.
+
+        Of complex ones both parts are drawn, normal ones with half of the variance, as torch does.
+        """
+        if like.dtype.is_complex:
+            parts = self.numbers(kind, (*shape, 2), like.real) * (0.5**0.5 if kind == "normal" else 1.0)
+            return torch.complex(parts[..., 0], parts[..., 1])
         values = self.source.draw(kind, tuple(shape), 0.0)
         if values is None:
             return torch.full(shape, 0.5 if kind == "uniform" else 0.0, dtype=like.dtype, device=like.device)
+        if kind == "uniform" and torch.finfo(like.dtype).bits < 32:  # rounded, some would be 1
+            steps = 2 / torch.finfo(like.dtype).eps
+            values = (values * steps).floor() / steps
         # expanded, because the caller asked for a tensor of this shape and may reshape it or write to it
         return values.to(like.device, like.dtype).expand(shape).clone()
 

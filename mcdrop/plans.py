@@ -9,13 +9,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mcdrop.decisions import Parted
 from mcdrop.digits import digits
 from mcdrop.errors import InputError
-from mcdrop.forward import draws_off, out_of_memory, place_of, placed, said_of
+from mcdrop.forward import Outputs, as_numpy, draws_off, out_of_memory, place_of, placed, said_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
 from mcdrop.planning import make_plan
@@ -46,6 +45,7 @@ class Plans:
         self.live, self.plain, self.pick, self.excluded, self.force = live, plain, pick, excluded, force
         self.precision, self.compiled, self.tuning = precision, compiled, tuning
         held = [(one, tensor) for one in state_of(live) if (tensor := one.now()) is not None]
+        held.sort(key=lambda one: not isinstance(one[1], nn.Parameter))  # buffers may have more digits than weights
         floating = next((one for one, tensor in held if tensor.is_floating_point()), None)
         self._telling = [one for one in (held[0][0] if held else None, floating) if one is not None]
         self._plans: dict[object, Plan] = {}
@@ -230,13 +230,12 @@ class Plans:
             self._eager_tiers[id(plan.trace)] = choose_tier(self.live, few, self.pick, plan.trace, stacks)[0]
         return self._eager_tiers[id(plan.trace)]
 
-    def deterministic(self, rows: Rows) -> NDArray[np.float32]:
+    def deterministic(self, rows: Rows) -> Outputs:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
         try:
             _, tensors = self.prepare(rows)
             with torch.no_grad(), self.turn, self.arithmetic(tensors), said_of(tensors):
-                output = draws_off(self.plain, tensors, self.pick)
-                return output.detach().to("cpu", torch.float32).numpy()
+                return as_numpy(draws_off(self.plain, tensors, self.pick))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or rows.count == 1:
                 raise

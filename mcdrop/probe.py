@@ -17,7 +17,7 @@ from torch.utils import _pytree
 
 from mcdrop.agreement import identical
 from mcdrop.forward import out_of_memory
-from mcdrop.record import record
+from mcdrop.record import Draw, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
 
@@ -106,6 +106,7 @@ def _switched_on(modules: Iterable[nn.Module]) -> Iterator[None]:
 @dataclass(frozen=True)
 class _Observation:
     draws: int
+    rates: tuple[tuple[str, float], ...]  # with the kinds of the draws
     structure: tuple[Any, ...]
     values: list[Tensor]
     written: frozenset[str]
@@ -113,7 +114,7 @@ class _Observation:
     readers: Readers
 
 
-def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
+def _observe(module: nn.Module, rows: Rows, *, seed: int, drawn: list[Draw] | None = None) -> _Observation:
     before, raw = _attributes(module), []
     kept = [(child, dict(child.__dict__)) for child in module.modules()]
 
@@ -122,7 +123,7 @@ def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
         return next(leaf for leaf in _flat(result)[0] if isinstance(leaf, Tensor))
 
     with _noting_readers(module) as readers:
-        source, spy = record(module, rows, keep, seed=seed)
+        source, spy = record(module, rows, keep, seed=seed, draws=drawn)
     leaves, spec = _flat(raw[0])
     values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
@@ -130,8 +131,8 @@ def _observe(module: nn.Module, rows: Rows, *, seed: int) -> _Observation:
     for child, attributes in kept:  # counters and the like, on the shadow: the passes start where the user's module is
         child.__dict__.clear()
         child.__dict__.update(attributes)
-    draws = len(source.draws) + len(spy.escaped)
-    return _Observation(draws, structure, values, frozenset(spy.written), changed, readers)
+    draws, rates = len(source.draws) + len(spy.escaped), tuple((draw.kind, draw.p) for draw in source.draws)
+    return _Observation(draws, rates, structure, values, frozenset(spy.written), changed, readers)
 
 
 def _flat(result: Any) -> tuple[list[Any], Any]:
@@ -206,9 +207,10 @@ def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
 
 def _effect(module: nn.Module, child: nn.Module, rows: Rows, base: _Observation) -> Verdict:
     """Says what a flag does that is switched on; a second look is for what the first does not settle."""
+    drawn: list[Draw] = []
     try:
         with _switched_on([child]):
-            first = _observe(module, rows, seed=_SEEDS[0])
+            first = _observe(module, rows, seed=_SEEDS[0], drawn=drawn)
             altered = _altered(first, base)
             if first.draws > base.draws and first.structure == base.structure and not altered:
                 return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
@@ -217,7 +219,8 @@ def _effect(module: nn.Module, child: nn.Module, rows: Rows, base: _Observation)
     except Exception as error:  # any failure but of memory means that this is not a flag to switch on
         if out_of_memory(error):
             raise
-        return Verdict("refused", f"fails in training mode: {type(error).__name__}: {str(error)[:100]}")
+        said = f"fails in training mode: {type(error).__name__}: {str(error)[:100]}"
+        return Verdict("refused", said, max(0, len(drawn) - base.draws))
     draws = max(first.draws, second.draws) - base.draws
     if altered:
         return Verdict("refused", altered, draws + hidden)
@@ -225,12 +228,21 @@ def _effect(module: nn.Module, child: nn.Module, rows: Rows, base: _Observation)
         return Verdict("refused", "returns something else in training mode", draws + hidden)
     if {first.draws, second.draws} != {base.draws}:
         return Verdict("stochastic", "draws random numbers", draws)
-    if all(identical(a, b) for a, b in zip(first.values, base.values, strict=True)):
+    if _same(first, base):
         return Verdict("inert", "no effect on this input")
-    if any(not identical(a, b) for a, b in zip(first.values, second.values, strict=True)):
+    if not _same(first, second):
+        with _switched_on([child]):
+            repeated = _same(first, _observe(module, rows, seed=_SEEDS[0]))
+        # a rate that is 0 in eval; elsewhere draws in eval would hide what else the flag does
+        if repeated and (first.rates != base.rates or _same(base, _observe(module, rows, seed=_SEEDS[1]))):
+            return Verdict("stochastic", "draws random numbers that have no effect in eval mode")
         return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
     none = "" if hidden else ", without a draw"
     return Verdict("refused", f"computes something else in training mode{none}", hidden)
+
+
+def _same(one: _Observation, other: _Observation) -> bool:
+    return all(identical(a, b) for a, b in zip(one.values, other.values, strict=True))
 
 
 def _hidden_draws(module: nn.Module, rows: Rows, base: _Observation, seen: _Observation) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcdrop.errors import InputError
-from mcdrop.forward import out_of_memory, said_of
+from mcdrop.forward import Outputs, as_numpy, out_of_memory, said_of
 from mcdrop.intercept import LargerDraw
 from mcdrop.moments import Summing
 from mcdrop.plan import CAPTURED, Plan, straight
@@ -22,9 +22,7 @@ from mcdrop.rows import Rows
 from mcdrop.stacks import Span
 from mcdrop.sums import summed_up
 
-__all__ = ["Ready", "Room", "as_numpy"]
-
-Outputs = NDArray[np.float32]
+__all__ = ["Ready", "Room"]
 
 _MANY = 3000  # outputs: fewer take less time to move, and to sum up here
 _SUMMING = 13 * 4  # bytes for each output, where classes are told by float64: probabilities, votes, differences
@@ -231,12 +229,3 @@ class Ready:
         if _SMALL * finish.passes * self._needed > self._room.bytes:
             return None
         return program.played(weights, masks, leaves, rows, finish, lambda: self._plans.arithmetic(self._tensors))
-
-
-def as_numpy(output: Outputs | Tensor) -> Outputs:
-    """Gives outputs as an array."""
-    if isinstance(output, np.ndarray):
-        return output.astype(np.float32, copy=False)
-    there = output.dtype == torch.float32 and output.is_cpu
-    array: Outputs = (output if there else output.to("cpu", torch.float32)).detach().numpy()
-    return array

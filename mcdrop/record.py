@@ -281,12 +281,14 @@ def _readings(spy: Spy) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def record(
-    module: nn.Module, rows: Rows, pick: Pick, *, seed: int | None, force: Callable[[str], bool] = nowhere
-) -> tuple[Recorder, Spy]:
-    """Runs one pass and gives what it drew, and what the spy saw."""
+    module: nn.Module, rows: Rows, pick: Pick, *, seed: int | None, force: Callable[[str], bool] = nowhere,
+    draws: list[Draw] | None = None,
+) -> tuple[Recorder, Spy]:  # fmt: skip
+    """Runs one pass and gives what it drew, also in ``draws`` where it fails, and what the spy saw."""
     paths = module_paths(module)
     leaf = rows.leaves[0]
     source = Recorder(paths, leaf.device, seed=seed, force=force)
+    source.draws = source.draws if draws is None else draws
     spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in source.draws))
     stays = [*kept_tensors(module)]  # where a forward sets others, so that none of these takes the memory of one
     with own_generator():

@@ -26,6 +26,7 @@ def _drop_rule(apply: Apply, leading: int | None, unbatched: int = -1) -> Callab
     """
 
     def rule(mode: Interception, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        p = float(p)  # a tensor, where somebody keeps it in a buffer
         if not 0 <= p <= 1:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         if not training and not mode.source.forces(p):
@@ -90,7 +91,7 @@ def _exponential_(mode: Interception, input: Tensor, lambd: float = 1.0, **ignor
     values = mode.source.draw("uniform", tuple(input.shape), 0.0)
     if values is None:
         return mode.write(input, torch.full_like(input, 1 / lambd))
-    return mode.write(input, (-torch.log1p(-values.to(input.device, input.dtype)) / lambd).expand(input.shape))
+    return mode.write(input, (-torch.log1p(-values.to(input.device)) / lambd).to(input.dtype).expand(input.shape))
 
 
 def _normal(mode: Interception, mean: Tensor | float, std: Tensor | float = 1.0, *args: Any, **kwargs: Any) -> Tensor:
@@ -119,12 +120,27 @@ def _size_rule(kind: str) -> Callable[..., Tensor]:
 
 
 def _randint(mode: Interception, *args: Any, **kwargs: Any) -> Tensor:
-    bounds = [*args[:-1]] if "size" not in kwargs else [*args]
-    size = kwargs["size"] if "size" in kwargs else args[-1]
-    low, high = (0, bounds[0]) if len(bounds) == 1 else (bounds[0], bounds[1])
+    """``low`` may be left out, and each of ``low``, ``high`` and ``size`` be named."""
+    given = [*args]
+    size = kwargs["size"] if "size" in kwargs else given.pop()
+    high = kwargs["high"] if "high" in kwargs else given.pop()
+    low = kwargs.get("low", given.pop() if given else 0)
     blank = torch.empty(0, device=kwargs.get("device"))
     values = torch.floor(mode.numbers("uniform", tuple(size), blank) * (high - low)) + low
-    return values.to(kwargs.get("dtype") or torch.int64)
+    drawn: Tensor = values.to(kwargs.get("dtype") or torch.int64)
+    return drawn
+
+
+def _to_out(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rule of a function that may write to a tensor that it is given."""
+
+    def with_out(mode: Interception, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if out is None:
+            return rule(mode, *args, **kwargs)
+        value = rule(mode, *args, **{"dtype": out.dtype, "device": out.device, **kwargs})
+        return mode.write(out.resize_(value.shape), value)
+
+    return with_out
 
 
 def _pack(mode: Interception, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -182,18 +198,18 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.alpha_dropout_: _torch_rule(Interception.alpha_drop, None, inplace=True),
     torch.feature_alpha_dropout: _torch_rule(Interception.alpha_drop, 2, inplace=False),
     torch.feature_alpha_dropout_: _torch_rule(Interception.alpha_drop, 2, inplace=True),
-    torch.bernoulli: _bernoulli,
+    torch.bernoulli: _to_out(_bernoulli),
     Tensor.bernoulli: _bernoulli,
     Tensor.bernoulli_: _bernoulli_,
     Tensor.uniform_: _uniform_,
     Tensor.normal_: _normal_,
     Tensor.exponential_: _exponential_,
-    torch.normal: _normal,
+    torch.normal: _to_out(_normal),
     torch._pack_padded_sequence: _pack,
     torch._pad_packed_sequence: _unpack,
-    torch.rand: _size_rule("uniform"),
-    torch.randn: _size_rule("normal"),
+    torch.rand: _to_out(_size_rule("uniform")),
+    torch.randn: _to_out(_size_rule("normal")),
     torch.rand_like: _like_rule("uniform"),
     torch.randn_like: _like_rule("normal"),
-    torch.randint: _randint,
+    torch.randint: _to_out(_randint),
 }

@@ -71,7 +71,11 @@ def _attention(
         weights = weights + attn_mask
     dropped = mode.drop(weights.softmax(-1), dropout_p)
     with mode:
-        return dropped @ value
+        output: Tensor = dropped @ value
+    if attn_mask is None:
+        return output
+    hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
+    return output.masked_fill(hidden.all(-1, keepdim=True), 0.0)  # as torch does for padding, where a softmax is NaN
 
 
 # -- recurrent ---------------------------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
-from mcdrop.forward import moved
+from mcdrop.forward import Outputs, moved
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 from mcdrop.shadow import copied, unwrapped
@@ -92,7 +91,7 @@ class _Shards:
         most: int = min(one.most for one in self._blocks)
         return most
 
-    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of some passes (T, N, ...), rows in order."""
         asked = [
             self._pool.submit(one.forward, passes, seed=seed, start=start, sampler=sampler) for one in self._blocks
@@ -106,6 +105,6 @@ class _Shards:
     def summed(self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing) -> None:
         """Gives None."""
 
-    def deterministic(self) -> NDArray[np.float32]:
+    def deterministic(self) -> Outputs:
         """Gives the outputs with every draw off."""
         return np.concatenate([one.result() for one in [self._pool.submit(b.deterministic) for b in self._blocks]])

@@ -1,7 +1,7 @@
 """What runs a network's passes: one Protocol, one module for each runtime, each loaded only when it is used."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ class Block(Protocol):
     def most(self) -> int:
         """How many passes of these rows should be run at a time, at least 1."""
 
-    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.floating[Any]]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
 
     def sums_there(self, passes: int) -> bool:
@@ -30,7 +30,7 @@ class Block(Protocol):
     ) -> NDArray[np.float64] | None:
         """Gives what is made of the same passes where they are; None where the memory there is out."""
 
-    def deterministic(self) -> NDArray[np.float32]:
+    def deterministic(self) -> NDArray[np.floating[Any]]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
 
 
@@ -51,10 +51,10 @@ class Backend(Protocol):
             InputError: there is no closed form.
         """
 
-    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.floating[Any]]:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
 
-    def deterministic(self, rows: Rows) -> NDArray[np.float32]:
+    def deterministic(self, rows: Rows) -> NDArray[np.floating[Any]]:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
@@ -86,7 +86,7 @@ class Plain:
         needed = max(1, self.backend.pass_bytes(self.rows)) * self.rows.count + self.backend.shared_bytes(self.rows)
         return max(1, self.backend.chunk_bytes // needed)
 
-    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.floating[Any]]:
         """Gives the outputs of some passes."""
         return self.backend.forward(self.rows, passes, seed=seed, start=start, sampler=sampler)
 
@@ -97,6 +97,6 @@ class Plain:
     def summed(self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing) -> None:
         """Gives None."""
 
-    def deterministic(self) -> NDArray[np.float32]:
+    def deterministic(self) -> NDArray[np.floating[Any]]:
         """Gives the outputs with every draw off."""
         return self.backend.deterministic(self.rows)

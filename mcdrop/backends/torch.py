@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 from mcdrop.backends import Block
 from mcdrop.digits import digits
 from mcdrop.features import hidden_features, weights_digest
-from mcdrop.forward import draws_off, place_of
+from mcdrop.forward import Outputs, as_numpy, draws_off, place_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
 from mcdrop.plans import Plans
-from mcdrop.ready import Ready, Room, as_numpy
+from mcdrop.ready import Ready, Room
 from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
@@ -75,14 +75,14 @@ class TorchBackend:
         """
         return Ready(self.plans, rows, self.room, exact_last=exact_last)
 
-    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...).
 
         Out of memory, half of the passes or of the rows are run at a time, and later chunks are half as large.
         """
         return self.block(rows).forward(passes, seed=seed, start=start, sampler=sampler)
 
-    def deterministic(self, rows: Rows) -> NDArray[np.float32]:
+    def deterministic(self, rows: Rows) -> Outputs:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
         return self.plans.deterministic(rows)
 
@@ -90,7 +90,7 @@ class TorchBackend:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
         _, tensors = self.plans.prepare(rows)
         with self.plans.turn, self.plans.arithmetic(tensors):
-            return as_numpy(hidden_features(self.plain, tensors, self.pick, layer))
+            return as_numpy(hidden_features(self.plain, tensors, self.pick, layer)).astype(np.float32, copy=False)
 
     def digest(self) -> str:
         """Gives a sha256 over the weights and the precision.
