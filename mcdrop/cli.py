@@ -7,16 +7,16 @@ import errno
 import importlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mcdrop.console import check_output, note, note_not_finite, progress, terminable
 from mcdrop.errors import InputError, MCDropError, MissingExtra
+from mcdrop.streams import STANDARD_STREAM, check_place
 
 if TYPE_CHECKING:
     from mcdrop.model import Model
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "calibrate", "convert", "export", "inspect", "main", "predict", "predicted", "screen", "serve"]
 
-STANDARD_STREAM = "-"
+_CSV = (".csv", ".txt")
+_TABLES = (*_CSV, ".parquet", ".pq")
+_GRAPHS = (".onnx", ".pt2")
 
 _Devices = Annotated[
     list[str] | None,
@@ -87,11 +89,13 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "serve":  # which finishes what runs, and then ends by the signal
+        context.with_resource(terminable())
 
 
 @app.command()
@@ -129,11 +133,10 @@ def predict(
     from mcdrop.artifact import load
     from mcdrop.table import write_rows
 
-    if STANDARD_STREAM not in (rows, output) and _same_file(Path(rows), Path(output)):
-        raise typer.BadParameter("the output would replace the input; choose another file", param_hint="--output")
+    check_output(output, suffixes=_CSV, inputs=[rows, model])
     options = {"passes": passes, "level": level, "interval": interval, "seed": seed}
     loaded = load(model, devices=device or ())
-    with _progress(rows, output) as advance:
+    with progress(rows, output) as advance:
         count = write_rows(output, predicted(loaded, rows, options, prefix, advance))
     if output != STANDARD_STREAM:
         typer.echo(f"{count} rows written to {output}", err=True)
@@ -159,7 +162,7 @@ def calibrate(
 
     loaded = load(model, devices=device or ())
     y = read_targets(rows, target)
-    with _progress(str(rows), "", "reading") as advance:
+    with progress(str(rows), "", "reading") as advance:
         x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])
     labels = y[:, 0] if loaded.task == "classification" else y
     fitted = fit(loaded, {loaded.inputs[0].name: x}, labels, method=method, passes=passes, seed=seed)
@@ -181,22 +184,27 @@ def screen(
     device: _Devices = None,
 ) -> None:
     """Flag the anomalies of a table: its columns followed by score, p_value and is_anomaly."""
+    import numpy as np
+
     from mcdrop.artifact import load
     from mcdrop.detect import screen as find
-    from mcdrop.files import append_columns, read_inputs
+    from mcdrop.files import append_columns, check_target, read_inputs, state_of
 
     if fdr is not None and fpr is not None:
         raise typer.BadParameter("give --fdr or --fpr, not both", param_hint="--fdr")
-    if _same_file(rows, output):
-        raise typer.BadParameter("the output would replace the input; choose another file", param_hint="--output")
-    loaded = load(model, devices=device or ())
-    fitted = None if reference is None else _fitted_screen(loaded, reference, score, fpr)
+    check_output(output, suffixes=_TABLES, inputs=[rows, model, *([reference] if reference else [])])
+    columns = {prefix + column: column for column in ("score", "p_value", "is_anomaly")}
+    check_target(rows, output, [*columns])
+    loaded, since = load(model, devices=device or ()), state_of(rows)
+    # a screen that is fitted for a false-discovery rate alone flags no single rows: any rate of theirs will do
+    rate = fpr if fpr is not None else 0.01 if fdr is None else 0.5
+    fitted = None if reference is None else _fitted_screen(loaded, reference, score, rate)
     name = loaded.inputs[0].name
-    with _progress(str(rows), str(output), "screening") as advance:
-        blocks = read_inputs(loaded, rows, advance=advance)
+    with progress(str(rows), str(output), "screening") as advance:
+        blocks = read_inputs(loaded, rows, advance=advance, note=note)
         found = find(loaded, ({name: block} for block in blocks), screen=fitted, fdr=fdr, fpr=fpr)
-    columns = {prefix + column: getattr(found, column) for column in ("score", "p_value", "is_anomaly")}
-    append_columns(loaded, rows, output, columns)
+    append_columns(loaded, rows, output, {new: getattr(found, name) for new, name in columns.items()}, since=since)
+    note_not_finite(int((~np.isfinite(found.score)).sum()), len(found.score), "scores")
     typer.echo(str(found), err=True)
 
 
@@ -213,7 +221,9 @@ def export(
     from mcdrop.artifact import load
     from mcdrop.posterior import export_onnx, export_torch
 
-    write = export_torch if output.suffix == ".pt2" else export_onnx
+    check_output(output, suffixes=_GRAPHS, inputs=[model], hint="OUTPUT")
+    check_place(output)
+    write = export_torch if output.suffix.lower() == ".pt2" else export_onnx
     write(load(model), output, passes=passes, level=level, interval=interval, seed=seed)
     typer.echo(f"{passes} passes written to {output}", err=True)
 
@@ -226,6 +236,8 @@ def convert(
     """Turn pickled weights into safetensors, without running what a pickle may hold."""
     from mcdrop.convert import convert as convert_weights
 
+    check_output(output, suffixes=(".safetensors",), inputs=[weights], hint="OUTPUT")
+    check_place(output)
     typer.echo(f"{convert_weights(weights, output)} tensors written to {output}", err=True)
 
 
@@ -250,44 +262,29 @@ def predicted(
     model: "Model", source: str, options: dict[str, Any], prefix: str, advance: Callable[[int], None]
 ) -> Iterator["Table"]:
     """Predicts a table block by block; tells ``advance`` how many bytes of it are done."""
+    import numpy as np
+
     from mcdrop.files import only_input
     from mcdrop.predict import predict as predict_block
     from mcdrop.table import read_rows, with_prediction
 
-    spec = only_input(model)
+    spec, rows, lost = only_input(model), 0, 0
     width = math.prod(spec.shape[1:])
-    for block in read_rows(source, width=width, features=model.features, dtype=spec.dtype):
+    for block in read_rows(source, width=width, features=model.features, dtype=spec.dtype, note=note):
         inputs = {spec.name: block.values.reshape(-1, *spec.shape[1:])}
-        yield with_prediction(block, predict_block(model, inputs, **options), prefix=prefix)
+        found = predict_block(model, inputs, **options)
+        yield with_prediction(block, found, prefix=prefix)
+        rows += len(block.cells)
+        lost += int((~np.isfinite(found.mean) | ~np.isfinite(found.variance)).any(axis=1).sum())
         advance(block.position)
+    note_not_finite(lost, rows, "outputs")
 
 
-def _fitted_screen(model: "Model", reference: Path, score: str, fpr: float | None) -> "Screen":
+def _fitted_screen(model: "Model", reference: Path, score: str, fpr: float) -> "Screen":
     import numpy as np
 
     from mcdrop.files import read_inputs
     from mcdrop.fitting import fit_screen
 
-    rows = np.concatenate([*read_inputs(model, reference)])
-    return fit_screen(model, {model.inputs[0].name: rows}, score=score, fpr=fpr or 0.01)
-
-
-def _same_file(source: Path, target: Path) -> bool:
-    return source.exists() and target.exists() and source.samefile(target)
-
-
-@contextmanager
-def _progress(source: str, output: str, doing: str = "predicting") -> Iterator[Callable[[int], None]]:
-    """Gives what is to be told the bytes that were read; shows a bar on a terminal that prints nothing else."""
-    if not sys.stderr.isatty() or (output == STANDARD_STREAM and sys.stdout.isatty()):
-        yield lambda position: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from mcdrop.files import size_of
-
-    total = size_of(source)
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(doing, total=total)
-        yield lambda position: bar.update(task, completed=position)
+    rows = np.concatenate([*read_inputs(model, reference, note=note)])
+    return fit_screen(model, {model.inputs[0].name: rows}, score=score, fpr=fpr)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mcdrop.barefile import read_plain
-from mcdrop.errors import ArtifactError
+from mcdrop.errors import ArtifactError, InputError
 
 __all__ = ["convert"]
 
@@ -22,18 +23,23 @@ def convert(source: str | Path, target: str | Path, *, sha256: str | None = None
 
     Raises:
         ArtifactError: the file holds more than tensors, or none at all; the message names what.
+        InputError: the target cannot be written.
     """
     data = read_plain(Path(source), sha256=sha256)
     try:
         read = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{source} is not a plain state dict: {_unsafe(data) or _line(error)}") from None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError):
+        reason = _unsafe(data) or "it is damaged, or torch.save did not write it"  # torch's own advice is to run it
+        raise ArtifactError(f"{source} is not a plain state dict: {reason}") from None
     inner = next((read[name] for name in _NESTED if isinstance(read, Mapping) and name in read), read)
     weights = inner if isinstance(inner, Mapping) else {}
     tensors = {str(name): value.detach().clone() for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) != len(weights):
         raise ArtifactError(f"{source} does not hold a state dict, that is, tensors by name")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(target))
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(target))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot write {target}: {error}") from None
     return len(tensors)
 
 
@@ -45,7 +51,3 @@ def _unsafe(data: bytes) -> str:
         return ""
     names = ", ".join(sorted(found)[:5])
     return f"it would import {names}; save network.state_dict() instead of the network" if found else ""
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

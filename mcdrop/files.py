@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,33 +10,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, MissingExtra
-from mcdrop.table import Block, Table, read_rows, write_rows
+from mcdrop.streams import check_place, explained, whole
+from mcdrop.table import Block, Table, check_spelling, read_rows, write_rows
 
 if TYPE_CHECKING:
     from mcdrop.model import InputSpec, Model
 
-__all__ = ["Advance", "append_columns", "only_input", "read_inputs", "read_targets", "size_of"]
+__all__ = [
+    "Advance",
+    "Note",
+    "append_columns",
+    "check_target",
+    "only_input",
+    "read_inputs",
+    "read_targets",
+    "size_of",
+    "state_of",
+]
 
 Advance = Callable[[int], None]
+Note = Callable[[str], None]
+State = tuple[int, int, int]
 
 _PARQUET = (".parquet", ".pq")
 _ROWS = 65_536  # of a Parquet file at a time
 
 
 def read_inputs(
-    model: "Model", source: str | Path, *, without: Sequence[str] = (), advance: Advance | None = None
+    model: "Model",
+    source: str | Path,
+    *,
+    without: Sequence[str] = (),
+    advance: Advance | None = None,
+    note: Note | None = None,
 ) -> Iterator[NDArray[Any]]:
     """Gives what a model reads of a file, block by block: (n, F), or as its input is shaped.
 
     ``without`` are columns that are not inputs, such as targets; where the model names no columns, all others are.
-    ``advance`` is told how much of ``size_of`` the file is done.
+    ``advance`` is told how much of ``size_of`` the file is done, ``note`` that a CSV file has no header.
 
     Raises:
         InputError: the model takes several inputs, or the file does not hold what it reads.
     """
     shape = only_input(model).shape[1:]
-    blocks = _parquet_blocks if _is_parquet(source) else _csv_blocks
-    for position, values in blocks(model, source, without):
+    blocks = (
+        _parquet_blocks(model, source, without) if _is_parquet(source) else _csv_blocks(model, source, without, note)
+    )
+    for position, values in blocks:
         yield values.reshape(-1, *shape)
         if advance is not None:
             advance(position)
@@ -59,20 +78,50 @@ def read_targets(source: str | Path, names: Sequence[str]) -> NDArray[np.float64
     )
 
 
-def append_columns(model: "Model", source: str | Path, target: str | Path, columns: Mapping[str, NDArray[Any]]) -> int:
+def append_columns(
+    model: "Model",
+    source: str | Path,
+    target: str | Path,
+    columns: Mapping[str, NDArray[Any]],
+    *,
+    since: State | None = None,
+) -> int:
     """Writes a file again with further columns (N,) at its right, and gives the number of rows.
 
     Raises:
-        InputError: the formats differ, or the file already has a column of such a name.
+        InputError: as for ``check_target``; or the file does not have N rows, or not the ``state_of`` that it had then.
+    """
+    check_target(source, target, [*columns])
+    if _is_parquet(source):
+        return _append_parquet(source, target, columns, since)
+    return write_rows(target, _appended(_csv_source(model, source, ()), source, columns, since))
+
+
+def check_target(source: str | Path, target: str | Path, names: Sequence[str]) -> None:
+    """Checks that a file can be written again with further columns, before these are computed.
+
+    Raises:
+        InputError: the formats differ, the file already has a column of such a name, or the target cannot be written.
     """
     if _is_parquet(source) != _is_parquet(target):
         raise InputError(f"{target} must have the format of {source}: both CSV, or both with the suffix .parquet")
     header = _header(source)
-    if taken := [name for name in columns if name in header]:
+    if taken := [name for name in names if name in header]:
         raise InputError(f"the table already has a column {taken[0]!r}; choose a prefix for the new ones")
-    if _is_parquet(source):
-        return _append_parquet(source, Path(target), columns)
-    return write_rows(target, _appended(_csv_source(model, source, ()), columns))
+    check_place(target)
+
+
+def state_of(source: str | Path) -> State:
+    """Gives what differs when a file was written again or replaced."""
+    with explained("read", source):
+        found = Path(source).stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _check_same(source: str | Path, rows: int, columns: Mapping[str, NDArray[Any]], since: State | None) -> None:
+    """Refuses a file that is not the one that the columns were computed from."""
+    if any(len(values) != rows for values in columns.values()) or since not in (None, state_of(source)):
+        raise InputError(f"{source} has changed while it was read; try again when nothing writes to it")
 
 
 def size_of(source: str | Path) -> int | None:
@@ -118,24 +167,30 @@ def _features(model: "Model", source: str | Path, without: Sequence[str]) -> lis
 # -- CSV ---------------------------------------------------------------------------------------------------------------
 
 
-def _csv_source(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[Block]:
+def _csv_source(
+    model: "Model", source: str | Path, without: Sequence[str], note: Note | None = None
+) -> Iterator[Block]:
     spec, features = only_input(model), _features(model, source, without)
-    return read_rows(source, width=math.prod(spec.shape[1:]), features=features, dtype=spec.dtype)
+    return read_rows(source, width=math.prod(spec.shape[1:]), features=features, dtype=spec.dtype, note=note)
 
 
-def _csv_blocks(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[tuple[int, NDArray[Any]]]:
-    return ((block.position, block.values) for block in _csv_source(model, source, without))
+def _csv_blocks(
+    model: "Model", source: str | Path, without: Sequence[str], note: Note | None
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    return ((block.position, block.values) for block in _csv_source(model, source, without, note))
 
 
-def _appended(blocks: Iterator[Block], columns: Mapping[str, NDArray[Any]]) -> Iterator[Table]:
+def _appended(
+    blocks: Iterator[Block], source: str | Path, columns: Mapping[str, NDArray[Any]], since: State | None
+) -> Iterator[Table]:
     start = 0
     for block in blocks:
         stop = start + len(block.cells)
         new = [[_cell(value) for value in values[start:stop].tolist()] for values in columns.values()]
-        yield Table(
-            [*block.header, *columns], [[*cells, *more] for cells, *more in zip(block.cells, *new, strict=True)]
-        )
+        rows = [[*cells, *more] for cells, *more in zip(block.cells, *new, strict=False)]  # too many are refused below
+        yield Table([*block.header, *columns], rows)
         start = stop
+    _check_same(source, start, columns, since)
 
 
 def _cell(value: Any) -> Any:
@@ -157,10 +212,17 @@ def _open_parquet(source: str | Path) -> Any:
         raise InputError(f"cannot read {source} as Parquet: {error}") from None
 
 
+def _batches(file: Any, source: str | Path, names: Sequence[str] | None = None) -> Iterator[Any]:
+    """The rows of an open Parquet file, some at a time."""
+    with explained("read", source):
+        yield from file.iter_batches(batch_size=_ROWS, columns=names and [*names])
+
+
 def _parquet_blocks(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[tuple[int, NDArray[Any]]]:
     spec, names = only_input(model), _features(model, source, without) or _header(source)
     width, header = math.prod(spec.shape[1:]), _header(source)
     if missing := [name for name in names if name not in header]:
+        check_spelling(missing, [name for name in header if name not in names], str(source))
         raise InputError(f"{source} lacks the column {missing[0]!r}; the model takes {', '.join(names[:20])}")
     if len(names) != width:
         raise InputError(f"{source} must have {width} columns that the model reads, got {len(names)}")
@@ -169,44 +231,60 @@ def _parquet_blocks(model: "Model", source: str | Path, without: Sequence[str]) 
 
 def _picked(source: str | Path, names: Sequence[str], dtype: str) -> Iterator[tuple[int, NDArray[Any]]]:
     """Named columns of a Parquet file as numbers, with the number of rows read so far."""
+    header, start = _header(source), 0
+    if twice := [name for name in names if header.count(name) > 1]:
+        raise InputError(f"{source} has a column {twice[0]!r} more than once, so it is not clear which one to use")
+    for batch in _batches(_open_parquet(source), source, names):
+        columns = [_column(batch, name, np.dtype(dtype), source, start) for name in names]
+        start += len(batch)
+        yield start, np.stack(columns, axis=1)
+    if not start:
+        raise InputError(f"{source} holds no rows; give at least one row")
+
+
+def _column(batch: Any, name: str, dtype: np.dtype[Any], source: str | Path, start: int) -> NDArray[Any]:
+    """One column of some rows that begin at ``start``; as strict as for a CSV file."""
     import pyarrow
 
-    start = 0
-    for batch in _open_parquet(source).iter_batches(batch_size=_ROWS, columns=list(names)):
-        columns = []
-        for name in names:
-            values = batch.column(batch.schema.get_field_index(name))
-            try:
-                wide = values.cast(pyarrow.float64()).to_numpy(zero_copy_only=False)
-            except pyarrow.ArrowInvalid:
-                raise InputError(f"{source}, column {name!r} holds {values.type}, not numbers") from None
-            if not np.isfinite(wide).all():
-                row = start + int(np.flatnonzero(~np.isfinite(wide))[0])
-                raise InputError(f"{source}, row {row}, column {name!r} is empty or not a finite number")
-            columns.append(wide)
-        start += len(batch)
-        yield start, np.stack(columns, axis=1).astype(dtype)
+    values = batch.column(batch.schema.get_field_index(name))
+    try:
+        wide = values.cast(pyarrow.float64()).to_numpy(zero_copy_only=False)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
+        raise InputError(
+            f"{source}, column {name!r} holds {values.type}, not numbers that a float64 can hold"
+        ) from None
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: NDArray[Any] = wide.astype(dtype)
+    wrong = ~np.isfinite(found) | (~np.isfinite(wide) if dtype.kind == "f" else found != wide)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        number = float(wide[row])
+        problem = f"holds {number!r}, but the model takes {dtype}"
+        raise InputError(
+            f"{source}, row {start + row}, column {name!r} "
+            + (problem if math.isfinite(number) else "is empty or not a finite number")
+        )
+    return found
 
 
-def _append_parquet(source: str | Path, target: Path, columns: Mapping[str, NDArray[Any]]) -> int:
-    """Written beside and renamed, so that the file appears whole or not at all."""
+def _append_parquet(
+    source: str | Path, target: str | Path, columns: Mapping[str, NDArray[Any]], since: State | None
+) -> int:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    beside, start, writer = target.with_name(f".{target.name[:64]}.{os.getpid()}.part"), 0, None
-    try:
-        for batch in _open_parquet(source).iter_batches(batch_size=_ROWS):
+    file, start = _open_parquet(source), 0
+    _check_same(source, file.metadata.num_rows, columns, since)
+    schema = file.schema_arrow
+    arrays = {name: pyarrow.array(values) for name, values in columns.items()}
+    for name, array in arrays.items():
+        schema = schema.append(pyarrow.field(name, array.type))
+    with whole(target) as beside, parquet.ParquetWriter(beside, schema) as writer:
+        for batch in _batches(file, source):
             table, stop = pyarrow.Table.from_batches([batch]), start + len(batch)
-            for name, values in columns.items():
-                table = table.append_column(name, pyarrow.array(values[start:stop]))
-            writer = writer or parquet.ParquetWriter(beside, table.schema)
+            for name, array in arrays.items():
+                table = table.append_column(name, array[start:stop])
             writer.write_table(table)
             start = stop
-        if writer is not None:
-            writer.close()
-            beside.replace(target)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}") from None
-    finally:
-        beside.unlink(missing_ok=True)
+        _check_same(source, start, columns, since)
     return start

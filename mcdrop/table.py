@@ -4,27 +4,23 @@ What the model needs is picked by column name or by position; every other column
 """
 
 import csv
-import io
 import itertools
-import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
+from mcdrop.streams import STANDARD_STREAM, reading, writing
 
 if TYPE_CHECKING:
     from mcdrop.predict import Prediction
 
-__all__ = ["Block", "Table", "read_rows", "with_prediction", "write_rows"]
+__all__ = ["Block", "Table", "check_spelling", "read_rows", "with_prediction", "write_rows"]
 
-STANDARD_STREAM = "-"
 CELLS_PER_BLOCK = 1 << 16  # a block of rows holds about this many cells, whatever the width of the table
 MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no table
 
@@ -63,17 +59,19 @@ def read_rows(
     features: Sequence[str] | None = None,
     dtype: str = "float32",
     chunk: int | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Iterator[Block]:
     """Reads a CSV file (``-`` is standard input) in blocks of ``chunk`` rows.
 
     The model's ``width`` columns are found by the names in ``features`` where the header has them all, else by position
-    where the table has just that many columns. The first row is a header if it holds those names, or no number at all.
+    where the table has just that many columns. The first row is a header if it holds those names, or no number at all;
+    ``note`` is told where it is none.
 
     Raises:
         InputError: no rows, ragged rows, or a cell that is not a finite number of this ``dtype``; with line and column.
     """
     name = "standard input" if str(source) == STANDARD_STREAM else str(source)
-    with _reading(source) as stream:
+    with reading(source) as stream:
         records = _records(stream, name)
         first = next(records, None)
         if first is None:
@@ -81,6 +79,8 @@ def read_rows(
         layout = _layout(first[1], width, features, name)
         if not layout.named:
             records = itertools.chain([first], records)
+            if note is not None:
+                note(f"the first line of {name} holds numbers, so it is read as a row, not as the names of columns")
         size = chunk or max(1, CELLS_PER_BLOCK // len(layout.header))
         batch = list(itertools.islice(records, size))
         if not batch:
@@ -97,7 +97,7 @@ def write_rows(target: str | Path, tables: Iterable[Table]) -> int:
     A file appears whole or not at all: it is written beside its place and renamed when the last row is in it.
     """
     count = 0
-    with _writing(target) as stream:
+    with writing(target) as stream:
         writer = csv.writer(stream, lineterminator="\n")
         for table in tables:
             if not count:
@@ -121,6 +121,9 @@ def with_prediction(block: Block, prediction: "Prediction", *, prefix: str = "")
 
 
 def _columns(prediction: "Prediction") -> Iterator[tuple[str, list[Any]]]:
+    if prediction.mean.ndim != 2:
+        shape = prediction.mean.shape[1:]
+        raise InputError(f"the outputs of a row have the shape {shape}, and a table takes (D,); use mcdrop in Python")
     if prediction.label is not None:
         yield "label", prediction.label.tolist()
         by_output = {"probability": prediction.mean}
@@ -142,18 +145,31 @@ def _columns(prediction: "Prediction") -> Iterator[tuple[str, list[Any]]]:
 
 def _layout(first: list[str], width: int, features: Sequence[str] | None, name: str) -> _Layout:
     titles = [cell.strip() for cell in first]
-    wanted = list(features or ())
+    wanted = [feature.strip() for feature in features or ()]
     missing = [feature for feature in wanted if feature not in titles]
     if wanted and not missing:
         if twice := [feature for feature in wanted if titles.count(feature) > 1]:
             raise InputError(f"{name}: the header has {twice[0]!r} more than once, so it is not clear which one to use")
         return _Layout(first, [titles.index(feature) for feature in wanted], named=True)
+    check_spelling(missing, [title for title in titles if title not in wanted], name)
     named = all(_number(title) is None for title in titles)
     if named and len(missing) < len(wanted):
         raise InputError(f"{name}: the header lacks {_listed(missing)}; the model takes {_listed(wanted)}")
     if len(first) != width:
         raise InputError(f"{name} must have {width} columns, got {len(first)}{_remedy(first, wanted)}")
     return _Layout(first if named else wanted or [f"x_{i}" for i in range(width)], list(range(width)), named)
+
+
+def check_spelling(missing: Iterable[str], others: Iterable[str], name: str) -> None:
+    """Refuses other columns whose names differ from a missing one in case or surrounding blanks alone.
+
+    Raises:
+        InputError: there is one; it may be meant, or may not.
+    """
+    alike = {other.strip().casefold(): other for other in others}
+    for feature in missing:
+        if (found := alike.get(feature.strip().casefold())) is not None:
+            raise InputError(f"{name} has a column {found!r}, but the model takes {feature!r}; rename the column")
 
 
 def _remedy(first: list[str], wanted: list[str]) -> str:
@@ -249,50 +265,3 @@ def _position(stream: TextIO) -> int:
         return stream.buffer.tell()
     except OSError:  # a pipe has no position
         return 0
-
-
-@contextmanager
-def _explained(verb: str, place: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot {verb} {place}: {error.strerror}") from None
-
-
-@contextmanager
-def _standard(buffer: BinaryIO, encoding: str) -> Iterator[TextIO]:
-    stream = io.TextIOWrapper(buffer, encoding=encoding, newline="")
-    try:
-        yield stream
-    finally:
-        stream.detach()  # flushes, and leaves open what is not ours to close
-
-
-@contextmanager
-def _reading(source: str | Path) -> Iterator[TextIO]:
-    if str(source) == STANDARD_STREAM:
-        with _standard(sys.stdin.buffer, "utf-8-sig") as stream:
-            yield stream
-    else:
-        with _explained("read", source), Path(source).open(encoding="utf-8-sig", newline="") as opened:
-            yield opened
-
-
-@contextmanager
-def _writing(target: str | Path) -> Iterator[TextIO]:
-    if str(target) == STANDARD_STREAM:
-        with _standard(sys.stdout.buffer, "utf-8") as stream:
-            yield stream
-        return
-    place = Path(target).resolve()  # a link stays a link, to the new file
-    in_place = place.exists() and not place.is_file()  # a device is not replaced; a folder cannot be opened
-    beside = place if in_place else place.with_name(f".{place.name[:64]}.{os.getpid()}.part")
-    with _explained("write", target):
-        try:
-            with beside.open("w", encoding="utf-8", newline="") as opened:
-                yield opened
-            if not in_place:
-                beside.replace(place)
-        finally:
-            if not in_place:
-                beside.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
 """The commands that calibrate and screen files, CSV and Parquet."""
 
 import csv
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,49 @@ def test_screen_may_fit_on_a_file_of_inliers(store: Path, tmp_path: Path) -> Non
     result = run("screen", store / "line" / "1", rows, "-o", tmp_path / "out.csv", *options)
     assert result.exit_code == 0, result.stderr
     assert "mc_is_anomaly" in read(tmp_path / "out.csv")
+
+
+def test_references_for_a_false_discovery_rate_need_only_resolve_that(store: Path, tmp_path: Path) -> None:
+    """At 0.1 nine rows do, 1 / (9 + 1); at eight the smallest p-value is above."""
+    rows, target = table(tmp_path / "rows.csv", x=np.array([0.5, 90])), tmp_path / "out.csv"
+    for count, code in ((9, 0), (8, 1)):
+        inliers = table(tmp_path / "in.csv", x=X[:count])
+        result = run("screen", store / "line" / "1", rows, "-o", target, "--reference", inliers, "--fdr", "0.1")
+        assert result.exit_code == code, result.stderr
+    assert "fdr 0.1 is below the smallest p-value that 8 reference rows can give" in result.stderr
+
+
+def test_screen_refuses_an_output_before_it_does_any_work(tmp_path: Path) -> None:
+    """There is no model to load, and the output is what is complained about."""
+    rows, model = table(tmp_path / "rows.csv", x=X, score=X), tmp_path / "no model"
+    for target, options, said in (
+        ("out.parquet", (), "must have the format of"),
+        ("out.csv", (), "already has a column 'score'"),
+        ("nowhere/out.csv", ("--prefix", "my_"), "nowhere/out.csv: No such file or directory"),
+        ("out.csv", ("--prefix", "my_"), "no model"),
+    ):
+        result = run("screen", model, rows, "-o", tmp_path / target, *options)
+        assert result.exit_code == 1
+        assert said in result.stderr
+
+
+def test_screen_refuses_rows_that_change_while_it_works(store: Path, tmp_path: Path) -> None:
+    """The reference is a pipe: when it is opened, the screen has begun, and the rows are written again."""
+    rows, reference = table(tmp_path / "rows.csv", x=X), tmp_path / "reference.csv"
+    os.mkfifo(reference)
+
+    def change() -> None:
+        with reference.open("w") as stream:
+            table(rows, x=X[::-1])
+            stream.write("x\n" + "\n".join(map(str, X)))
+
+    writer = threading.Thread(target=change)
+    writer.start()
+    target = tmp_path / "out.csv"
+    result = run("screen", store / "line" / "1", rows, "-o", target, "--reference", reference, "--fpr", "0.05")
+    writer.join()
+    assert (result.exit_code, target.exists()) == (1, False)
+    assert result.stderr == f"error: {rows} has changed while it was read; try again when nothing writes to it\n"
 
 
 def test_screen_refuses_what_cannot_be_right(line: Path, tmp_path: Path) -> None:

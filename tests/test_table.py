@@ -5,6 +5,7 @@ import csv
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,30 @@ def test_a_file_without_a_header_works_and_gets_names(tmp_path: Path) -> None:
     assert only(path, width=2).header == ["x_0", "x_1"]
     block = only(path, width=2, features=["a", "b"])
     assert (block.header, block.values.tolist()) == (["a", "b"], [[1, 2], [3, 4]])
+
+
+def test_only_a_file_without_a_header_is_noted(tmp_path: Path) -> None:
+    told: list[str] = []
+    path = write(tmp_path, "0,1\n1,2\n3,4\n")
+    assert len(list(read_rows(path, width=2, chunk=1, note=told.append))) == 3
+    assert told == [f"the first line of {path} holds numbers, so it is read as a row, not as the names of columns"]
+    list(read_rows(write(tmp_path, "a,b\n1,2\n"), width=2, note=told.append))
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("header", ["B,A", "A,b", "note,b,A"])
+def test_names_that_differ_in_case_alone_are_neither_taken_nor_passed_over(tmp_path: Path, header: str) -> None:
+    path = write(tmp_path, f"{header}\n" + ",".join("1" for _ in header.split(",")) + "\n")
+    assert "has a column 'A', but the model takes 'a'; rename" in message(path, width=2, features=["a", "b"])
+
+
+def test_blanks_around_names_do_not_count(tmp_path: Path) -> None:
+    assert only(write(tmp_path, "b, a\n1,2\n"), width=2, features=[" a", "b "]).values.tolist() == [[2, 1]]
+
+
+def test_names_that_the_model_tells_apart_by_case_are_no_mistake(tmp_path: Path) -> None:
+    assert only(write(tmp_path, "A,a\n1,2\n"), width=2, features=["a", "A"]).values.tolist() == [[2, 1]]
+    assert "lacks 'A'" in message(write(tmp_path, "a,c\n1,2\n"), width=2, features=["a", "A"])
 
 
 @pytest.mark.parametrize(
@@ -197,6 +222,12 @@ def test_several_outputs_are_numbered_and_the_unknown_is_empty() -> None:
     assert table.header[1:5] == ["mean_0", "mean_1", "variance_0", "variance_1"]
     assert table.rows[0][-3:] == [None, None, None]
     assert table.rows[0][1:3] == [0, 1]
+
+
+def test_outputs_of_several_axes_are_no_table() -> None:
+    dense = replace(prediction(), mean=np.zeros((2, 3, 4)))
+    with pytest.raises(InputError, match=r"outputs of a row have the shape \(3, 4\), .* use mcdrop in Python"):
+        with_prediction(block(["x"], [["1"], ["2"]]), dense)
 
 
 def test_classification_columns() -> None:

@@ -1,0 +1,99 @@
+"""What the commands have in common: where they may write, what they tell on stderr, and how they end when told to."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import typer
+
+from mcdrop.store import MANIFEST
+from mcdrop.streams import STANDARD_STREAM
+
+__all__ = ["check_output", "note", "note_not_finite", "progress", "terminable"]
+
+_OF_TABLES = (".arrow", ".csv", ".feather", ".json", ".jsonl", ".parquet", ".pq", ".tsv", ".txt", ".xls", ".xlsx")
+_OF_NETWORKS = (".onnx", ".pt", ".pt2", ".pth", ".safetensors")
+_FORMATS = (*_OF_TABLES, *_OF_NETWORKS, ".gz", ".zip")
+
+
+def check_output(
+    output: str | Path, *, suffixes: Iterable[str], inputs: Iterable[str | Path], hint: str = "--output"
+) -> None:
+    """Calls an output wrong usage that would replace an input, lie in a model folder, or be of another format.
+
+    Args:
+        output: the file to write.
+        suffixes: those of the formats that the command writes; a suffix that is of no format is fine too.
+        inputs: what the command reads.
+        hint: how the command calls its output.
+
+    Raises:
+        typer.BadParameter: it is one of these.
+    """
+    target = Path(output)
+    suffix = target.suffix.lower()
+    if str(output) == STANDARD_STREAM:
+        return
+    if any(_same_file(Path(source), target) for source in inputs):
+        problem = "the output would replace the input; choose another file"
+    elif (target.resolve().parent / MANIFEST).is_file():
+        problem = f"{target.parent} is a model folder, which holds the model alone; choose another folder"
+    elif suffix in _FORMATS and suffix not in suffixes:
+        problem = f"this command does not write {suffix}; choose one of: {', '.join(suffixes)}"
+    else:
+        return
+    raise typer.BadParameter(problem, param_hint=hint)
+
+
+def _same_file(source: Path, target: Path) -> bool:
+    return source.exists() and target.exists() and source.samefile(target)
+
+
+def note(text: str) -> None:
+    """Prints a line that is no error on stderr."""
+    typer.echo(f"note: {text}", err=True)
+
+
+def note_not_finite(lost: int, rows: int, what: str) -> None:
+    """Prints how many rows have outputs or scores that are infinite or NaN, where there are any."""
+    if lost:
+        note(f"{lost} of {rows} rows have {what} that are not finite numbers")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Lets SIGTERM end what runs as Ctrl-C does, so that no half-written file is left; the exit code is 143."""
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what others do on a signal stays theirs
+    if not ours or threading.current_thread() is not threading.main_thread():  # another thread cannot take signals
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def progress(source: str, output: str, doing: str = "predicting") -> Iterator[Callable[[int], None]]:
+    """Gives what is to be told the bytes that were read; shows a bar on a terminal that prints nothing else."""
+    if not sys.stderr.isatty() or (output == STANDARD_STREAM and sys.stdout.isatty()):
+        yield lambda position: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mcdrop.files import size_of
+
+    total = size_of(source)
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(doing, total=total)
+        yield lambda position: bar.update(task, completed=position)

@@ -1,0 +1,104 @@
+"""Where files are read and written: text in UTF-8, ``-`` for the standard streams, new files whole or not at all."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from mcdrop.errors import InputError
+
+__all__ = ["STANDARD_STREAM", "check_place", "explained", "reading", "whole", "writing"]
+
+STANDARD_STREAM = "-"
+
+
+@contextmanager
+def explained(verb: str, place: str | Path) -> Iterator[None]:
+    """Turns an error of the system into one of ours that names what was to be done, and the place."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot {verb} {place}: {error.strerror or error}") from None
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[TextIO]:
+    """Gives the text of a file, or of standard input.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if str(source) == STANDARD_STREAM:
+        with _standard(sys.stdin.buffer, "utf-8-sig") as stream:
+            yield stream
+    else:
+        with explained("read", source), Path(source).open(encoding="utf-8-sig", newline="") as opened:
+            yield opened
+
+
+@contextmanager
+def writing(target: str | Path) -> Iterator[TextIO]:
+    """Takes the text of a file, or of standard output.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if str(target) == STANDARD_STREAM:
+        with _standard(sys.stdout.buffer, "utf-8") as stream:
+            yield stream
+    else:
+        with whole(target) as beside, beside.open("w", encoding="utf-8", newline="") as opened:
+            yield opened
+
+
+@contextmanager
+def whole(target: str | Path) -> Iterator[Path]:
+    """Gives the place beside a file where it is to be written; renames it when all is done, and else removes it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    place = Path(target).resolve()  # a link stays a link, to the new file
+    in_place = place.exists() and not place.is_file()  # a device is not replaced; a folder cannot be opened
+    beside = place if in_place else _beside(place)
+    with explained("write", target):
+        try:
+            yield beside
+            if not in_place:
+                beside.replace(place)
+        finally:
+            if not in_place:
+                beside.unlink(missing_ok=True)
+
+
+def check_place(target: str | Path) -> None:
+    """Tries whether a file can be written, before the work is done that it is to hold.
+
+    Raises:
+        InputError: it cannot.
+    """
+    place = Path(target).resolve()
+    with explained("write", target):
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not place.exists() or place.is_file():
+            beside = _beside(place)
+            beside.touch()
+            beside.unlink()
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name[:64]}.{os.getpid()}.part")
+
+
+@contextmanager
+def _standard(buffer: BinaryIO, encoding: str) -> Iterator[TextIO]:
+    stream = io.TextIOWrapper(buffer, encoding=encoding, newline="")
+    try:
+        yield stream
+    finally:
+        stream.detach()  # flushes, and leaves open what is not ours to close

@@ -1,0 +1,185 @@
+"""Files of rows: Parquet is read as strictly as CSV, and columns go beside the rows they were computed from."""
+
+import csv
+import datetime
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+from mcdrop.errors import InputError
+from mcdrop.files import append_columns, check_target, read_inputs, read_targets, state_of
+from mcdrop.model import Model
+from mcdrop.wrapping import wrap
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+class Bag(nn.Module):
+    """Takes whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.EmbeddingBag(300, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(nn.functional.dropout(self.embedding(x.long()), 0.3, self.training))
+        return found
+
+
+def taking(dtype: str) -> Model:
+    """A model of two columns, a and b, of a type."""
+    net = Bag() if dtype.startswith(("int", "uint")) else nn.Sequential(nn.Dropout(0.3), nn.Linear(2, 1))
+    return replace(wrap(net, example=np.ones((4, 2), dtype)), features=["a", "b"])
+
+
+def write(path: Path, columns: list[Any], names: str = "ab") -> Path:
+    """Writes columns of these one-letter names as the suffix says."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as stream:
+            csv.writer(stream).writerows([names, *zip(*columns, strict=True)])
+    else:
+        parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(column) for column in columns], [*names]), path)
+    return path
+
+
+def message(model: Model, path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        list(read_inputs(model, path))
+    return str(caught.value).replace(str(path), path.name)
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("dtype", "given", "shown"),
+    [
+        ("int64", 1.7, "1.7"),
+        ("int64", 2.0**63, str(2.0**63)),
+        ("uint8", 300, "300"),
+        ("uint8", -1, "-1"),
+        ("float32", 1e300, "1e+300"),
+    ],
+)
+def test_a_number_that_the_model_cannot_take_is_refused(
+    tmp_path: Path, suffix: str, dtype: str, given: float, shown: str
+) -> None:
+    said = message(taking(dtype), write(tmp_path / f"rows.{suffix}", [[1.0, 2.0], [3, given]]))
+    assert "column 'b' holds" in said
+    assert shown in said
+    assert dtype in said
+    assert "row 1" in said or "line 3" in said
+
+
+def test_whole_numbers_of_any_type_are_read(tmp_path: Path) -> None:
+    for column in ([1, 2], [1.0, 2.0], np.array([1, 2], np.uint8)):
+        (found,) = read_inputs(taking("int64"), write(tmp_path / "rows.parquet", [column, [0, 299]]))
+        assert found.dtype == np.int64
+        assert found.tolist() == [[1, 0], [2, 299]]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_that_stands_there_twice_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"rows.{suffix}", [[1.0], [5.0], [3.0]], "aab")
+    assert "'a' more than once" in message(taking("float32"), path)
+    with pytest.raises(InputError, match="'a' more than once"):
+        read_targets(path, ["a"])
+    other = write(tmp_path / f"other.{suffix}", [[1.0], [5.0], [3.0], [4.0]], "zzab")
+    assert [rows.tolist() for rows in read_inputs(taking("float32"), other)] == [[[3, 4]]]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ([datetime.datetime(2020, 1, 1)], "timestamp"),
+        ([[0.1, 0.2]], "list"),
+        ([{"q": 1.0}], "struct"),
+        (["text"], "string"),
+        ([2**53 + 1], "int64"),
+    ],
+)
+def test_what_is_no_column_of_numbers_is_refused(tmp_path: Path, column: list[Any], kind: str) -> None:
+    path = write(tmp_path / "rows.parquet", [[1.0], column])
+    said = message(taking("float32"), path)
+    assert said.startswith(f"rows.parquet, column 'b' holds {kind}")
+    assert said.endswith("not numbers that a float64 can hold")
+
+
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [pyarrow.array([], pyarrow.float64())] * 2)
+    assert message(taking("float32"), path) == "rows.parquet holds no rows; give at least one row"
+    with pytest.raises(InputError, match="holds no rows"):
+        read_targets(path, ["a"])
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [[1.0, 2.0], [3.0, 4.0]])
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 36 + data[40:])
+    assert message(taking("float32"), path).startswith("cannot read rows.parquet: ")
+
+
+@pytest.mark.parametrize("name", ["A", " a", "a "])
+def test_a_name_that_is_nearly_right_is_shown(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({name: [1.0], "b": [2.0]}), path)
+    assert message(taking("float32"), path) == (
+        f"rows.parquet has a column {name!r}, but the model takes 'a'; rename the column"
+    )
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_columns_are_written_beside_their_rows_or_not_at_all(tmp_path: Path, suffix: str, rows: int) -> None:
+    """The three scores belong to a file that had three rows."""
+    source, target = write(tmp_path / f"rows.{suffix}", [np.arange(rows)] * 2), tmp_path / f"out.{suffix}"
+    with pytest.raises(InputError, match="has changed while it was read"):
+        append_columns(taking("float32"), source, target, {"score": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_that_were_written_again_are_others(tmp_path: Path, suffix: str) -> None:
+    source, target = write(tmp_path / f"rows.{suffix}", [[1.0, 2.0], [3.0, 4.0]]), tmp_path / f"out.{suffix}"
+    score, since = {"score": np.array([0.5, 1.5])}, state_of(source)
+    assert append_columns(taking("float32"), source, target, score, since=since) == 2
+    write(tmp_path / f"new.{suffix}", [[2.0, 1.0], [4.0, 3.0]]).replace(source)
+    target.unlink()
+    with pytest.raises(InputError, match="has changed while it was read"):
+        append_columns(taking("float32"), source, target, score, since=since)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_parquet_file_keeps_its_types_and_goes_where_a_link_leads(tmp_path: Path) -> None:
+    table = pyarrow.table({"a": [1.0, 2.0], "b": [3, 4], "k": pyarrow.array(["u", "v"]).dictionary_encode()})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "link.parquet").symlink_to(tmp_path / "real.parquet")
+    score = np.array([0.5, 1.5])
+    append_columns(taking("float32"), tmp_path / "rows.parquet", tmp_path / "link.parquet", {"score": score})
+    assert (tmp_path / "link.parquet").is_symlink()
+    found = parquet.read_table(tmp_path / "real.parquet")
+    assert found.drop_columns("score").equals(table)
+    assert found["score"].to_pylist() == score.tolist()
+
+
+def test_a_target_is_tried_and_left_as_it_is(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "rows.csv", [[1], [2]]), tmp_path / "out.csv"
+    check_target(source, target, ["score"])
+    assert not target.exists()
+    target.write_text("old")
+    check_target(source, target, ["score"])
+    assert target.read_text() == "old"
+    with pytest.raises(InputError, match="No such file"):
+        check_target(source, tmp_path / "no" / "out.csv", ["score"])
+    with pytest.raises(InputError, match="Is a directory"):
+        check_target(source, tmp_path, ["score"])
+    assert {*tmp_path.iterdir()} == {source, target}
