@@ -22,7 +22,9 @@ State = dict[str, Features]
 BANK_ROWS = 10_000
 
 _NEIGHBOURS = 10
-_BLOCK = 2**24  # distances held at a time
+_NEAR = 16  # rows whose distances are computed in full: the few digits of the search may mistake some
+_BLOCK = 2**24  # numbers held at a time
+_ROUNDING = 1e-6  # of the length of a row of features
 _SHRINK = 1e-3
 _TINY = 1e-12
 
@@ -88,9 +90,8 @@ def _fit_cosine(features: Features) -> State:
 
 
 def _cosine(state: State, features: Features) -> Array:
-    """One minus the cosine similarity to the 10th nearest row."""
-    unit = _unit(features)
-    return _nearest(state["rows"], len(features), lambda part: 1 - unit[part] @ state["rows"].T)
+    """One minus the cosine similarity to the 10th nearest row: half the squared distance of unit vectors."""
+    return _tenth(state["rows"], _unit(features), 1.0) / 2
 
 
 def _fit_euclidean(features: Features) -> State:
@@ -102,21 +103,24 @@ def _fit_euclidean(features: Features) -> State:
 def _euclidean(state: State, features: Features) -> Array:
     """Distance to the 10th nearest row, each feature in units of its own standard deviation."""
     rows, scaled = state["rows"], (features / state["scale"]).astype(np.float32)
-    own = (rows**2).sum(axis=1)
-
-    def squares(part: slice) -> Features:
-        apart: Features = (scaled[part] ** 2).sum(axis=1)[:, None] + own - 2 * scaled[part] @ rows.T
-        return apart
-
-    return np.sqrt(np.maximum(_nearest(rows, len(features), squares), 0))
+    return np.sqrt(_tenth(rows, scaled, np.einsum("bf,bf->b", rows, rows)))
 
 
-def _nearest(rows: Features, count: int, distances: Callable[[slice], Features]) -> Array:
-    """The 10th smallest distance of each row, in blocks of rows."""
-    kth, found, size = _NEIGHBOURS - 1, np.empty(count), max(1, _BLOCK // len(rows))
-    for start in range(0, count, size):
-        part = slice(start, min(start + size, count))
-        found[part] = np.partition(distances(part), kth, axis=1)[:, kth]
+def _tenth(rows: Features, points: Features, own: Features | float) -> Array:
+    """The squared distance of each point (N, F) from the 10th nearest row, in blocks of points.
+
+    A matrix product, with the squared lengths of the rows, finds those that are near, but leaves few digits of small
+    distances; so they are computed from differences. What rounding alone sets apart is at distance 0.
+    """
+    kth, near, found = _NEIGHBOURS - 1, min(_NEAR, len(rows)), np.empty(len(points))
+    size = max(1, _BLOCK // max(len(rows), near * rows.shape[1]))
+    for start in range(0, len(points), size):
+        some = points[start : start + size]
+        order = np.argpartition(own - 2 * some @ rows.T, near - 1, axis=1)[:, :near]
+        apart = some[:, None] - rows[order]
+        squares = np.partition(np.einsum("nkf,nkf->nk", apart, apart), kth, axis=1)[:, kth]
+        same = squares <= _ROUNDING**2 * np.einsum("nf,nf->n", some, some)
+        found[start : start + size] = np.where(same, 0, squares)
     return found
 
 

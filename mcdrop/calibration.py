@@ -18,6 +18,7 @@ from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, UnknownName
 from mcdrop.fits import fit_noise, fit_scale, fit_temperature, tempered
 from mcdrop.intervals import check_level, predictive_cdf
+from mcdrop.rows import numbers
 from mcdrop.summaries import Summary
 
 __all__ = [
@@ -157,7 +158,8 @@ def fit_calibration(
         noise: the noise variance of y where it is known, a number or (D,); None fits it.
 
     Raises:
-        InputError: targets that do not belong to the rows, an unknown method, or one of another task.
+        InputError: targets that do not belong to the rows, a row whose output is not finite, an unknown method, or one
+            of another task.
     """
     method = DEFAULTS[task] if method is None else method
     if method not in CONFORMAL:
@@ -168,6 +170,7 @@ def fit_calibration(
             name for name, other in CONFORMAL.items() if (other.members is None) != (entry.members is None)
         )
         raise InputError(f"method {method!r} does not suit the task {task!r}; choose one of: {', '.join(fitting)}")
+    _check_finite(summary)
     bound: dict[str, Any] = {
         "method": method,
         "task": task,
@@ -206,19 +209,28 @@ def _scores(
     return np.stack(each), offset
 
 
+def _check_finite(summary: Summary) -> None:
+    """One such row would make every score, or the noise of all, NaN."""
+    for values in (summary.mean, summary.variance):
+        bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        if bad.any():
+            raise InputError(
+                f"the network's output for held-out row {bad.argmax()} is not finite; leave out such rows, of which "
+                f"there are {bad.sum()}, or mend the network"
+            )
+
+
 def _targets(y: Any, summary: Summary) -> Array:
-    targets = np.asarray(y, np.float64)
+    targets = numbers(y, "targets").astype(np.float64)
     if targets.shape != summary.mean.shape and targets.size == summary.mean.size and len(targets) == len(summary.mean):
         targets = targets.reshape(summary.mean.shape)  # (N,) for a single output
     if targets.shape != summary.mean.shape:
         raise InputError(f"targets must have the shape {summary.mean.shape} of the outputs, got {targets.shape}")
-    if not np.isfinite(targets).all():
-        raise InputError("targets must be finite numbers")
     return targets
 
 
 def _labels(y: Any, summary: Summary) -> NDArray[np.int64]:
-    labels, shape, classes = np.asarray(y), summary.mean.shape[:-1], summary.mean.shape[-1]
+    labels, shape, classes = numbers(y, "labels"), summary.mean.shape[:-1], summary.mean.shape[-1]
     if labels.shape == (*shape, 1):
         labels = labels[..., 0]
     if labels.shape != shape:

@@ -65,7 +65,9 @@ def screen(
     Raises:
         InputError: no screen, both rates, a rate below what the reference rows resolve, or unusable rows.
     """
-    screen = screen or model.screen
+    screen = model.screen if screen is None else screen
+    if not isinstance(screen, Screen | None):
+        raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
     if screen is None:
         raise InputError("screening needs a fitted screen; fit one with mcdrop.fit_screen(model, reference_rows)")
     if fdr is not None and fpr is not None:
@@ -114,7 +116,7 @@ class Detector:
     """A fitted screen with PyOD's names: ``fit``, ``decision_function``, ``predict``, ``threshold_``.
 
     Unlike there, ``fit`` takes inliers that the network was not trained on, and the threshold keeps the promise of the
-    screen: of exchangeable inliers at most ``fpr`` score above it.
+    screen: of exchangeable inliers at most ``fpr`` score above it. A score above it by rounding alone is not flagged.
     """
 
     def __init__(self, model: Model, *, fpr: float = 0.01, **options: Any) -> None:
@@ -130,7 +132,7 @@ class Detector:
         ordered = np.sort(self.decision_scores_)[::-1]
         # flagged is p <= fpr: fewer than k reference scores may be as large, k = floor(fpr (n + 1))
         self.threshold_ = float(ordered[int(np.floor(round(self.fpr * (len(ordered) + 1), 9))) - 1])
-        self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
+        self.labels_ = self._labels(self.decision_scores_)
         return self
 
     def decision_function(self, x: Any) -> Array:
@@ -140,11 +142,20 @@ class Detector:
 
     def predict(self, x: Any) -> NDArray[np.int64]:
         """Gives 1 for anomalies and 0 for the rest, (N,)."""
-        return (self.decision_function(x) > self.threshold_).astype(np.int64)
+        return self._labels(self.decision_function(x))
 
     def p_values(self, x: Any) -> Array:
         """Gives conformal p-values (N,)."""
         return p_values(self.decision_function(x), self._fitted().scores)
+
+    def _labels(self, scores: Array) -> NDArray[np.int64]:
+        """Compares p-values, not scores: a score that is NaN is stranger than all numbers, and larger than none."""
+        fitted = self._fitted()
+        return (p_values(scores, fitted.scores) <= fitted.fpr).astype(np.int64)
+
+    def __sklearn_clone__(self) -> "Detector":
+        """Gives one that is not fitted, for scikit-learn's ``clone``; they share the model, which neither changes."""
+        return Detector(self.model, fpr=self.fpr, **self.options)
 
     def _fitted(self) -> Screen:
         if not hasattr(self, "screen_"):

@@ -13,7 +13,7 @@ from mcdrop.engine import PassPlan, run_passes
 from mcdrop.errors import UnknownName
 from mcdrop.model import Model
 from mcdrop.rows import Rows
-from mcdrop.sampling import features_of, fingerprint, sample, scores_under
+from mcdrop.sampling import features_of, fingerprint, rows_of, sample, scores_under
 from mcdrop.screening import SCORES, Evidence, Screen, check_fpr, parts_of
 from mcdrop.summaries import TASKS
 
@@ -92,12 +92,12 @@ def fit_screen(
     """
     if score not in SCORES:
         raise UnknownName("score", score, SCORES)
-    plan, rows, bank = _plan(model, passes, seed), model.rows(x_reference), None
+    plan, rows, bank = _plan(model, passes, seed), rows_of(model, x_reference), None
     if SCORES[score].needs_features:
         if x_train is None:
             typical, rows = rows.take(np.arange(0, rows.count, 2)), rows.take(np.arange(1, rows.count, 2))
         else:
-            typical = model.rows(x_train)
+            typical = rows_of(model, x_train)
         step = -(-typical.count // BANK_ROWS)
         typical = typical.take(np.arange(0, typical.count, step))
         bank = build_bank(features_of(model, typical, layer), distance=distance, layer=layer)

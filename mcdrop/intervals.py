@@ -9,7 +9,7 @@ calibrations and rows. To add a method, add one function and one line to ``INTER
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +139,7 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
     return lower.reshape(summary.mean.shape), upper.reshape(summary.mean.shape)
 
 
-def _blocks(samples: NDArray[np.float32]) -> Iterator[slice]:
+def _blocks(samples: NDArray[np.floating[Any]]) -> Iterator[slice]:
     """Walks over the columns of passes (T, C), so many at a time that what is made of them stays small."""
     size = max(1, _BLOCK // len(samples))
     yield from (slice(start, start + size) for start in range(0, samples.shape[1], size))

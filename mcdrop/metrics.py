@@ -43,12 +43,15 @@ def interval_score(y: ArrayLike, lower: ArrayLike, upper: ArrayLike, level: floa
 def crps_gaussian(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> float:
     """Gives the mean continuous ranked probability score of normal predictions; smaller is better.
 
-    std * (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)), z = (y - mean) / std (Gneiting et al. 2005, eq. 5).
+    std * (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)), z = (y - mean) / std (Gneiting et al. 2005, eq. 5), which nears
+    abs(y - mean) where std nears 0, and is that there.
     """
     y, mean, std = _same(y, mean, std)
-    z = (y - mean) / std
+    apart = y - mean
+    z = np.divide(apart, std, out=np.zeros_like(std), where=std != 0)
     density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    return float((std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))).mean())
+    scores = std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))
+    return float(np.where(std != 0, scores, np.abs(apart)).mean())
 
 
 def crps_samples(y: ArrayLike, samples: ArrayLike) -> float:
@@ -70,7 +73,8 @@ def ence(y: ArrayLike, mean: ArrayLike, std: ArrayLike, bins: int = 15) -> float
     """Gives the expected normalised calibration error: the mean over bins of |RMV - RMSE| / RMV.
 
     Rows are cut into bins of equal count by their predicted standard deviation; RMV is its root mean square in a bin,
-    RMSE that of the errors (Levi, Gispan, Giladi and Fetaya 2019, eq. 8).
+    RMSE that of the errors (Levi, Gispan, Giladi and Fetaya 2019, eq. 8). Infinite where a bin has errors and no
+    spread.
     """
     y, mean, std = (values.ravel() for values in _same(y, mean, std))
     if not 1 <= bins <= len(y):
@@ -78,7 +82,9 @@ def ence(y: ArrayLike, mean: ArrayLike, std: ArrayLike, bins: int = 15) -> float
     parts = np.array_split(np.argsort(std, kind="stable"), bins)
     predicted = np.array([np.sqrt((std[part] ** 2).mean()) for part in parts])
     found = np.array([np.sqrt(((y - mean)[part] ** 2).mean()) for part in parts])
-    return float((np.abs(predicted - found) / predicted).mean())
+    apart = np.abs(predicted - found)
+    unspread = np.where(apart > 0, np.inf, 0.0)
+    return float(np.divide(apart, predicted, out=unspread, where=predicted != 0).mean())
 
 
 def aurc(loss: ArrayLike, score: ArrayLike) -> float:

@@ -184,11 +184,17 @@ class Gathered:
     def read(self) -> Found:
         """Gives mean, variance and error.
 
-        The error is exact in expectation where all passes are in whole blocks, else wider: it is read off the spread of
-        the blocks' sums (replicated Latin hypercube sampling, Owen 1992), for each size on its own; see ``shares``.
+        The error is read off the spread of the blocks' sums (replicated Latin hypercube sampling, Owen 1992), for each
+        size on its own. It is exact in expectation where every pass is in a whole block of the largest size it can be
+        in, and there are ``FEWEST_BLOCKS`` of each: for balanced passes at 64, and at each 64 more from 320 on. Else it
+        errs on the wide side, since blocks that are too few count as smaller ones, or as independent passes; see
+        ``shares``. Squared, it came out up to 2 times too large at 128 balanced passes; below 64 it is that of
+        independent ones, and was 6 to 270 times too large.
 
-        The variance is unbiased, and NaN for a single pass: ``E[deviations / T]`` is the variance less that of the
-        mean; adding the latter back gives the usual T - 1 for independent passes and nearly T for balanced ones.
+        The variance is NaN for a single pass. ``E[deviations / T]`` is the variance less that of the mean; adding the
+        squared error for the latter gives the usual T - 1 for independent passes and nearly T for balanced ones. So it
+        is unbiased where the error is exact, and else too large by as much as that is: by less than 1 / T of it, up to
+        7 % at 16 balanced passes and 3 % at 32.
         """
         if self._held is not None:
             return read_at_once(self._held, self.blocks)

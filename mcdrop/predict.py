@@ -68,7 +68,7 @@ class Prediction:
     expected_entropy: Array | None = None
     mutual_information: Array | None = None
     variation_ratio: Array | None = None
-    samples: NDArray[np.float32] | None = None  # (T, N, D)
+    samples: NDArray[np.floating[Any]] | None = None  # (T, N, D)
     prediction_set: NDArray[np.bool_] | None = None
     probabilities: Array | None = None
 
@@ -83,6 +83,7 @@ def interpret(
         InputError: too few passes for the interval, a calibration of another model or plan, or an ``fpr`` that the
             screen's reference rows cannot resolve.
     """
+    _check_fitted(screen, calibration)
     summary = TASKS[model.task].read(result)
     flags = _flags(model, summary, result, screen, fpr)
     calibration = _binding(model, result.plan, options, calibration)
@@ -115,6 +116,13 @@ def interpret(
         **flags,
         **classes,
     )
+
+
+def _check_fitted(screen: object, calibration: object) -> None:
+    if not isinstance(screen, Screen | None):
+        raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
+    if not isinstance(calibration, Calibration | None):
+        raise InputError(f"calibration must be what mcdrop.calibrate gave, got {calibration!r}")
 
 
 def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration | None) -> Calibration | None:
@@ -216,7 +224,8 @@ def predict(
         seed: the same seed gives the same answer (0).
         keep_samples: whether to give all passes (T, N, D) too.
         tolerance: end each row as soon as the standard error of its mean is at most this, for every output; the error
-            is looked at every 64 passes, and the answer after T passes is the one that T passes always give.
+            is looked at every 64 passes, and the answer after T passes is the one that T passes always give. Goes with
+            ``max_passes``, not with ``passes``.
         max_passes: where a row with a tolerance ends at the latest (2000).
         sampler: "balanced" (default) or "iid" passes.
         exact_last: whether the last dropout is averaged over in closed form, where its output goes through a linear
@@ -233,6 +242,7 @@ def predict(
     """
     if isinstance(model, Model) and task not in (None, model.task):
         raise InputError(f"this model was wrapped for {model.task}, not for {task!r}")
+    _check_fitted(screen, calibration)
     defaults = model.defaults if isinstance(model, Model) else Options()
     if calibration is not None:
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
@@ -261,6 +271,11 @@ def _bound(defaults: Options, calibration: Calibration) -> Options:
 
 def _most_passes(passes: int | None, tolerance: float | None, max_passes: int | None) -> int | None:
     """The passes to plan for: with a tolerance, where a row ends at the latest."""
+    if tolerance is not None and passes is not None:
+        raise InputError(
+            f"with a tolerance each row has its own number of passes; give max_passes={passes!r} instead of passes, if "
+            "rows should end there at the latest"
+        )
     if tolerance is not None:
         return _MAX_PASSES if max_passes is None else max_passes
     if max_passes is not None:

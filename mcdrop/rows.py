@@ -1,15 +1,16 @@
 """Rows: what a network is given, as leaves whose first dimension is the rows."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "by_name", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,36 @@ class Rows:
             yield self if size >= self.count else self.take(slice(begin, begin + size))
 
 
+def by_name(x: Any, names: Sequence[str] | None) -> Any:
+    """Gives the named columns of a data frame, in the order of the names; anything else as it is.
+
+    So is a frame without names of its own, whose columns are numbered.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    columns = list(x.columns) if names and hasattr(x, "columns") else []
+    if not names or not any(isinstance(column, str) for column in columns):
+        return x
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise InputError(f"the rows have no column {', '.join(missing)}; the model reads {', '.join(names)}")
+    return x[list(names)]
+
+
+def numbers(value: Any, name: str) -> NDArray[Any]:
+    """Gives finite numbers as an array: of a tensor on any device, or of what ``Rows.of`` reads.
+
+    Raises:
+        InputError: text, ragged rows, a single number, or one that is not finite.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    array: NDArray[Any] = _leaf(value, name)
+    return array
+
+
 def _leaf(value: Any, name: str) -> Any:
     if hasattr(value, "detach"):  # a tensor: left alone, so that it stays on its device
         leaf = value.detach()
@@ -114,12 +145,16 @@ def _leaf(value: Any, name: str) -> Any:
         return leaf
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
         value = [item.detach().cpu() if hasattr(item, "detach") else item for item in value]
+    if np.ma.is_masked(value):
+        raise InputError(f"{name} must have no masked values; {_first(np.ma.getmaskarray(value), 'is masked')}")
     try:
         leaf = np.asarray(value)
     except ValueError:
         raise InputError(f"{name} must be rows of equal length; {_ragged(value)}") from None
+    if leaf.dtype.kind == "O":
+        leaf = _of_objects(leaf)
     if leaf.dtype.kind not in "fiub":
-        raise InputError(f"{name} must be numbers, got {_text(value, leaf.dtype)}")
+        raise InputError(f"{name} must be numbers, got {_text(value, leaf)}")
     if leaf.ndim == 0:
         raise InputError(f"{name} must have rows as its first dimension, got a single number")
     if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
@@ -127,10 +162,23 @@ def _leaf(value: Any, name: str) -> Any:
     return leaf
 
 
-def _first_bad(leaf: np.ndarray[Any, Any]) -> str:
-    place = tuple(int(i) for i in np.argwhere(~np.isfinite(leaf))[0])
-    where = f" at {list(place[1:])}" if len(place) > 1 else ""
-    return f"row {place[0]} holds {leaf[place]}{where}"
+def _of_objects(leaf: NDArray[Any]) -> NDArray[Any]:
+    """Reads numbers of several types, as data frames give them; what holds anything else is given as it is."""
+    try:
+        return leaf if any(_not_numbers(leaf[()])) else leaf.astype(np.float64)
+    except (TypeError, ValueError):
+        return leaf
+
+
+def _first_bad(leaf: NDArray[Any]) -> str:
+    bad = ~np.isfinite(leaf)
+    return _first(bad, f"holds {leaf[bad][0]}")
+
+
+def _first(bad: NDArray[np.bool_], said: str) -> str:
+    """Names the first place."""
+    row, *place = np.argwhere(bad)[0].tolist()
+    return f"row {row} {said}" + (f" at {place}" if place else "")
 
 
 def _ragged(value: Any) -> str:
@@ -143,17 +191,19 @@ def _ragged(value: Any) -> str:
     return f"row {i} has {first} values and row {j} has {second}"
 
 
-def _text(value: Any, dtype: object) -> str:
+def _text(value: Any, leaf: NDArray[Any]) -> str:
     """Names the first thing in nested rows that is not a number."""
-    found = next(_not_numbers(value), None)
-    return f"values of type {dtype}" if found is None else found
+    found = next(_not_numbers(value if isinstance(value, list | tuple) else leaf[()]), None)
+    return f"values of type {leaf.dtype}" if found is None else found
 
 
 def _not_numbers(value: Any) -> Iterator[str]:
     if isinstance(value, str | bytes):
         yield f"the text {value[:40]!r}"
-    elif value is None:
+    elif value is None or type(value).__name__ in ("NAType", "NaTType"):  # the last two are those of pandas
         yield "a missing value (null)"
+    elif isinstance(value, np.generic) and value.dtype.kind not in "fiub":
+        yield f"values of type {value.dtype}"
     elif isinstance(value, Mapping):
         yield "an object where a row or a number should be"
     elif isinstance(value, int) and abs(value) >= 2**63:

@@ -11,15 +11,20 @@ from mcdrop.bank import Bank
 from mcdrop.engine import PassPlan, PassResult, run_passes
 from mcdrop.errors import InputError
 from mcdrop.model import Model
-from mcdrop.rows import Rows
+from mcdrop.rows import Rows, by_name
 from mcdrop.screening import SCORES, Screen, score_of
 from mcdrop.summaries import TASKS
 
-__all__ = ["features_of", "fingerprint", "sample", "scores_under"]
+__all__ = ["features_of", "fingerprint", "rows_of", "sample", "scores_under"]
 
 Array = NDArray[np.float64]
 
 _SAMPLE_BYTES = 4 * 2**30  # kept passes above this would end the process rather than help anyone
+
+
+def rows_of(model: Model, x: Any, *, later: bool = False) -> Rows:
+    """Reads inputs as ``Model.rows`` does, and the columns of a data frame by the model's names for them."""
+    return model.rows(by_name(x, model.features), later=later)
 
 
 def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None) -> PassResult:
@@ -30,16 +35,17 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     Raises:
         InputError: unusable inputs, kept passes that would not fit in memory, or a closed form of what has none.
     """
-    rows = model.rows(x, later=True)
+    rows = rows_of(model, x, later=True)
     task = TASKS[model.task]
     if plan.exact_last and model.task != "regression":
         raise InputError(
             f"exact_last is for regression: what {model.task} reads from a pass is not linear in the last layer"
         )
     if plan.keep_samples:
-        first = model.backend.deterministic(rows.take(slice(0, 2)))[:1].astype(np.float64)
+        some = model.backend.deterministic(rows.take(slice(0, 2)))[:1]
+        first = some.astype(np.float64)
         width = task.statistics.kept(task.statistics.of(first[None]).shape[-1]) * first[0, ..., 0].size
-        needed = plan.passes * rows.count * width * 4
+        needed = plan.passes * rows.count * width * some.itemsize
         if needed > _SAMPLE_BYTES:
             raise InputError(
                 f"{plan.passes} passes of {rows.count} rows need {needed / 2**30:.1f} GiB to keep every pass; "
@@ -59,7 +65,7 @@ def features_of(model: Model, rows: Rows, layer: str | None) -> NDArray[np.float
 
 def scores_under(model: Model, x: Any, plan: PassPlan, score: str, bank: Bank | None = None) -> Array:
     """Gives the named score of rows (N,) under a plan; runs passes only where the score reads them."""
-    rows = model.rows(x)
+    rows = rows_of(model, x)
     needs = SCORES[score]
     summary = None
     if needs.needs_passes:

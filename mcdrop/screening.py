@@ -32,6 +32,8 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
+_ROUNDING = 1e-5  # of a score, relative: in batches of other sizes float32 networks came out up to 4e-6 apart
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -127,10 +129,16 @@ def p_values(scores: Array, reference: Array) -> Array:
     """Conformal p-values, (1 + #{reference >= score}) / (n + 1); equal scores count as at least as strange.
 
     Super-uniform for rows exchangeable with the reference, ties or not (Bates, Candes, Lei, Romano and Sesia 2023,
-    "Testing for outliers with conformal p-values", eq. 3).
+    "Testing for outliers with conformal p-values", eq. 3). The last digits of a score depend on the batch that its row
+    comes in, so what is below it by rounding alone counts as equal: that can only make a p-value larger.
     """
-    at_least = len(reference) - np.searchsorted(np.sort(reference), scores, side="left")
+    at_least = len(reference) - np.searchsorted(np.sort(reference), _but_for_rounding(scores), side="left")
     return np.asarray((1.0 + at_least) / (len(reference) + 1.0), np.float64)
+
+
+def _but_for_rounding(scores: Array) -> Array:
+    """The smallest that equal scores may be; what is infinite or NaN stays so."""
+    return np.subtract(scores, _ROUNDING * np.abs(scores), out=scores.copy(), where=np.isfinite(scores))
 
 
 def benjamini_hochberg(p: Array, fdr: float) -> NDArray[np.bool_]:
@@ -215,11 +223,11 @@ def _surprise(values: Array, typical: Array) -> Array:
 
     The largest tenth follows a fitted exponential tail, so that values beyond the largest are still told apart.
     """
-    start = typical[int(0.9 * len(typical))]
+    start, least = typical[int(0.9 * len(typical))], _but_for_rounding(values)
     slope = max(float((typical[typical >= start] - start).mean()), float(np.finfo(np.float64).tiny))
-    share = (1 + len(typical) - np.searchsorted(typical, values, side="left")) / (len(typical) + 1)
-    beyond = np.maximum(values - start, 0) / slope - math.log(0.1)
-    return np.where(values > start, beyond, np.minimum(-np.log(share), -math.log(0.1)))
+    share = (1 + len(typical) - np.searchsorted(typical, least, side="left")) / (len(typical) + 1)
+    beyond = np.maximum(least - start, 0) / slope - math.log(0.1)
+    return np.where(least > start, beyond, np.minimum(-np.log(share), -math.log(0.1)))
 
 
 SCORES: dict[str, Score] = {

@@ -1,7 +1,7 @@
 """A network becomes a model: its draws are discovered, proved and audited, once."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def wrap(
     memory: int | str = "auto",
     precision: str = "fp32",
     compile: bool = False,
-    devices: Sequence[Any] = (),
+    devices: Any = (),
     tuning: Mapping[str, Any] | None = None,
 ) -> Model:
     """Discovers a network's random draws once and gives a model that can be sampled.
@@ -59,7 +59,8 @@ def wrap(
             "fp32", "bf16" (its matrix products and convolutions are several times faster on processors that have the
             instructions) or "tf32" (on CUDA devices). The audit states its error in standard deviations of the passes.
         compile: whether torch's compiler takes the captured passes; it is paid for here and at new sizes.
-        devices: several devices to share the rows out to, each with a copy of the network; none is the network's own.
+        devices: several devices to share the rows out to, each with a copy of the network, or a single one; none is the
+            network's own.
         tuning: choices that were timed before, ``chunk`` and ``kept_from`` of an audit, to be taken as they are; {} is
             the usual ones. None times them here, so that the last digits of two models of one network may differ.
 
@@ -95,13 +96,14 @@ def wrap(
     )  # fmt: skip
 
 
-def _shared_out(backend: Any, module: Any, devices: Sequence[Any]) -> Any:
+def _shared_out(backend: Any, module: Any, devices: Any) -> Any:
     """Gives the backend of one device, or one that shares the rows out to several."""
     if not devices:
         return backend
     from mcdrop.sharded import ShardedBackend
 
-    return ShardedBackend(backend, module, devices)
+    single = isinstance(devices, str) or not isinstance(devices, Iterable)
+    return ShardedBackend(backend, module, (devices,) if single else devices)
 
 
 def _check(module: Any, task: str, precision: str) -> None:

@@ -1,5 +1,6 @@
-"""Summaries made by hand, and the small networks that tests of statistics share."""
+"""Summaries made by hand, the small networks that tests of statistics share, and a data frame."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,3 +46,17 @@ def net(inputs: int = 2, outputs: int = 1, seed: int = 0) -> nn.Module:
     """A small network with one dropout."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, outputs))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a data frame of pandas or polars does: columns by name, and an array of all of them."""
+
+    columns: list[Any]
+    data: NDArray[Any]
+
+    def __getitem__(self, names: list[Any]) -> "Frame":
+        return Frame(names, self.data[:, [self.columns.index(name) for name in names]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self.data

@@ -118,6 +118,42 @@ def test_calibration_curve_is_the_diagonal_where_the_noise_is_right() -> None:
     assert narrow[0] > 0.15  # too many y below the first percentile
 
 
+@pytest.mark.parametrize("method", ["absolute", "cqr", "standardised"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_held_out_row_without_a_finite_output_is_named(method: str, bad: float) -> None:
+    fine, mean = np.zeros((30, 2)), np.zeros((30, 2))
+    mean[[7, 9], 1] = bad
+    for made in (summary(mean), summary(fine, mean), summary(fine, aleatoric=mean)):
+        with pytest.raises(
+            InputError, match="for held-out row 7 is not finite; leave out such rows, of which there are 2"
+        ):
+            fit_calibration(made, fine, task="regression", plan=PassPlan(), fingerprint="", method=method)
+
+
+def test_a_held_out_row_without_probabilities_is_named() -> None:
+    with pytest.raises(InputError, match="for held-out row 1 is not finite"):
+        fit_calibration(
+            classes([[0.5, 0.5], [np.nan, np.nan]]), [0, 1], task="classification", plan=PassPlan(), fingerprint=""
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_may_be_a_tensor_that_is_learnt(dtype: torch.dtype) -> None:
+    made, y = summary(np.zeros((8, 1))), torch.arange(8, dtype=dtype, requires_grad=True)
+    found = fit_calibration(made, y, task="regression", plan=PassPlan(), fingerprint="", method="absolute")
+    assert found.scores[0, :, 0].tolist() == list(range(8))
+
+
+def test_labels_and_targets_that_are_text_are_refused() -> None:
+    model = mcdrop.wrap(net(outputs=3), example=X, task="classification")
+    with pytest.raises(InputError, match="labels must be numbers, got the text 'cat'"):
+        mcdrop.calibrate(model, X, ["cat"] * 200)
+    with pytest.raises(InputError, match="labels must be finite numbers; row 0 holds nan"):
+        mcdrop.calibrate(model, X, np.full(200, np.nan))
+    with pytest.raises(InputError, match=r"targets must be numbers, got the text '1\.5'"):
+        mcdrop.calibrate(mcdrop.wrap(net(), example=X), X, ["1.5"] * 200)
+
+
 # -- with a model ------------------------------------------------------------------------------------------------------
 
 

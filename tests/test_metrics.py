@@ -41,6 +41,16 @@ def test_gaussian_crps_is_the_integral_over_thresholds() -> None:
     assert crps_gaussian([2.5], [1.0], [2.0]) == pytest.approx(expected, rel=1e-6)
 
 
+@given(arrays(np.float64, 5, elements=NUMBERS), arrays(np.float64, 5, elements=NUMBERS))
+def test_gaussian_crps_without_spread_is_the_distance_that_a_small_spread_nears(
+    y: np.ndarray, mean: np.ndarray
+) -> None:
+    exact = np.abs(y - mean).mean()
+    assert crps_gaussian(y, mean, np.zeros(5)) == exact
+    assert crps_gaussian(y, mean, np.full(5, 1e-9)) == pytest.approx(exact, abs=1e-8)
+    assert np.isnan(crps_gaussian(y, mean, np.full(5, np.nan)))
+
+
 @given(arrays(np.float64, (7, 3), elements=NUMBERS), arrays(np.float64, 3, elements=NUMBERS))
 def test_crps_of_samples_equals_all_pairs(samples: np.ndarray, y: np.ndarray) -> None:
     pairs = np.abs(samples[:, None] - samples[None]).mean(axis=(0, 1))
@@ -63,6 +73,12 @@ def test_ence_is_small_for_honest_spread_and_the_relative_error_for_another() ->
 
 def test_ence_of_one_bin_by_hand() -> None:
     assert ence([3.0, 4.0], [0, 0], [1.0, 1.0], bins=1) == pytest.approx(np.sqrt(12.5) - 1)
+
+
+def test_ence_without_spread_is_infinite_unless_there_are_no_errors() -> None:
+    assert ence([1.0, 2.0], [1.0, 2.5], [0.0, 0.0], bins=1) == np.inf
+    assert ence([1.0, 2.0], [1.0, 3.0], [0.0, 1.0], bins=2) == 0
+    assert np.isnan(ence([1.0], [1.0], [np.nan], bins=1))
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=6))

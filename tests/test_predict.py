@@ -1,12 +1,13 @@
 """Predictions: dropout as torch itself does it, the same answer for the same seed, and refusals that help."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from made import net
+from made import Frame, net
 from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
@@ -196,6 +197,23 @@ def test_inputs_may_come_in_every_form(model: mcdrop.Model) -> None:
         np.testing.assert_allclose(mcdrop.predict(model, x).mean, expected, rtol=1e-6)
 
 
+def test_columns_of_a_frame_are_read_by_name_wherever_rows_are(model: mcdrop.Model) -> None:
+    named = replace(model, features=["a", "b"])
+    rows = np.random.default_rng(3).normal(size=(40, 2))
+    turned = Frame(["b", "a"], rows[:, ::-1])
+    np.testing.assert_array_equal(mcdrop.predict(named, turned).mean, mcdrop.predict(model, rows).mean)
+    plain, framed = mcdrop.calibrate(model, rows, rows[:, 0]), mcdrop.calibrate(named, turned, rows[:, 0])
+    np.testing.assert_array_equal(plain.scores, framed.scores)
+    for score in ("variance", "feature_distance"):
+        by_place = mcdrop.fit_screen(model, rows, score=score, fpr=0.1, x_train=rows)
+        by_name = mcdrop.fit_screen(named, turned, score=score, fpr=0.1, x_train=turned)
+        np.testing.assert_array_equal(by_place.scores, by_name.scores)
+        found = mcdrop.screen(named, turned, screen=by_place)
+        np.testing.assert_array_equal(found.score, mcdrop.screen(model, rows, screen=by_place).score)
+    with pytest.raises(InputError, match="the rows have no column b; the model reads a, b"):
+        mcdrop.predict(named, Frame(["a", "c"], rows))
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -215,6 +233,8 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"sampler": "sobol"}, "unknown sampler 'sobol'; choose one of: balanced, iid"),
     ({"tolerance": 0}, "tolerance must be above 0, got 0"),
     ({"max_passes": 100}, "max_passes goes with tolerance"),
+    ({"tolerance": 0.1, "passes": 50}, "each row has its own number of passes; give max_passes=50 instead of passes"),
+    ({"calibration": "x"}, "calibration must be what mcdrop.calibrate gave, got 'x'"),
     ({"tolerance": 0.1, "max_passes": 1}, "passes must be a whole number from 2 to"),
     ({"tolerance": 0.1, "interval": "quantile"}, "an interval that needs them all ('quantile') cannot be read"),
     ({"passes": 38, "interval": "quantile"}, "needs at least 39 passes, got 38"),

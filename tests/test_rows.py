@@ -1,14 +1,17 @@
 """Rows: every form in which inputs may come, and what is refused."""
 
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from made import Frame
 from numpy.typing import ArrayLike
 
 from mcdrop.errors import InputError
-from mcdrop.rows import Rows
+from mcdrop.rows import Rows, by_name, numbers
 
 GOOD = [[1.0, 2.0], [3.0, 4.0]]
 
@@ -28,6 +31,9 @@ def values(rows: Rows) -> dict[str, list[Any]]:
         pytest.param(torch.tensor(GOOD), id="tensor"),
         pytest.param(torch.tensor(GOOD, requires_grad=True), id="tensor with a gradient"),
         pytest.param([np.array(row) for row in GOOD], id="list of arrays"),
+        pytest.param(np.array(GOOD, object), id="objects"),
+        pytest.param(np.ma.array(GOOD), id="masked array without a mask"),
+        pytest.param(np.array([[True, np.float32(2)], [Fraction(3), Decimal(4)]]), id="numbers of several types"),
     ],
 )
 def test_one_input_may_come_as_anything_that_is_an_array(x: Any) -> None:
@@ -71,6 +77,13 @@ def test_the_leaves_are_the_users_own_and_unchanged() -> None:
         ([[1j]], "inputs must be numbers, got values of type complex128"),
         (torch.tensor([[1j]]), "inputs must be numbers, got values of type torch.complex64"),
         (None, "inputs must be numbers, got a missing value (null)"),
+        (np.array([1.0, "2"], object), "inputs must be numbers, got the text '2'"),
+        (np.array([[1.0, np.datetime64("2020-01-01")]], object), "must be numbers, got values of type datetime64[D]"),
+        (np.array([[1.0], [2.0, 3.0]], object), "inputs must be numbers, got values of type object"),
+        (np.array([[True, None]]), "inputs must be numbers, got a missing value (null)"),
+        (np.array([[1.0, 2.0], [True, np.nan]], object), "inputs must be finite numbers; row 1 holds nan at [1]"),
+        (np.ma.masked_greater(GOOD, 3), "inputs must have no masked values; row 1 is masked at [1]"),
+        ((np.ones(2), np.ma.masked_equal([1, 2], 1)), "input 1 must have no masked values; row 0 is masked"),
         ({1, 2}, "inputs must be numbers, got values of type object"),
         ([[1, 2], [3]], "inputs must be rows of equal length; row 0 has 2 values and row 1 has 1"),
         ([[1, 2], 3], "inputs must be rows of equal length; row 0 has 2 values and row 1 has a single number"),
@@ -108,3 +121,43 @@ def test_tensors_in_a_list_are_rows() -> None:
     assert values(Rows.of(learnt)) == {"0": GOOD}
     with pytest.raises(InputError, match="row 0 has 2 values and row 2 has 1"):
         Rows.of([*learnt, torch.tensor([3.0])])
+
+
+# -- data frames -------------------------------------------------------------------------------------------------------
+
+
+class NAType:
+    """A missing value as pandas gives it."""
+
+
+def test_columns_are_taken_by_name() -> None:
+    frame = Frame(["b", "more", "a"], np.arange(6.0).reshape(2, 3))
+    assert values(Rows.of(by_name(frame, ["a", "b"]))) == {"0": [[2, 0], [5, 3]]}
+    with pytest.raises(InputError, match=r"the rows have no column c, d; the model reads a, c, d$"):
+        by_name(frame, ["a", "c", "d"])
+
+
+def test_rows_without_names_are_as_they_are() -> None:
+    numbered = Frame([0, 1], np.ones((2, 2)))
+    for x, names in ((numbered, ["a", "b"]), (np.array(GOOD), ["a", "b"]), (numbered, None), ({"a": GOOD}, ["a"])):
+        assert by_name(x, names) is x
+
+
+def test_a_frame_may_hold_numbers_of_several_types_and_nothing_else() -> None:
+    mixed = Frame(["a", "b"], np.array([[1.0, True], [3, np.float32(4)]], object))
+    assert values(Rows.of(mixed)) == {"0": [[1, 1], [3, 4]]}
+    for wrong, said in ((NAType(), "a missing value"), ("x", "the text 'x'"), (1j, "values of type object")):
+        with pytest.raises(InputError, match=f"inputs must be numbers, got {said}"):
+            Rows.of(Frame(["a", "b"], np.array([[1.0, wrong]], object)))
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_of_a_tensor_are_an_array(dtype: torch.dtype) -> None:
+    found = numbers(torch.tensor(GOOD, dtype=dtype, requires_grad=True), "targets")
+    assert (found.dtype.name, found.tolist()) == ("float64", GOOD)
+    assert numbers(torch.tensor([1, 2]), "labels").dtype.name == "int64"
+    with pytest.raises(InputError, match="targets must be finite numbers; row 1 holds nan"):
+        numbers(torch.tensor([0.0, float("nan")]), "targets")

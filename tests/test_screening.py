@@ -8,14 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import net, summary
 from scipy import stats
+from scipy.spatial.distance import cdist
+from sklearn.base import clone
+from torch import Tensor, nn
 
 import mcdrop
+from mcdrop.bank import DISTANCES, build_bank
 from mcdrop.engine import PassPlan
 from mcdrop.errors import InputError, UnknownName
+from mcdrop.model import Options
 from mcdrop.rows import Rows
 from mcdrop.screening import SCORES, Screen, check_fpr, p_values, score_of
 
 X = np.random.default_rng(0).normal(size=(99, 2)).astype(np.float32)
+CORNERS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32)
+SCORE = st.integers(-100, 100).map(lambda tenths: tenths / 10)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,7 @@ def model() -> mcdrop.Model:
 # -- p-values ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(-11, 11))
+@given(st.lists(SCORE, min_size=1, max_size=30), SCORE)
 def test_a_p_value_is_the_rank_of_the_row_among_the_reference_and_itself(reference: list[float], score: float) -> None:
     """Against scipy's percentile of a score: the share of all n + 1 that is at least as strange."""
     (p,) = p_values(np.array([score]), np.array(reference))
@@ -47,6 +54,47 @@ def test_a_stranger_row_has_no_larger_p_value(reference: list[float], score: flo
     low, high = p_values(np.array([score, score + more]), np.array(reference))
     assert high <= low
     assert high >= 1 / (len(reference) + 1)
+
+
+@given(st.lists(SCORE, min_size=1, max_size=30), st.lists(st.floats(-4e-6, 4e-6), min_size=30, max_size=30))
+def test_rounding_tells_no_scores_apart(scores: list[float], rounding: list[float]) -> None:
+    given, off = np.array(scores), np.array(rounding)[: len(scores)]
+    np.testing.assert_array_equal(p_values(given * (1 + off), given), p_values(given, given))
+    np.testing.assert_array_equal(p_values(given, given * (1 + off)), p_values(given, given))
+
+
+def test_what_is_infinite_or_nan_is_stranger_than_all_numbers() -> None:
+    reference = np.array([1.0, np.inf, -np.inf, np.nan])
+    scores = np.array([1e300, np.inf, np.nan, -np.inf])
+    np.testing.assert_allclose(p_values(scores, reference), [3 / 5, 3 / 5, 2 / 5, 5 / 5])
+
+
+@pytest.mark.parametrize("score", ["variance", "feature_distance", "combined"])
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+def test_a_row_that_others_equal_has_one_p_value_in_every_batch(score: str, distance: str) -> None:
+    """Each corner is 50 of the 200 typical rows: whatever batch it comes in, those of the reference count as equal."""
+    model = mcdrop.wrap(net(inputs=2, seed=1), example=CORNERS)
+    screen = mcdrop.fit_screen(model, CORNERS[np.arange(200) % 7 % 4], fpr=0.05, score=score, distance=distance)
+    reference = np.asarray(screen.rows.leaves[0])
+    for corner in CORNERS:
+        batches = [np.vstack([corner[None], CORNERS[np.arange(more) % 4]]) for more in (0, 1, 2, 6, 30)]
+        found = {float(mcdrop.screen(model, batch, screen=screen).p_value[0]) for batch in batches}
+        found |= {
+            float(p[0]) for batch in batches if (p := mcdrop.predict(model, batch, screen=screen).p_value) is not None
+        }
+        assert len(found) == 1
+        assert found.pop() >= (1 + (reference == corner).all(axis=1).sum()) / (1 + len(reference))
+
+
+@pytest.mark.parametrize("score", ["variance", "feature_distance", "combined"])
+def test_a_row_of_the_reference_has_its_own_rank_alone_and_among_others(model: mcdrop.Model, score: str) -> None:
+    screen = mcdrop.fit_screen(model, X, fpr=0.05, score=score)
+    rows = np.asarray(screen.rows.leaves[0])
+    together = mcdrop.screen(model, rows, screen=screen).p_value
+    ranks = stats.rankdata(-screen.scores, method="max")
+    np.testing.assert_allclose(together, (1 + ranks) / (1 + len(rows)))
+    alone = [mcdrop.predict(model, row[None], screen=screen).p_value for row in rows]
+    np.testing.assert_array_equal(np.ravel(alone), together)  # type: ignore[arg-type]
 
 
 @pytest.mark.statistical
@@ -127,6 +175,49 @@ def test_the_reference_is_scored_again_with_the_masks_of_the_request(model: mcdr
         np.testing.assert_allclose(found.p_value, (1 + ranks) / 100, atol=0.0100001)
 
 
+class Overflowing(nn.Module):
+    """Gives infinite outputs where the first input is above 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(x)
+        return outputs / (x[:, :1] < 3).float()
+
+
+def test_a_row_without_a_finite_output_is_flagged_by_a_detector_as_by_a_prediction() -> None:
+    model = mcdrop.wrap(Overflowing(), example=X)
+    detector = mcdrop.Detector(model, fpr=0.05).fit(X)
+    rows = np.concatenate([[[4.0, 0.0]], X[:20]])
+    found = mcdrop.predict(model, rows, screen=detector.screen_)
+    assert found.is_anomaly is not None
+    assert found.is_anomaly[0]
+    np.testing.assert_array_equal(detector.predict(rows), found.is_anomaly)
+    np.testing.assert_array_equal(detector.labels_, (detector.decision_scores_ > detector.threshold_))
+
+
+def test_scikit_learn_clones_a_detector() -> None:
+    model = mcdrop.wrap(net(), example=X)
+    detector = mcdrop.Detector(model, fpr=0.05, passes=20).fit(X)
+    other = clone(detector)
+    assert not hasattr(other, "screen_")
+    np.testing.assert_array_equal(other.fit(X).predict(X * 2), detector.predict(X * 2))
+
+
+def test_what_is_no_screen_is_refused(model: mcdrop.Model) -> None:
+    strict: Any = "strict"
+    asks = (
+        lambda: mcdrop.predict(model, X, screen=strict),
+        lambda: mcdrop.screen(model, X, screen=strict),
+        lambda: mcdrop.interpret(model, mcdrop.sample(model, X, PassPlan(4)), Options(passes=4), screen=strict),
+    )
+    for ask in asks:
+        with pytest.raises(InputError, match=r"screen must be what mcdrop\.fit_screen gave, got 'strict'"):
+            ask()
+
+
 def test_without_a_screen_nothing_is_flagged_and_it_says_why(model: mcdrop.Model) -> None:
     found = mcdrop.predict(model, X, passes=4)
     assert (found.score, found.p_value, found.is_anomaly, found.fpr) == (None, None, None, None)
@@ -152,6 +243,17 @@ def test_scores_that_do_not_suit_the_task_are_refused_with_those_that_do(model: 
     for name in ("entropy", "mutual_information", "variation_ratio"):
         with pytest.raises(InputError, match=f"score '{name}' needs a classifier; for this task choose one of: "):
             score_of(name, summary(np.zeros((3, 2))))
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_rows_that_the_bank_holds_are_at_distance_0_and_others_are_not(distance: str) -> None:
+    """A difference of squares would have lost the digits."""
+    rows = (10 + np.random.default_rng(0).normal(size=(7, 5))).astype(np.float32)
+    bank = build_bank(np.repeat(rows, 20, axis=0), distance=distance, layer=None)
+    np.testing.assert_array_equal(bank.measure(rows * np.float32(1 + 1e-7)), 0)
+    away, spread = rows + np.float32(0.5), rows.std(axis=0) if distance == "euclidean" else 1
+    pairs = cdist(away / spread, rows / spread, "cosine" if distance == "cosine" else "euclidean")
+    np.testing.assert_allclose(bank.measure(away), pairs.min(axis=1), rtol=1e-3)
 
 
 def test_the_variance_is_summed_over_outputs() -> None:

@@ -1,6 +1,7 @@
 import gc
 import weakref
 from itertools import combinations
+from typing import TypeGuard
 
 import numpy as np
 import pytest
@@ -143,6 +144,27 @@ def test_a_convolutional_network_gives_what_enters_its_last_linear_layer() -> No
     backend = mcdrop.wrap(conv, example=x).backend
     rows = Rows.of(x)
     np.testing.assert_array_equal(backend.features(rows, None), backend.features(rows, "4"))
+
+
+class Functional(nn.Sequential):
+    """The same layers, each linear one called as a function."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            input = nn.functional.linear(input, layer.weight, layer.bias) if is_linear(layer) else layer(input)
+        return input
+
+
+def is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(layer, nn.Linear)
+
+
+def test_linear_layers_that_are_called_as_functions_give_the_same_features() -> None:
+    rows = Rows.of(X)
+    for more in ([], [nn.PReLU(), nn.Linear(2, 2)]):  # a perceptron, and one with other weights too
+        layers = [*net(outputs=2).children(), *more]
+        by_module, by_call = (mcdrop.wrap(kind(*layers), example=X).backend for kind in (nn.Sequential, Functional))
+        np.testing.assert_array_equal(by_module.features(rows, None), by_call.features(rows, None))
 
 
 # -- screens -----------------------------------------------------------------------------------------------------------
@@ -295,7 +317,8 @@ def test_a_stream_may_come_in_any_pieces() -> None:
         pieces.update([score])
     assert pieces.state == DriftMonitor(reference).update(stream)
     with pytest.raises(InputError, match="finite"):
-        pieces.update([np.nan])
+        pieces.update([0.0, np.nan])
+    assert pieces.state == DriftMonitor(reference).update(stream)
     with pytest.raises(InputError, match="reference rows"):
         DriftMonitor([])
 

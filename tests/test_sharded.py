@@ -75,6 +75,14 @@ def test_a_closed_form_is_shared_out_too() -> None:
     assert apart(shared.variance, alone.variance) < 1e-5
 
 
+@pytest.mark.parametrize("devices", ["cpu", torch.device("cpu")])
+def test_a_single_device_needs_no_list(devices: object) -> None:
+    net, x = made("mlp")
+    model = mcdrop.wrap(net, example=x[:4], devices=devices)
+    assert model.audit.devices == ("cpu",)
+    assert apart(mcdrop.predict(model, x).mean, mcdrop.predict(mcdrop.wrap(net, example=x[:4]), x).mean) < 1e-5
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_a_device_that_is_not_there_is_named() -> None:
     net, x = made("mlp")
