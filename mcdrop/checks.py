@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,10 @@ from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 from mcdrop.volatile import alike, inside
 
-__all__ = ["SAME", "changing", "coupled", "mean_preserving", "unrepeatable"]
+__all__ = ["SAME", "Alone", "alone", "changing", "mean_preserving", "unrepeatable"]
 
 SAME = 1e-6  # a GPU adds up in no order
+_FAILS = (UncontrolledDraw, RuntimeError, ValueError, IndexError, AssertionError)
 _SO = "so a row's answer depends on its batch"
 _TRIES = 6
 _APART = 1000  # seeds of other masks
@@ -107,24 +110,41 @@ def _expectations(found: Trace, rows: Rows) -> list[Tensor | None]:
     ]
 
 
-def coupled(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[str]:
-    """Says so where a row that is alone answers otherwise than among the others, with the same masks.
+class Alone(NamedTuple):
+    """What is said of rows that are alone, and whether one has to stand ``beside`` itself to answer as among others."""
+
+    said: tuple[str, ...] = ()
+    beside: bool = False
+
+
+@torch.no_grad()
+def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alone:
+    """Looks whether a row that is alone answers as it does among the others, with the same masks.
 
     Seen on the example rows: a network may still couple others, as by a branch on a value.
     """
     if found.unclear or rows.count == 1:  # said of each draw, and not to be tried with another number of rows
-        return []
+        return Alone()
     masks = _masks(found, rows)
-    with torch.no_grad():
-        together = one_pass(module, rows, pick, found, masks)
-        for row in range(rows.count):
-            try:
-                alone = one_pass(module, rows.take(slice(row, row + 1)), pick, found, masks)
-            except UncontrolledDraw as error:
-                return [f"row {row} of the example takes a way of its own when it is alone ({error}), {_SO}"]
-            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-                return [f"the network does not take a single row ({first_line(error)}), {_SO}"]
-            worst = difference(alone, together[row : row + 1])
-            if worst > _LOOSE * tolerance(alone.dtype):
-                return [f"row {row} of the example alone is off by {worst:.1e} from the same row among others, {_SO}"]
-    return []
+    together = one_pass(module, rows, pick, found, masks)
+
+    def off(row: int, times: int) -> float:
+        """How far a row that is given so many times is from itself among the others."""
+        one = one_pass(module, rows.take([row] * times), pick, found, masks)[:1]
+        worst = difference(one, together[row : row + 1])
+        return 0.0 if worst <= _LOOSE * tolerance(one.dtype) else worst
+
+    for row in range(rows.count):
+        try:
+            worst = off(row, 1)
+        except _FAILS as error:
+            with suppress(*_FAILS):
+                if not any(off(other, 2) for other in range(rows.count)):
+                    return Alone(beside=True)
+            if isinstance(error, UncontrolledDraw):
+                return Alone((f"row {row} of the example takes a way of its own when it is alone ({error}), {_SO}",))
+            return Alone((f"the network does not take a single row ({first_line(error)}), {_SO}",))
+        if worst:
+            said = f"row {row} of the example alone is off by {worst:.1e} from the same row among others, {_SO}"
+            return Alone((said,))
+    return Alone()

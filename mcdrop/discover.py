@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from mcdrop.agreement import difference
 from mcdrop.audit import Audit, SiteReport
-from mcdrop.checks import SAME, changing, coupled, mean_preserving, unrepeatable
+from mcdrop.checks import SAME, alone, changing, mean_preserving, unrepeatable
 from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.forward import draws_off, to_tensors
 from mcdrop.outputs import Pick
@@ -52,7 +52,8 @@ class Overrules:
 class Discovery:
     """A network's two shadows (draws on; all off), modules whose draws stay off, forced calls, and the audit.
 
-    ``found`` is the trace of the example, of which ``rows`` are a few.
+    ``found`` is the trace of the example, of which ``rows`` are a few; ``beside`` says that the network takes no single
+    row, and one beside itself as it takes several.
     """
 
     live: nn.Module
@@ -62,6 +63,7 @@ class Discovery:
     audit: Audit
     rows: Rows
     found: Trace
+    beside: bool
 
 
 @own_generator()
@@ -95,7 +97,8 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     lost = _lost(found, verdicts) + unrepeatable(live, few, pick, found)
     if lost and overrules.strict:
         raise UncontrolledDraw(_lost_message(name, lost))
-    warnings += lost + _unclear(found) + coupled(live, few, pick, found)
+    single = alone(live, few, pick, found)
+    warnings += lost + _unclear(found) + [*single.said]
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
     changes = changing(live, few, pick, found)
     reports = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))
@@ -111,7 +114,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     )
     if not audit.live:
         raise NoStochasticSite(_none_message(audit, found))
-    return Discovery(live, plain, excluded, force, audit, few, found)
+    return Discovery(live, plain, excluded, force, audit, few, found, single.beside)
 
 
 def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:

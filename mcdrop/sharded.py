@@ -42,8 +42,9 @@ class ShardedBackend(TorchBackend):
                 "might share that; run it on one device"
             )
         super().__init__(
-            first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled
-        )
+            first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled,
+            beside=first.beside,
+        )  # fmt: skip
         self.chunk_bytes = first.chunk_bytes
         whole = unwrapped(module)
         copies = [moved(copied(whole), device) for device in devices]

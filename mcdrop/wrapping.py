@@ -83,7 +83,9 @@ def wrap(
     rows, pick = Rows.of(example).take(slice(0, _EXAMPLE_ROWS)), picker(output)
     overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     rows, seen = _discovered(module, rows, pick, overrules)
-    backend = TorchBackend(seen.live, seen.plain, pick, seen.excluded, seen.force, precision, compile, _tuning(tuning))
+    backend = TorchBackend(
+        seen.live, seen.plain, pick, seen.excluded, seen.force, precision, compile, _tuning(tuning), seen.beside
+    )
     backend.plans.knows(seen.rows, seen.found)
     backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
     audit = diagnose(backend, rows, seen.audit)

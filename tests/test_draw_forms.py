@@ -169,6 +169,8 @@ SQUEEZED: dict[str, Callable[[Tensor], Tensor]] = {
     "several numbers": lambda h: h[:, None].squeeze(),
     "one number": lambda h: h.sum(1, keepdim=True).squeeze(),
     "an image": lambda h: h[:, None, :, None].expand(-1, -1, -1, 2).squeeze(),
+    "before a draw": lambda h: F.dropout(h[:, None].squeeze(), 0.2),
+    "before layers that know rows": lambda h: F.dropout(F.linear(h[:, None].squeeze(), torch.ones(2, 3)), 0.2)[:, :1],
     "by its own code": lambda h: h[:, None].squeeze() + 0 * float(h.sum()),
 }
 
@@ -181,6 +183,9 @@ def test_a_single_row_keeps_its_axis_where_a_network_squeezes(last: Callable[[Te
     whole, alone = mcdrop.sample(model, X, plan), mcdrop.sample(model, X[1:], plan)
     for name in ("mean", "variance", "deterministic"):
         np.testing.assert_allclose(getattr(alone, name), getattr(whole, name)[1:], rtol=1e-5, atol=1e-6)
+
+
+def test_an_example_of_a_single_row_that_loses_its_axis_is_refused() -> None:
     with pytest.raises(InputError, match=r"squeeze\(\) leaves that axis"):
         mcdrop.wrap(_Returns(SQUEEZED["several numbers"], ones=False), example=X[:1])
 

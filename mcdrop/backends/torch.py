@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from mcdrop.backends import Block
 from mcdrop.digits import digits
 from mcdrop.features import hidden_features, weights_digest
 from mcdrop.forward import Outputs, as_numpy, draws_off, place_of
+from mcdrop.moments import Summing
 from mcdrop.outputs import Pick
 from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
 from mcdrop.plans import Plans
@@ -40,15 +42,16 @@ class TorchBackend:
         precision: str = "fp32",
         compiled: bool = False,
         tuning: Tuning | None = None,
+        beside: bool = False,
     ) -> None:
         """Takes the shadow whose draws are on, the one with all of them off, and the modules whose draws stay off.
 
         ``force`` says of a module path whether dropout calls that are switched off there drop all the same;
         ``precision`` is one of ``PRECISIONS``; ``compiled`` asks for torch's compiler,
-        ``tuning`` holds choices that were timed before.
+        ``tuning`` holds choices that were timed before. A single row is run ``beside`` itself where it has to be.
         """
         self.live, self.plain, self.pick, self.excluded, self.force = live, plain, pick, excluded, force
-        self.precision, self.compiled = precision, compiled
+        self.precision, self.compiled, self.beside = precision, compiled, beside
         self.room = Room(_room(live))
         self.plans = Plans(live, plain, pick, excluded, force, precision=precision, compiled=compiled, tuning=tuning)
         self._digest: tuple[object, str] | None = None
@@ -73,7 +76,9 @@ class TorchBackend:
         Raises:
             InputError: the last layer has no closed form.
         """
-        return Ready(self.plans, rows, self.room, exact_last=exact_last)
+        several = self._several(rows)
+        ready = Ready(self.plans, several, self.room, exact_last=exact_last)
+        return ready if several is rows else _Single(ready)
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...).
@@ -84,13 +89,14 @@ class TorchBackend:
 
     def deterministic(self, rows: Rows) -> Outputs:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
-        return self.plans.deterministic(rows)
+        return self.plans.deterministic(self._several(rows))[: rows.count]
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives hidden features with every draw off: (N, F), see ``hidden_features``."""
-        _, tensors = self.plans.prepare(rows)
+        _, tensors = self.plans.prepare(self._several(rows))
         with self.plans.turn, self.plans.arithmetic(tensors):
-            return as_numpy(hidden_features(self.plain, tensors, self.pick, layer)).astype(np.float32, copy=False)
+            found = as_numpy(hidden_features(self.plain, tensors, self.pick, layer))
+        return found[: rows.count].astype(np.float32, copy=False)
 
     def digest(self) -> str:
         """Gives a sha256 over the weights and the precision.
@@ -135,8 +141,9 @@ class TorchBackend:
             theirs.training = ours.training
         own((live, plain), placed_starts(self.live, _device(module)))
         other = TorchBackend(
-            live, plain, self.pick, self.excluded, self.force, self.precision, self.compiled, self.plans.tuning
-        )
+            live, plain, self.pick, self.excluded, self.force, self.precision, self.compiled, self.plans.tuning,
+            self.beside,
+        )  # fmt: skip
         if self.room.given:
             other.chunk_bytes = self.chunk_bytes
         return other
@@ -160,24 +167,55 @@ class TorchBackend:
 
     def plan(self, rows: Rows) -> Plan:
         """Gives how passes of such rows are run."""
-        return self.plans.plan(rows)
+        return self.plans.plan(self._several(rows))
+
+    def _several(self, rows: Rows) -> Rows:
+        """Puts a single row beside itself, where the network takes none that is alone."""
+        return rows.take([0, 0]) if self.beside and rows.count == 1 else rows
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory that one pass of one row needs: some four of its largest results are alive at a time."""
-        return 4 * self.plans.plan(rows).trace.row_bytes
+        return 4 * self.plan(rows).trace.row_bytes
 
     def pass_bytes(self, rows: Rows) -> int:
         """Gives what a further pass of one row needs: what comes before the first draw is mostly not run again."""
-        return self.room.pass_bytes(self.plans.plan(rows))
+        return self.room.pass_bytes(self.plan(rows))
 
     def shared_bytes(self, rows: Rows) -> int:
         """Gives what a further pass needs besides, for all rows together."""
-        return self.room.shared_bytes(self.plans.plan(rows))
+        return self.room.shared_bytes(self.plan(rows))
 
     def tier(self, rows: Rows) -> tuple[str, str]:
         """Gives the tier that runs the passes of such rows, and why."""
-        plan = self.plans.plan(rows)
+        plan = self.plan(rows)
         return plan.tier, plan.reason
+
+
+@dataclass(frozen=True)
+class _Single:
+    """A block of one row beside itself, with the answers of one."""
+
+    pair: Ready
+
+    @property
+    def most(self) -> int:
+        """How many passes should be run at a time."""
+        return self.pair.most
+
+    def forward(self, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
+        """Gives the outputs of some passes."""
+        return self.pair.forward(passes, seed=seed, start=start, sampler=sampler)[:, :1]
+
+    def sums_there(self, passes: int) -> bool:
+        """Says no: sums would be those of two rows."""
+        return False
+
+    def summed(self, passes: int, *, seed: int, start: int, sampler: str, summing: Summing) -> None:
+        """Gives None."""
+
+    def deterministic(self) -> Outputs:
+        """Gives the outputs with every draw off."""
+        return self.pair.deterministic()[:1]
 
 
 def _room(module: nn.Module) -> int:
