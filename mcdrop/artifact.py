@@ -7,7 +7,7 @@ the folder: a network is a graph, or weights for a function of an installed, all
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mcdrop.bank import Bank
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
-from mcdrop.formats import FORMATS, Source, default_format, load_file, positional
+from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, positional
 from mcdrop.model import Model, Options
 from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
@@ -70,7 +70,7 @@ def save(
         overwrite: whether a folder that is there may be replaced.
 
     Raises:
-        ArtifactError: the folder is there, or what was written does not load and answer as the model does.
+        ArtifactError: the folder is there, or what was written does not load, answer and screen as the model does.
     """
     target = Path(folder)
     if target.exists() and not overwrite:
@@ -92,7 +92,7 @@ def save(
         head = {"name": name, "version": version, "description": description, "features": features or []}
         _write_manifest(model, beside, screen, head, weights, by_name)
         there = model.audit.devices[:1] if FORMATS[format].movable else ()
-        _check_same(model, load(beside, devices=there), calibration or model.calibration, by_graph=not factory)
+        _check_same(model, load(beside, devices=there), calibration or model.calibration, format)
         swap(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -149,7 +149,7 @@ def _write_manifest(
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _check_same(model: Model, loaded: Model, calibration: Calibration | None, by_graph: bool) -> None:
+def _check_same(model: Model, loaded: Model, calibration: Calibration | None, form: str) -> None:
     """The loaded model must answer as the saved one does, from the same sites, and be the one that was calibrated."""
     both, sampler = (model, loaded), PassPlan().sampler
     passes = [one.backend.forward(one.example, 4, seed=0, start=0, sampler=sampler) for one in both]
@@ -161,11 +161,12 @@ def _check_same(model: Model, loaded: Model, calibration: Calibration | None, by
         raise ArtifactError(
             "the saved graph gives the same passes as this network, but not its output in eval: it knows the draws "
             "only by their expectation, which is another output here; save it with factory="
-            if by_graph and not apart[0]
+            if form != "safetensors" and not apart[0]
             else "the saved folder answers differently from the model: the factory or the format is wrong"
         )
     if calibration is not None and fingerprint(loaded, calibration.plan) != calibration.fingerprint:
         raise ArtifactError("the calibration belongs to another model, or the weights have changed since; fit it again")
+    check_features(loaded, form, loaded.screen, fitted=model)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def load(
     example: Any = None,
     output: str | int | None = None,
     inject: Mapping[str, float] | None = None,
-    devices: str | Sequence[str] = (),
+    devices: Any = (),
 ) -> Model:
     """Reads a model folder, the newest version inside ``STORE/NAME``, or a bare ONNX or ``.pt2`` file.
 
@@ -197,7 +198,8 @@ def load(
         ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
         InputError: a device that cannot be used.
     """
-    devices = (devices,) if isinstance(devices, str) else tuple(devices)
+    single = isinstance(devices, str) or not isinstance(devices, Iterable)
+    devices = tuple(map(str, (devices,) if single else devices))
     if Path(folder).is_file():
         return load_file(
             Path(folder), sha256=sha256, task=task or "regression", example=example, output=output, inject=inject,
@@ -239,7 +241,9 @@ def _build(place: Path, manifest: Mapping[str, Any], devices: tuple[str, ...]) -
         model, name=manifest["name"], version=manifest["version"], description=manifest.get("description", ""),
         features=manifest.get("features") or None, defaults=Options(**manifest["defaults"]),
     )  # fmt: skip
-    model = model.with_screen(_read_screen(place, manifest.get("screen"), positional))
+    screen = _read_screen(place, manifest.get("screen"), positional)
+    check_features(model, weights["format"], screen)
+    model = model.with_screen(screen)
     return model.with_calibration(_read_calibration(place / CALIBRATION))
 
 

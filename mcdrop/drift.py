@@ -65,8 +65,15 @@ class DriftMonitor:
         self._log_wealth, self._evidence, self._rows, self._alarm = 0.0, 0.0, 0, False
 
     def update(self, scores: Iterable[float]) -> Drift:
-        """Takes further scores (N,) in order of arrival and gives the state after them."""
-        for score in np.asarray(scores, np.float64).ravel():
+        """Takes further scores (N,) in order of arrival and gives the state after them.
+
+        Raises:
+            InputError: one of them is not finite; then none is taken.
+        """
+        given = np.asarray(scores, np.float64).ravel()
+        if not np.isfinite(given).all():
+            raise InputError(f"a score must be a finite number, got {given[~np.isfinite(given)][0]}")
+        for score in given:
             self._take(float(score))
         return self.state
 
@@ -76,8 +83,6 @@ class DriftMonitor:
         return Drift(self._rows, self._evidence, self._log_wealth, self._run_length, self._alarm)
 
     def _take(self, score: float) -> None:
-        if not np.isfinite(score):
-            raise InputError(f"a score must be a finite number, got {score}")
         left, right = bisect_left(self._seen, score), bisect_right(self._seen, score)
         larger, ties = len(self._seen) - right, right - left
         p = (larger + self._random.random() * (ties + 1)) / (len(self._seen) + 1)

@@ -5,7 +5,9 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.forward import draws_off
@@ -20,7 +22,8 @@ def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None)
     """Gives the output of a submodule: (N, F).
 
     By default it is the first hidden layer where every weight is a linear layer's (what later layers of a perceptron
-    drop tells typical rows from others best), and otherwise what enters the last linear layer that runs.
+    drop tells typical rows from others best), and otherwise what enters the last linear layer that runs. Linear layers
+    are modules or, where none of those runs, calls of ``torch.nn.functional.linear``.
 
     Hooks go on a shadow of their own, so that neither the user's module nor another thread sees them.
 
@@ -39,18 +42,41 @@ def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None)
         elif isinstance(module, nn.Linear):
             module.__dict__["_forward_pre_hooks"] = OrderedDict(module._forward_pre_hooks)
             module.register_forward_pre_hook(lambda _, given: _note(seen, given))
-    with torch.no_grad():
+    products = _Products(seen)
+    with torch.no_grad(), products:
         draws_off(shadow, rows, pick)
+    perceptron = all(isinstance(module, nn.Linear) or not module._parameters for module in modules.values())
+    if layer is None and not seen:  # a network from a file calls them as functions
+        seen, perceptron = products.seen, products.used >= {id(weight) for weight in shadow.parameters()}
     if not seen:
         raise InputError(
             f"layer {layer!r} does not run, or gives no tensor" if layer is not None
             else "no linear layer runs in this network; name the submodule whose output are the features with layer="
         )  # fmt: skip
-    perceptron = all(isinstance(module, nn.Linear) or not module._parameters for module in modules.values())
     features = seen[1] if layer is None and perceptron and len(seen) > 1 else seen[-1]
     if features.dim() == 0 or len(features) != rows.count:
         raise InputError(f"layer {layer or 'before the last linear one'!r} does not keep the rows on its first axis")
     return features.reshape(rows.count, -1)
+
+
+class _Products(TorchFunctionMode):
+    """Notes what enters linear layers that are called as functions, and the weights that they use.
+
+    Once a module has been seen, nothing is noted any more: then its features are taken.
+    """
+
+    def __init__(self, modules: list[Tensor]) -> None:
+        super().__init__()
+        self.modules = modules
+        self.seen: list[Tensor] = []
+        self.used: set[int] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear and not self.modules:
+            given = (*args, *(kwargs or {}).values())
+            _note(self.seen, given)
+            self.used |= {id(weight) for weight in given[1:]}
+        return function(*args, **(kwargs or {}))
 
 
 def _note(seen: list[Tensor], value: Any) -> None:

@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mcdrop.barefile import kind_of, read_plain
-from mcdrop.errors import InputError
+from mcdrop.errors import ArtifactError, InputError
 from mcdrop.graphs import graph_of
 from mcdrop.model import Model
 from mcdrop.rows import Rows
+from mcdrop.screening import Screen
 from mcdrop.wrapping import wrap, wrap_graph
 
-__all__ = ["FORMATS", "Format", "Source", "default_format", "load_file", "positional"]
+__all__ = ["FORMATS", "Format", "Source", "check_features", "default_format", "load_file", "positional"]
 
 _RUNNING = ("compile", "precision", "tuning")  # of what wrap was asked for, how passes are run
 
@@ -159,6 +162,38 @@ def default_format(model: Model, factory: str | None) -> str:
     if factory:
         return "safetensors"
     return "onnx" if not hasattr(model.module, "named_modules") else "pt2"
+
+
+def check_features(model: Model, form: str, screen: Screen | None, *, fitted: Model | None = None) -> None:
+    """Refuses a model from a folder that does not give the hidden features that its screen compares.
+
+    Args:
+        model: what was read.
+        form: the format that it lay in.
+        screen: of the model; one that compares no hidden features needs none.
+        fitted: the model that was saved, where it is there to be compared with.
+
+    Raises:
+        ArtifactError: it gives none, or others.
+    """
+    bank = None if screen is None else screen.bank
+    if bank is None:
+        return
+    try:
+        found = model.backend.features(model.example, bank.layer)
+        bank.measure(found)
+    except InputError as error:
+        why = str(error)
+    else:
+        ours = found if fitted is None else fitted.backend.features(fitted.example, bank.layer)
+        if np.allclose(found, ours, rtol=1e-5, atol=1e-6, equal_nan=True):
+            return
+        why = "what enters another layer is read there"
+    others = [f"format={name!r}" for name in ("onnx", "pt2") if name != form and bank.layer is None]
+    raise ArtifactError(
+        f"the screen compares hidden features, and from format {form!r} the network does not give those that it was "
+        f"fitted on ({why}); save it with {' or '.join(['factory=', *others])}"
+    )
 
 
 # -- bare files --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mcdrop.audit import Audit
 from mcdrop.backends import Backend
@@ -85,6 +86,10 @@ class Model:
     references: dict[Any, Any] = field(default_factory=dict, repr=False)  # scores of the screen's rows, by plan
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
+    def __deepcopy__(self, memo: object) -> "Model":
+        """Gives a model that shares the network, which is safe from several threads, and its backend."""
+        return replace(self, references={}, lock=threading.Lock())
+
     def with_screen(self, screen: Screen | None) -> "Model":
         """Gives the same model with a fitted screen."""
         return replace(self, screen=screen, references={}, lock=threading.Lock())
@@ -138,25 +143,54 @@ def _fit(leaf: Any, spec: InputSpec) -> Any:
         raise InputError(f"input {spec.name!r} must have the shape {_shape(wanted)}, got {_shape(got)}")
     if hasattr(leaf, "detach"):
         return _fit_tensor(leaf, spec)
-    if np.dtype(spec.dtype).kind in "iu" and leaf.dtype.kind == "f" and (leaf != np.floor(leaf)).any():
-        raise InputError(f"input {spec.name!r} must be whole numbers, got {leaf[leaf != np.floor(leaf)][0]:g}")
+    if _whole(spec):
+        _check_whole(leaf, spec)
     with np.errstate(over="ignore"):
         fitted = leaf.astype(spec.dtype)
     if fitted.dtype.kind == "f" and not np.isfinite(fitted).all():
-        raise InputError(f"input {spec.name!r} holds numbers that are too large for {spec.dtype}")
+        raise _too_large(spec)
     return fitted
 
 
 def _fit_tensor(leaf: Any, spec: InputSpec) -> Any:
     """The same for a tensor, which keeps its device and, where it is a real number's, its precision."""
-    real = spec.dtype.startswith("float")
-    if real == leaf.is_floating_point():
-        return leaf
-    if real:
+    real = leaf.is_floating_point()
+    if _whole(spec):
+        if real or not np.can_cast(str(leaf.dtype).removeprefix("torch."), spec.dtype):
+            _check_whole((leaf.double() if real else leaf).cpu().numpy(), spec)
+        return leaf.long() if real else leaf
+    if not real:
         return leaf.double() if spec.dtype == "float64" else leaf.float()
-    if bool((leaf != leaf.floor()).any()):
-        raise InputError(f"input {spec.name!r} must be whole numbers, got {leaf[leaf != leaf.floor()][0]:g}")
-    return leaf.long()
+    if leaf.element_size() > np.dtype(spec.dtype).itemsize and bool((leaf.float().isinf() & leaf.isfinite()).any()):
+        raise _too_large(spec)
+    return leaf
+
+
+def _whole(spec: InputSpec) -> bool:
+    return np.dtype(spec.dtype).kind in "iub"
+
+
+def _check_whole(values: NDArray[Any], spec: InputSpec) -> None:
+    """Refuses what would be cut off or wrap around in a type of whole numbers, or of truth values."""
+    kind = np.dtype(spec.dtype)
+    if np.can_cast(values.dtype, kind):
+        return
+    if values.dtype.kind == "f":
+        values = values.astype(np.promote_types(values.dtype, np.float64), copy=False)
+        cut = values[values != np.floor(values)]
+        if cut.size:
+            raise InputError(f"input {spec.name!r} must be whole numbers, got {cut[0]:g}")
+    low, high = (0, 1) if kind.kind == "b" else (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
+    # not "> high": the largest 64-bit number is no float64, and would round up to the first one that is too large
+    outside = values[(values < low) | (values >= high + 1)]
+    if outside.size:
+        raise InputError(
+            f"input {spec.name!r} must be whole numbers from {low} to {high} ({kind}), got {outside[0].item()}"
+        )
+
+
+def _too_large(spec: InputSpec) -> InputError:
+    return InputError(f"input {spec.name!r} holds numbers that are too large for {spec.dtype}")
 
 
 def _shape(axes: tuple[Any, ...]) -> str:

@@ -5,9 +5,9 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
-import anyio
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mcdrop import __version__
 from mcdrop.errors import InputError, MCDropError, ModelNotFound, ModelRefused
 from service.limits import BodyTooLarge, BrokenBody, SlowBody, read_body
+from service.queue import Left, Queue, QueueFull
 from service.registry import NotReady, Registry
 from service.schemas import (
     ErrorBody,
@@ -43,6 +44,7 @@ STATUS: dict[type[MCDropError], int] = {
     BodyTooLarge: 413,
     InputError: 422,
     ModelRefused: 422,  # rows that take another way through the network than its example
+    QueueFull: 429,
     NotReady: 503,
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -69,7 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.registry = Registry(settings.store, settings.default_model, settings.devices)
-    app.state.limiter = anyio.CapacityLimiter(settings.threads)
+    app.state.queue = Queue(settings.threads, settings.max_waiting)
     app.add_middleware(Guard)
     app.add_exception_handler(MCDropError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
@@ -94,14 +96,22 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def predict(request: Request) -> Response:
     """Predicts rows: mean, variance, an interval, and whether a row is an anomaly."""
     state = request.app.state
-    state.registry.models()  # a service that is not ready says so before it reads megabytes
+    state.registry.models()  # a service that is not ready, or has too much to do, says so before it reads megabytes
+    state.queue.check()
     body = await read_body(
         request.stream(),
         declared=request.headers.get("content-length"),
         limit=state.settings.max_body_bytes,
         seconds=state.settings.body_seconds,
     )
-    return _json(await anyio.to_thread.run_sync(answer, body, state.registry, state.settings, limiter=state.limiter))
+    work = partial(answer, body, state.registry, state.settings)
+    return _json(await state.queue.run(work, gone=partial(_gone, request)))
+
+
+async def _gone(request: Request) -> None:
+    """Ends when the client closes its connection; its body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 @router.get("/models", responses={200: {"model": ModelList}, **LOOKUP_ERRORS})
@@ -161,8 +171,14 @@ class Guard:
 
         try:
             await self.app(scope, receive, tagged)
-        except ClientDisconnect:
-            logger.info("request %s: the client left before its body was here", request_id)
+        except (ClientDisconnect, Left) as error:
+            said = str(error) or "the client left before its body was here"
+            logger.info("request %s: %s", request_id, said)
+        except asyncio.CancelledError:  # the server does so to what is left when its time to stop is over
+            if started:
+                raise
+            said = "the service is stopping, and this request was not done in time; send it again"
+            await _error(503, said, {"retry-after": "1"})(scope, receive, tagged)
         except Exception:
             logger.exception("request %s failed", request_id)
             if not started:
@@ -174,7 +190,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
     if status == 500:
         logger.error("%s %s: %s", request.method, request.url.path, error)
-    return _error(status, str(error), {"retry-after": "1"} if status == 503 else None)
+    later = error.seconds if isinstance(error, QueueFull) else 1 if status == 503 else None
+    return _error(status, str(error), None if later is None else {"retry-after": str(later)})
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:

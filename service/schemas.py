@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
+from typing_extensions import TypeAliasType
 
 from mcdrop.drift import Drift
 from mcdrop.errors import InputError
@@ -29,7 +31,10 @@ __all__ = [
 ]
 
 ROWS: dict[str, Any] = {"type": "array", "items": {}}
-Matrix = list[list[float | None]]
+# one list for each row; how deep they go is the output's shape
+Numbers = TypeAliasType("Numbers", "list[float | Numbers | None]")
+Labels = TypeAliasType("Labels", "list[int | Labels]")
+Flags = TypeAliasType("Flags", "list[bool | Flags]")
 
 
 class PredictRequest(BaseModel):
@@ -73,28 +78,30 @@ class PredictResponse(BaseModel):
     seed: int
     interval: str
     interval_kind: str = Field(description="what the interval claims: confidence, credible or prediction")
-    mean: Matrix = Field(description="one list per row, one number per output; class probabilities for classification")
-    variance: Matrix | None
-    std: Matrix | None
-    lower: Matrix | None = Field(description="null inside: no finite bound")
-    upper: Matrix | None
-    standard_error: Matrix | None = Field(description="Monte Carlo error of the mean; more passes make it smaller")
-    epistemic: Matrix | None = Field(description="the part of the variance that comes from the dropout posterior")
-    aleatoric: Matrix | None = Field(description="the part of the variance that is noise in the data")
-    deterministic: Matrix | None = Field(description="the output with dropout off")
-    label: list[int] | None = Field(description="classification: the most probable class")
-    probabilities: Matrix | None = Field(description="classification: the means at the fitted temperature")
-    prediction_set: list[list[bool]] | None = Field(description="which classes hold the true one at this level")
-    entropy: list[float] | None
-    expected_entropy: list[float] | None
-    mutual_information: list[float] | None
-    variation_ratio: list[float] | None
+    mean: Numbers = Field(
+        description="one list per row, in the shape of the output; class probabilities for classification"
+    )
+    variance: Numbers | None
+    std: Numbers | None
+    lower: Numbers | None = Field(description="null inside: no finite bound")
+    upper: Numbers | None
+    standard_error: Numbers | None = Field(description="Monte Carlo error of the mean; more passes make it smaller")
+    epistemic: Numbers | None = Field(description="the part of the variance that comes from the dropout posterior")
+    aleatoric: Numbers | None = Field(description="the part of the variance that is noise in the data")
+    deterministic: Numbers | None = Field(description="the output with dropout off")
+    label: Labels | None = Field(description="classification: the most probable class")
+    probabilities: Numbers | None = Field(description="classification: the means at the fitted temperature")
+    prediction_set: Flags | None = Field(description="which classes hold the true one at this level")
+    entropy: Numbers | None
+    expected_entropy: Numbers | None
+    mutual_information: Numbers | None
+    variation_ratio: Numbers | None
     score: list[float | None] | None = Field(description="larger is stranger")
     p_value: list[float | None] | None
     is_anomaly: list[bool] | None
     fpr: float | None = Field(description="the false-alarm rate behind is_anomaly")
     screen_note: str | None = Field(description="why score, p_value and is_anomaly are null")
-    samples: list[Matrix] | None = Field(description="passes, rows, outputs")
+    samples: Numbers | None = Field(description="passes, rows, outputs")
 
 
 class ModelEntry(BaseModel):
@@ -179,7 +186,8 @@ def model_entry(model: Model) -> dict[str, Any]:
 def model_page(model: Model, manifest: dict[str, Any], drift: Drift | None) -> dict[str, Any]:
     """Gives the answer to ``GET /models/{name}`` as plain data."""
     watched = None if drift is None else vars(drift)
-    return {**model_entry(model), "manifest": manifest, "audit": model.audit.to_dict(), "drift": watched}
+    told = to_jsonable_python(manifest, inf_nan_mode="null")  # TOML knows dates, and numbers that are none
+    return {**model_entry(model), "manifest": told, "audit": model.audit.to_dict(), "drift": watched}
 
 
 def dump(body: dict[str, Any]) -> bytes:

@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port")
     threads: int = Field(default=2, ge=1, description="requests that are computed at the same time; the others wait")
+    max_waiting: int = Field(
+        default=64, ge=0, description="requests that wait meanwhile; more are refused with 429 and Retry-After"
+    )
     max_body_bytes: int = Field(default=8 * 1024 * 1024, ge=1)
     body_seconds: float = Field(default=60.0, gt=0, description="time in which the body of a request must have arrived")
     max_rows: int = Field(default=10_000, ge=1, description="rows of one request")

@@ -3,6 +3,8 @@
 import logging
 import threading
 
+import numpy as np
+
 from mcdrop.drift import Drift, DriftMonitor
 from mcdrop.predict import Prediction
 from mcdrop.screening import Screen
@@ -36,7 +38,9 @@ class Watch:
             before = self._monitor.state
             if before.rows >= MOST_ROWS and not before.alarm:
                 self._monitor.reset()
-            after = self._monitor.update(prediction.score[:ROWS_OF_A_REQUEST])
+            # the score of an output that overflowed is no number; nothing is stranger
+            scores = np.nan_to_num(prediction.score[:ROWS_OF_A_REQUEST], nan=np.finfo(np.float64).max)
+            after = self._monitor.update(scores)
         if after.alarm and not before.alarm:
             logger.warning("model %s: its inputs have drifted from the reference rows of its screen", self._name)
 

@@ -1,5 +1,6 @@
 """A real server for tests: ``mcdrop serve`` in a process of its own, on a free port of 127.0.0.1."""
 
+import os
 import re
 import signal
 import subprocess
@@ -39,17 +40,18 @@ class Server:
         return self.process.wait(PATIENCE)
 
 
-def start(store: Path, log: Path, *, port: int = 0) -> subprocess.Popen[bytes]:
-    """Starts a server whose warnings are errors."""
+def start(store: Path, log: Path, *, port: int = 0, **settings: int) -> subprocess.Popen[bytes]:
+    """Starts a server whose warnings are errors; settings reach it by their variables."""
+    environment = {**os.environ, **{f"MCDROP_{name.upper()}": str(value) for name, value in settings.items()}}
     command = [sys.executable, "-W", "error", "-m", "service", str(store), "--port", str(port)]
     with log.open("wb") as stream:
-        return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
 
 
 @contextmanager
-def running(store: Path, log: Path) -> Iterator[Server]:
+def running(store: Path, log: Path, **settings: int) -> Iterator[Server]:
     """Gives a server that is ready, and ends it."""
-    process = start(store, log)
+    process = start(store, log, **settings)
     try:
         yield Server(_ready(process, log), process, log)
     finally:

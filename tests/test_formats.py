@@ -1,5 +1,6 @@
 """Model folders in every format: the same answers, the same audit, and what was fitted is still bound."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from zoo.specimen import Specimen
 
 import mcdrop
 from mcdrop.audit import Audit
-from mcdrop.errors import InputError, MCDropError, UnknownName
+from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
 from mcdrop.formats import FORMATS
+from mcdrop.screening import SCORES
+from mcdrop.store import MANIFEST
 from models import networks
 
 NETS: dict[str, Any] = {
@@ -86,6 +89,54 @@ def test_calibrations_and_screens_stay_bound(form: str, tmp_path: Path) -> None:
     assert theirs.prediction_set is not None
     assert np.abs(np.asarray(ours.score) - np.asarray(theirs.score)).max() <= 1e-5
     assert np.array_equal(np.asarray(ours.prediction_set), theirs.prediction_set)
+
+
+def _screened(score: str, **options: Any) -> tuple[mcdrop.Model, Any]:
+    """A perceptron with a screen that compares hidden features, and other rows."""
+    module, _ = _net("digits")
+    x = np.random.default_rng(0).standard_normal((120, 16)).astype(np.float32)
+    model = mcdrop.wrap(module, example=x, task="classification", tuning={})
+    screen = mcdrop.fit_screen(model, x[:100], score=score, fpr=0.1, **options)
+    return model.with_screen(screen), 3 * x[100:]
+
+
+@pytest.mark.parametrize("score", sorted(name for name, score in SCORES.items() if score.needs_features))
+def test_a_program_gives_the_features_that_its_screen_compares(score: str, tmp_path: Path) -> None:
+    model, x = _screened(score)
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2"))
+    ours, theirs = (mcdrop.predict(one, x) for one in (model, loaded))
+    assert np.abs(np.asarray(ours.score) - np.asarray(theirs.score)).max() <= 1e-5
+    assert np.array_equal(np.asarray(ours.p_value), np.asarray(theirs.p_value))
+
+
+@pytest.mark.parametrize(
+    ("form", "layer", "remedy"),
+    [
+        ("onnx", None, "factory= or format='pt2'"),  # a graph reads the last layer, a perceptron the first hidden one
+        ("onnx", "1", "factory="),
+        ("pt2", "1", "factory="),  # a sigmoid, which is no module in a program
+    ],
+)
+def test_a_screen_of_features_that_a_format_loses_is_refused(
+    form: str, layer: str | None, remedy: str, tmp_path: Path
+) -> None:
+    model, x = _screened("feature_distance", layer=layer)
+    with pytest.raises(ArtifactError, match=f"compares hidden features.*; save it with {re.escape(remedy)}$"):
+        mcdrop.save(model, tmp_path / "net" / "1", format=form)
+    assert [*(tmp_path / "net").iterdir()] == []
+    shape: dict[str, Any] = {"hidden_layers": 2, "inputs": 16}
+    folder = mcdrop.save(model, tmp_path / "net" / "1", factory="models.networks:digits", arguments=shape)
+    ours, theirs = (mcdrop.predict(one, x).p_value for one in (model, mcdrop.load(folder)))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_a_folder_whose_screen_cannot_run_is_not_loaded(tmp_path: Path) -> None:
+    manifest = mcdrop.save(_screened("combined")[0], tmp_path / "net" / "1") / MANIFEST
+    text = manifest.read_text()
+    assert "\n[screen]\n" in text
+    manifest.write_text(text.replace("\n[screen]\n", '\n[screen]\nlayer = "nope"\n'))
+    with pytest.raises(ArtifactError, match=r"compares hidden features.*\(unknown layer 'nope'"):
+        mcdrop.load(tmp_path / "net" / "1")
 
 
 def test_a_graph_with_injected_sites_can_be_saved(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from fastapi import FastAPI
 from serving import PATIENCE, Server, running, start
 
@@ -143,6 +145,36 @@ def test_a_model_shows_its_manifest_and_audit(app: FastAPI, store: Path) -> None
     assert ask(app, "GET", "/models/line", params={"version": "1"}).json()["version"] == "1"
 
 
+def test_a_manifest_may_hold_whatever_toml_holds(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store / "line", tmp_path / "line")
+    for manifest in tmp_path.glob("line/*/model.toml"):
+        more = "created = 2026-01-01\nat = 2026-01-01T07:32:00Z\ndaily = 07:32:00\nloss = nan\n"
+        manifest.write_text(more + manifest.read_text())
+    app = create_app(Settings(store=tmp_path))
+    app.state.registry.load()
+    response = ask(app, "GET", "/models/line")
+    assert response.status_code == 200
+    told = response.json()["manifest"]
+    assert [told[name] for name in ("created", "at", "daily", "loss")] == [
+        "2026-01-01", "2026-01-01T07:32:00Z", "07:32:00", None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_the_documented_answer_holds_for_outputs_of_any_shape(task: str, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)  # five rows of two steps
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2))
+    mcdrop.save(mcdrop.wrap(network, example=rows, task=task, tuning={}), tmp_path / "steps" / "1")
+    app = create_app(Settings(store=tmp_path))
+    app.state.registry.load()
+    answer = post(app, inputs=rows.tolist(), passes=20, samples=True)
+    assert np.shape(answer["mean"]) == (5, 2, 2)
+    assert PredictResponse.model_validate(answer).model_dump() == answer
+    numbers = ask(app, "GET", "/openapi.json").json()["components"]["schemas"]["Numbers"]
+    assert numbers["type"] == "array"
+    assert {"$ref": "#/components/schemas/Numbers"} in numbers["items"]["anyOf"]
+
+
 def test_the_documentation_describes_the_body(app: FastAPI) -> None:
     assert ask(app, "GET", "/docs").status_code == 200
     api = ask(app, "GET", "/openapi.json").json()
@@ -152,7 +184,7 @@ def test_the_documentation_describes_the_body(app: FastAPI) -> None:
     assert set(INTERVALS) < set(schema["properties"]["interval"]["enum"])
     for example in schema["examples"]:
         PredictRequest.model_validate(example)
-    assert {"200", "400", "413", "422", "503"} <= set(operation["responses"])
+    assert {"200", "400", "413", "422", "429", "503"} <= set(operation["responses"])
     assert api["info"]["version"] == mcdrop.__version__
 
 
@@ -235,6 +267,22 @@ def test_stopping_finishes_the_running_request(store: Path, tmp_path: Path) -> N
             assert long.result().status_code == 200
         with pytest.raises(httpx.ConnectError):
             client.get("/health/live")
+    assert "Traceback" not in own.log.read_text()
+
+
+def test_what_is_not_done_when_the_time_to_stop_is_over_is_told_so(store: Path, tmp_path: Path) -> None:
+    """One request is computed and two wait, when the server is stopped without any time for them."""
+    settings = {"threads": 1, "max_waiting": 2, "drain_seconds": 0}
+    with running(store, tmp_path / "log.txt", **settings) as own, ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(httpx.post, f"{own.url}/predict", json=LONG, timeout=PATIENCE) for _ in range(4)]
+        refused, others = wait(sent, return_when=FIRST_COMPLETED)
+        assert [one.result().status_code for one in refused] == [429]  # so the others are there
+        own.stop()
+        answers = [one.result() for one in others]
+    assert [answer.status_code for answer in answers] == [503] * 3
+    for answer in answers:
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "the service is stopping" in answer.json()["error"]
     assert "Traceback" not in own.log.read_text()
 
 

@@ -49,6 +49,23 @@ def test_only_the_first_rows_of_a_large_request_are_watched(store: Path) -> None
     assert drift_after(store, rows(-1, 1, 1500))["rows"] == 1000
 
 
+@pytest.mark.parametrize("far", [3e38, -3e38])
+def test_outputs_that_overflow_are_answered_and_count_as_strange(store: Path, far: float) -> None:
+    """Their score is no number: whatever the model's own passes and seed, the answer is the same as under others."""
+    registry = Registry(store, "line")
+    registry.load()
+    for more in ({}, {"seed": 1}):
+        body = json.dumps({"inputs": [[0.0], [far]], **more}).encode()
+        told = json.loads(answer(body, registry, Settings()))
+        assert told["is_anomaly"] == [False, True]
+        assert told["score"][1] is None
+    watch = registry.find("line").watch
+    assert watch is not None
+    assert watch.state.rows == 2
+    answer(json.dumps({"inputs": [[far]] * 300}).encode(), registry, Settings())
+    assert watch.state.alarm
+
+
 def test_a_monitor_starts_anew_before_it_grows_without_end(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.watch.MOST_ROWS", 100)
     model = load(store / "line")

@@ -1,0 +1,117 @@
+"""What inputs become: numbers that a network's type cannot hold are refused, never wrapped or cut off."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop.errors import InputError
+
+WHOLE = ["uint8", "int8", "int16", "int32", "int64"]
+
+
+class Scaled(nn.Module):
+    """Takes numbers of any type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.float())  # type: ignore[no-any-return]
+
+
+@cache
+def takes(dtype: str) -> mcdrop.Model:
+    return mcdrop.wrap(Scaled(), example=np.ones((4, 2), dtype))
+
+
+def ends(dtype: str) -> tuple[int, int]:
+    return (0, 1) if dtype == "bool" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+
+
+def forms(low: Any, high: Any) -> list[Any]:
+    """The same row as a list, an array and a tensor."""
+    row = [[low, high]]
+    return [row, np.array(row), torch.from_numpy(np.array(row))]
+
+
+def given(dtype: str, x: Any) -> list[list[int]]:
+    leaf = takes(dtype).rows(x).leaves[0]
+    read: list[list[int]] = leaf.tolist()
+    return read
+
+
+@pytest.mark.parametrize("dtype", [*WHOLE, "bool"])
+def test_the_ends_of_a_type_are_taken_and_what_lies_beyond_is_named(dtype: str) -> None:
+    low, high = ends(dtype)
+    for x in forms(low, high):
+        assert given(dtype, x) == [[low, high]]
+    beyond = [number for number in (low - 1, high + 1) if -(2**63) <= number < 2**63]
+    for number in beyond:
+        for x in forms(low, number):
+            with pytest.raises(InputError, match=rf"input 'x' must be .* {low} to {high} \({dtype}\), got {number}$"):
+                given(dtype, x)
+
+
+@pytest.mark.parametrize("number", [2**63, 2**63 + 7, 2**64 - 1])
+def test_whole_numbers_beyond_63_bits_do_not_become_negative(number: int) -> None:
+    for x in ([[number, number]], np.array([[0, number]], np.uint64)):
+        with pytest.raises(InputError, match=rf"from {-(2**63)} to {2**63 - 1} \(int64\), got {number}$"):
+            given("int64", x)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "longdouble"])
+def test_real_numbers_that_are_whole_and_in_range_are_taken(kind: Any) -> None:
+    row = np.array([[-128, 127]], kind)
+    assert given("int8", row) == [[-128, 127]]
+    assert given("int64", row) == [[-128, 127]]
+    with pytest.raises(InputError, match=r"from -128 to 127 \(int8\), got 128\.0"):
+        given("int8", row + 1)
+
+
+def test_real_numbers_at_the_end_of_64_bits_are_told_apart() -> None:
+    """The largest float64 below 2**63 is 2**63 - 1024, and -2**63 is one; 2**63 is what 2**63 - 1 rounds up to."""
+    last = float(2**63 - 1024)
+    for x in forms(float(-(2**63)), last):
+        assert given("int64", x) == [[-(2**63), 2**63 - 1024]]
+    for number in (2.0**63, 1e300, np.nextafter(-(2.0**63), -np.inf)):
+        for x in forms(0.0, float(number)):
+            with pytest.raises(InputError, match=r"\(int64\), got -?\d(\.\d+)?e\+\d+$"):
+                given("int64", x)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_tensors_of_few_digits_are_checked_as_others(kind: torch.dtype) -> None:
+    assert given("uint8", torch.tensor([[0.0, 255.0]], dtype=kind)) == [[0, 255]]
+    with pytest.raises(InputError, match=r"from 0 to 255 \(uint8\), got 256\.0"):
+        given("uint8", torch.tensor([[0.0, 256.0]], dtype=kind))
+
+
+def test_fractions_are_no_truth_values() -> None:
+    for x in forms(0.0, 0.5):
+        with pytest.raises(InputError, match=r"must be whole numbers, got 0\.5"):
+            given("bool", x)
+
+
+def test_real_numbers_that_overflow_are_refused_in_tensors_too() -> None:
+    for x in forms(0.0, 1e300):
+        with pytest.raises(InputError, match="input 'x' holds numbers that are too large for float32"):
+            given("float32", x)
+    assert given("float32", torch.tensor([[0.0, 3e38]])) == torch.tensor([[0.0, 3e38]]).tolist()
+
+
+def test_a_deep_copy_shares_the_network_and_answers_the_same() -> None:
+    model = mcdrop.wrap(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), example=torch.randn(4, 3))
+    screened = model.with_screen(mcdrop.fit_screen(model, torch.randn(40, 3), fpr=0.1))
+    other = copy.deepcopy({"inside": screened})["inside"]
+    assert other.module is model.module
+    x = torch.randn(5, 3)
+    ours, theirs = (mcdrop.predict(one, x, passes=20) for one in (screened, other))
+    np.testing.assert_array_equal(ours.mean, theirs.mean)
+    np.testing.assert_array_equal(ours.p_value, theirs.p_value)
