@@ -44,13 +44,12 @@ def read_plain(path: Path, *, sha256: str | None = None, most: int = _MOST) -> b
         ArtifactError: it is a link or a special file, has another name elsewhere, is too large, or has another sha256.
     """
     try:
-        # not to be led elsewhere by a link, nor to wait for ever at a pipe
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        opened = open(path, "rb", opener=_plainly)  # noqa: SIM115 (the errors of opening alone are told here)
     except FileNotFoundError:
         raise ModelNotFound(f"there is no file {path}") from None
     except OSError as error:
         raise ArtifactError(f"{path} must be a plain file that can be read: {error.strerror}") from None
-    with os.fdopen(handle, "rb") as file:
+    with opened as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             raise ArtifactError(f"{path} must be a plain file, not a link or a special file")
@@ -61,6 +60,11 @@ def read_plain(path: Path, *, sha256: str | None = None, most: int = _MOST) -> b
     if sha256 is not None and found != sha256.lower():
         raise ArtifactError(f"{path} is not the file that was asked for: its sha256 is {found}, not {sha256}")
     return data
+
+
+def _plainly(path: str, flags: int) -> int:
+    """Opens a file so that no link leads elsewhere, and no pipe is waited at for ever."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def kind_of(data: bytes, name: str) -> str:
@@ -81,9 +85,12 @@ def kind_of(data: bytes, name: str) -> str:
 def _kind_of_zip(data: bytes, name: str) -> str:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            first = min((member.header_offset for member in archive.infolist()), default=0)
             members = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise ArtifactError(f"{name} is a damaged archive: {error}") from None
+    if first:  # what was found is an archive within this one, such as the sample inputs of a program
+        raise ArtifactError(f"{name} is cut off: its archive has no end of its own")
     inner = {member.partition("/")[2] for member in members}
     if any(member.startswith("MAR-INF/") for member in members):
         raise ArtifactError(_MAR.format(name=name))

@@ -1,5 +1,6 @@
 """A model as an ONNX graph that still draws: its own graph, or what its torch network is exported to."""
 
+from itertools import count
 from typing import TYPE_CHECKING
 
 from mcdrop.errors import MissingExtra
@@ -30,8 +31,9 @@ def graph_of(model: Model) -> "Graph":
     from mcdrop.onnx_export import stochastic_graph
 
     names = [spec.name for spec in model.inputs]
-    graph = stochastic_graph(model.backend, model.example, names, OUTPUT)  # type: ignore[arg-type]
-    return Graph(graph.SerializeToString(deterministic=True), OUTPUT, {})
+    output = next(name for n in count() if (name := f"{OUTPUT}{n or ''}") not in names)
+    graph = stochastic_graph(model.backend, model.example, names, output)  # type: ignore[arg-type]
+    return Graph(graph.SerializeToString(deterministic=True), output, {})
 
 
 def graph_backend(model: Model) -> "OnnxBackend":

@@ -1,22 +1,27 @@
 """Draws inside the bodies of If, Loop and Scan: masks are taken in, shapes are brought out."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mcdrop.onnx_graph import Chain
 
-__all__ = ["ABSENT", "LOOPS", "into_loop", "shape_outside"]
+__all__ = ["ABSENT", "LOOPS", "OF_STEP", "into_loop", "of_steps", "shape_outside"]
 
 LOOPS = ("Loop", "Scan")
+OF_STEP = ".of_step"  # how the names of nodes end that take the masks of a step
 ABSENT = -1  # what stands for the shape of a draw in a branch that does not run
 
 
 def into_loop(chain: Chain, mask: str, new: list[Any]) -> tuple[str, str]:
     """Takes the mask of one step inside a loop; gives it with the loop's name, which is empty outside of any.
 
-    The step counts modulo the masks that are given, so that one of them is enough to switch the draw off. Nodes for the
-    place of the draw are put into ``new``.
+    What is fed comes from ``of_steps``; a single entry stands for all steps, which is enough to switch the draw off. A
+    step that has no mask ends the run with an error that names a node ``...OF_STEP``. Nodes for the place of the draw
+    are put into ``new``.
     """
     for graph, node, taken in chain:
         if node.op_type not in LOOPS:
@@ -63,9 +68,19 @@ def _gather(mask: str, index: str, output: str, steps_of: tuple[Any, Any] | None
         nodes.append(helper.make_node("Range", [zero, f"{index}.steps", one], [index]))
     nodes.append(helper.make_node("Shape", [mask], [f"{output}.shape"]))
     nodes.append(helper.make_node("Gather", [f"{output}.shape", zero], [f"{output}.count"], axis=0))
-    nodes.append(helper.make_node("Mod", [index, f"{output}.count"], [f"{output}.index"]))
-    nodes.append(helper.make_node("Gather", [mask, f"{output}.index"], [output], axis=0))
+    first = number(f"{output}.first", 1)
+    nodes.append(helper.make_node("Sub", [f"{output}.count", first], [f"{output}.masks"]))
+    nodes.append(helper.make_node("Sign", [f"{output}.masks"], [f"{output}.several"]))
+    nodes.append(helper.make_node("Add", [index, first], [f"{output}.next"]))
+    nodes.append(helper.make_node("Mul", [f"{output}.next", f"{output}.several"], [f"{output}.index"]))
+    nodes.append(helper.make_node("Gather", [mask, f"{output}.index"], [output], axis=0, name=f"{mask}{OF_STEP}"))
     return nodes
+
+
+def of_steps(masks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Gives what is fed for the masks of all steps: one entry that no step takes, then theirs."""
+    broadcast = np.broadcast_arrays(*masks)
+    return np.stack([broadcast[0], *broadcast])
 
 
 def shape_outside(chain: Chain, like: str, mask: str, new: list[Any]) -> str:

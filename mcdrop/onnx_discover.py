@@ -1,6 +1,7 @@
 """Discovery in an ONNX graph: its draws become inputs, each is proved live, and what was lost in export is named."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,33 +14,27 @@ from numpy.typing import NDArray
 from mcdrop.agreement import difference, identical
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.backends.onnx import OnnxBackend
-from mcdrop.errors import InputError, NoStochasticSite, UnknownName
+from mcdrop.errors import NoStochasticSite
 from mcdrop.masks import Site, sample_masks
 from mcdrop.moments import mean_gap, moments_of, total_variance
-from mcdrop.onnx_draws import Slot, masks_as_inputs
-from mcdrop.onnx_graph import depends_on, drop_norm_training, read_graph, walk
+from mcdrop.onnx_draws import masks_as_inputs
+from mcdrop.onnx_graph import depends_on, drop_norm_training, drop_own_inputs, read_graph, walk
+from mcdrop.onnx_inputs import GraphInput, graph_inputs, made_up, picked, placed
+from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
 
-__all__ = ["Discovery", "Graph", "GraphInput", "discover_graph", "graph_inputs"]
+__all__ = ["Discovery", "Graph", "discover_graph"]
 
 _PASSES = 32
+_FEWEST = 2
+_DRAWN_BYTES = 2**28  # of all passes that a look takes
 _TRIES = 6
-_FREE = 8  # size of an axis that the graph leaves open, for rows that are made up
 _RECIPE = (
     "export the network again with the dropout layers in training mode and everything else in eval: model.eval(); "
     "[m.train() for m in model.modules() if 'Dropout' in type(m).__name__]; torch.onnx.export(model, ..., "
     "dynamo=True); or mcdrop.save(mcdrop.wrap(model, ...), folder, format='onnx'), which keeps attention and recurrent "
     "dropout too; or put dropout after named nodes with inject={'node': 0.1}"
 )
-
-
-@dataclass(frozen=True)
-class GraphInput:
-    """An input of a graph: its name, numpy type, and shape with -1 for the rows and None for what is open."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +84,7 @@ def discover_graph(
     data = model.SerializeToString(deterministic=True)
     digest = digest or hashlib.sha256(data).hexdigest()
     name = model.graph.name or "the graph"
+    drop_own_inputs(model)
     norms = drop_norm_training(model)
     nodes = [*walk(model.graph)]
     layers = {place.path: place.node.output[0] for place in nodes if not place.chain and place.node.output}
@@ -100,9 +96,9 @@ def discover_graph(
             f"Dropout and no random operator, as in exports in eval mode, which drop them; {_RECIPE}"
         )
     _free_rows(model, slots)
-    backend = OnnxBackend(model, slots, _picked(model, output), digest=digest, layers=layers)
-    inputs = graph_inputs(backend)
-    rows = _made_up(inputs) if rows is None else _placed(rows, inputs)
+    backend = OnnxBackend(model, slots, picked(model, output), digest=digest, layers=layers)
+    inputs = graph_inputs(backend.inputs)
+    rows = made_up(inputs) if rows is None else placed(rows, inputs)
     audit = _audit(backend, rows, name, len(nodes))
     warnings = (*audit.warnings, *_lost(norms, [path for path in bare if path not in (inject or {})]))
     kept = dict.fromkeys(norms, "batch norm in training mode: put back to its running statistics")
@@ -124,56 +120,7 @@ def _lost(norms: list[str], bare: list[str]) -> list[str]:
     return said
 
 
-# -- inputs and output -------------------------------------------------------------------------------------------------
-
-
-def graph_inputs(backend: OnnxBackend) -> tuple[GraphInput, ...]:
-    """Gives what a graph takes."""
-    found = []
-    for info in backend.inputs:
-        kind = info.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-        sizes = [axis.dim_value if axis.HasField("dim_value") else None for axis in kind.shape.dim]
-        if not sizes:
-            raise InputError(f"input {info.name!r} has no axis for the rows")
-        found.append(GraphInput(info.name, "float32" if dtype == "float16" else dtype, (-1, *sizes[1:])))
-    return tuple(found)
-
-
-def _placed(rows: Rows, inputs: tuple[GraphInput, ...]) -> Rows:
-    """Puts rows that were given by name in the order of the inputs."""
-    names, leaves = [one.name for one in inputs], [*rows.leaves]
-    if rows.kwargs and sorted(rows.kwargs) == sorted(names):
-        leaves = [rows.kwargs[name] for name in names]
-    if len(leaves) != len(names):
-        raise InputError(f"the graph takes {len(names)} inputs: {', '.join(names)}; got {len(leaves)}")
-    return Rows(tuple(leaves), {}, rows.count)
-
-
-def _made_up(inputs: tuple[GraphInput, ...]) -> Rows:
-    """Rows of the right shapes: normal numbers, for whole numbers zeros and ones, for booleans true."""
-    generator = np.random.Generator(np.random.Philox(0))
-    leaves = []
-    for one in inputs:
-        shape = (4, *(_FREE if size is None else size for size in one.shape[1:]))
-        kind = np.dtype(one.dtype).kind
-        made = generator.standard_normal(shape) if kind == "f" else generator.integers(0, 2, shape)
-        leaves.append(np.ones(shape, bool) if kind == "b" else made.astype(one.dtype))
-    return Rows.of(tuple(leaves))
-
-
-def _picked(model: Any, output: str | int | None) -> str:
-    names = [info.name for info in model.graph.output]
-    if isinstance(output, int) and 0 <= output < len(names):
-        return str(names[output])
-    if output in names:
-        return str(output)
-    if output is not None:
-        raise UnknownName("output", output, names)
-    floating = [info.name for info in model.graph.output if info.type.tensor_type.elem_type in (1, 10, 11, 16)]
-    if len(floating) != 1 and "logits" not in floating:
-        raise InputError(f"the graph has the outputs {', '.join(names)}; choose one with output=")
-    return "logits" if "logits" in floating and len(floating) > 1 else str(floating[0])
+# -- the graph ---------------------------------------------------------------------------------------------------------
 
 
 def _free_rows(model: Any, slots: tuple[Slot, ...]) -> None:
@@ -212,15 +159,17 @@ def _audit(backend: OnnxBackend, rows: Rows, name: str, nodes: int) -> Audit:
         if plan.trace.layouts[slot.mask] is None
         for site in plan.trace.of_slot[slot.mask]
     }
-    drawn = sample_masks(sites, _PASSES, seed=0)
+    one = sum(4 * math.prod(site.shape) for site in sites)
+    passes = min(_PASSES, max(_FEWEST, _DRAWN_BYTES // max(one, 1)))
+    drawn = sample_masks(sites, passes, seed=0)
     off = backend.deterministic(rows).astype(np.float64)
-    everything = moments_of(backend.run(rows, drawn, _PASSES, plan.trace, plan.tier))
+    everything = moments_of(backend.run(rows, drawn, passes, plan.trace, plan.tier))
     reports = []
     for site in sites:
         verdict, reason = _verdict(backend, rows, sites, site)
         share = None
         if verdict == "live":
-            alone = backend.run(rows, {site.name: drawn[site.name]}, _PASSES, plan.trace, plan.tier)
+            alone = backend.run(rows, {site.name: drawn[site.name]}, passes, plan.trace, plan.tier)
             share = total_variance(moments_of(alone)) / total_variance(everything)
         p = site.p if site.kind == "bernoulli" else None
         reports.append(

@@ -4,90 +4,23 @@ A graph that is changed so is deterministic: no runtime's seed, thread, provider
 teach it a random operator, add one function and one line to ``DRAWS``.
 """
 
-import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, shape_inference
 
 from mcdrop.errors import InputError, UncontrolledDraw
-from mcdrop.onnx_bodies import LOOPS, into_loop, shape_outside
-from mcdrop.onnx_graph import Constants, Place, constant, opset, reads, walk
+from mcdrop.onnx_graph import Place, reads, walk
+from mcdrop.onnx_names import constants, distinct_names, number
+from mcdrop.onnx_slots import Change, Slot, told, with_sites
 
-__all__ = ["DRAWS", "SITES", "Slot", "masks_as_inputs"]
-
-SITES = "mcdrop.sites"  # metadata of a graph: number and module of each of its draws, in order
+__all__ = ["DRAWS", "masks_as_inputs"]
 
 _COMPARISONS = {"Greater": False, "GreaterOrEqual": False, "Less": True, "LessOrEqual": True}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A draw of a graph and the input that stands for it.
-
-    The input takes ``numbers * scale + shift`` in any shape that broadcasts to that of the draw; ``expected`` switches
-    the draw off. ``like`` is a value that has the draw's shape; for a draw inside a body ``shape`` is a value that
-    holds it. A slot with a ``loop`` (the node that repeats it) takes one mask a step, stacked on the first axis.
-    ``channels`` says that axes of size 1 at the end are only there to meet the units of a channel. ``site`` is
-    the number of the draw where the graph itself tells it.
-    """
-
-    mask: str
-    path: str
-    kind: str
-    p: float
-    scale: float
-    shift: float
-    expected: float
-    like: str = ""
-    shape: str = ""
-    loop: str = ""
-    channels: bool = False
-    site: int | None = None
-
-    def values(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Gives what is fed for the numbers that ``masks`` gave."""
-        fed = numbers * np.float32(self.scale)
-        return fed if self.shift == 0 else fed + np.float32(self.shift)
-
-
-@dataclass
-class _Change:
-    """A graph under change: what is known of it and what was found so far."""
-
-    model: Any
-    known: Constants
-    types: dict[str, int]
-    slots: list[Slot]
-
-    def add(self, place: Place, new: list[Any], *, at: str = "", **facts: Any) -> str:
-        """Notes a slot; gives the value that holds its mask in the node's graph, made by nodes put into ``new``."""
-        name = f"mcdrop.mask{len(self.slots)}"
-        if sum(node.op_type in LOOPS for _, node, _ in place.chain) > 1:
-            raise UncontrolledDraw(f"{place.path} draws in a loop inside a loop, where its masks cannot be numbered")
-        self.model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-        mask, loop = into_loop(place.chain, name, new)
-        shape = shape_outside(place.chain, at, name, new) if place.chain else ""
-        self.slots.append(Slot(name, place.path, like=at, shape=shape, loop=loop, **facts))
-        return mask
-
-    def typed(self, mask: str, like: str, new: list[Any]) -> str:
-        """The mask in the type of another value."""
-        kind = self.types.get(like, 0)
-        if kind == TensorProto.FLOAT:
-            return mask
-        cast = f"{mask}.typed{len(new)}.{len(self.slots)}"
-        if kind:
-            new.append(helper.make_node("Cast", [mask], [cast], to=kind))
-        elif opset(self.model) >= 15:
-            new.append(helper.make_node("CastLike", [mask, like], [cast]))
-        else:
-            return mask
-        return cast
+_REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
 def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None = None) -> tuple[Slot, ...]:
@@ -99,9 +32,12 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
 
     Raises:
         UncontrolledDraw: a random operator, or a rate, that masks cannot stand for.
+        ModelRefused: a value has a name that is kept for masks.
+        ArtifactError: a constant that is a rate is damaged.
         InputError: ``inject`` names a node that is not there.
     """
     inject = dict(inject or {})
+    distinct_names(model)
     try:
         inferred = shape_inference.infer_shapes(model).graph
     except Exception:  # of operators that it does not know; types are then asked of the graph itself
@@ -109,7 +45,7 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
     infos = (*inferred.value_info, *inferred.input, *inferred.output)
     types = {info.name: info.type.tensor_type.elem_type for info in infos}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    change = _Change(model, constant(model), types, [])
+    change = Change(model, constants(model), types, [])
     for place in [*walk(model.graph)]:
         if place.operator in DRAWS:
             DRAWS[place.operator](change, place)
@@ -119,23 +55,7 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
         names = ", ".join(place.path for place in walk(model.graph) if place.operator in ("Gemm", "MatMul", "Softmax"))
         raise InputError(f"inject names no node of the graph: {', '.join(map(repr, inject))}; it has {names[:500]}")
     _drop_unused_inputs(model)
-    return _with_sites(model, tuple(change.slots))
-
-
-def _told(model: Any) -> str:
-    """What a graph says of its own draws, empty where it says nothing; its uniform numbers are then just that."""
-    return next((str(entry.value) for entry in model.metadata_props if entry.key == SITES), "")
-
-
-def _with_sites(model: Any, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
-    """Numbers and names the draws as the network did that the graph was made from, where it says so."""
-    try:
-        sites = [(int(number), str(path)) for number, path in json.loads(_told(model) or "[]")]
-    except (ValueError, TypeError):
-        return slots
-    if len(sites) != len(slots) or len({number for number, _ in sites}) != len(sites):
-        return slots
-    return tuple(replace(slot, path=path, site=number) for slot, (number, path) in zip(slots, sites, strict=True))
+    return with_sites(model, tuple(change.slots))
 
 
 def _replace(place: Place, new: list[Any], *, after: bool = False) -> None:
@@ -147,7 +67,13 @@ def _replace(place: Place, new: list[Any], *, after: bool = False) -> None:
 
 
 def _consumers(place: Place, value: str) -> list[Any]:
-    return [node for node in place.graph.node if value in node.input]
+    """The nodes beside a node that read a value, in their bodies too."""
+    return [node for node in place.graph.node if value in reads(node)]
+
+
+def _given(place: Place, value: str) -> bool:
+    """Whether the graph of a node gives a value to the outside."""
+    return any(output.name == value for output in place.graph.output)
 
 
 def _shortest(value: Any) -> float:
@@ -162,13 +88,18 @@ def _drop_facts(p: float) -> dict[str, Any]:
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-def _dropout(change: _Change, place: Place) -> None:
+def _dropout(change: Change, place: Place) -> None:
     node = place.node
     ratio = next((attribute.f for attribute in node.attribute if attribute.name == "ratio"), 0.5)
     if len(node.input) > 1 and node.input[1]:
-        if node.input[1] not in change.known:
+        rate = number(change.known, node.input[1])
+        if rate is None:
             raise UncontrolledDraw(f"the rate of {place.path} is only known while the graph runs; make it a constant")
-        ratio = change.known[node.input[1]].item()
+        if rate.size != 1 or rate.dtype.kind not in "fiu":
+            raise UncontrolledDraw(f"the rate of {place.path} must be one number, got {rate.size} of {rate.dtype}")
+        ratio = float(rate.item())
+    if not 0 <= ratio <= 1:
+        raise UncontrolledDraw(f"the rate of {place.path} must be between 0 and 1, got {ratio:g}")
     new: list[Any] = []
     x = node.input[0]
     mask = change.add(place, new, at=x, **_drop_facts(_shortest(ratio)))
@@ -179,7 +110,7 @@ def _dropout(change: _Change, place: Place) -> None:
     _replace(place, new)
 
 
-def _inject(change: _Change, place: Place, p: float) -> None:
+def _inject(change: Change, place: Place, p: float) -> None:
     if not 0 < p < 1:
         raise InputError(f"inject wants a drop rate between 0 and 1 for {place.path!r}, got {p!r}")
     new: list[Any] = []
@@ -200,10 +131,10 @@ def _expanded(mask: str, like: str, new: list[Any]) -> str:
     return whole
 
 
-def _numbers(kind: str) -> Callable[[_Change, Place], None]:
+def _numbers(kind: str) -> Callable[[Change, Place], None]:
     """RandomUniform, RandomNormal and the same ``Like`` another value."""
 
-    def rule(change: _Change, place: Place) -> None:
+    def rule(change: Change, place: Place) -> None:
         node, new = place.node, list[Any]()
         given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         like = node.input[0] if node.input else f"{node.output[0]}.like"
@@ -211,7 +142,7 @@ def _numbers(kind: str) -> Callable[[_Change, Place], None]:
             shape = helper.make_tensor(f"{like}.shape", TensorProto.INT64, [len(given["shape"])], given["shape"])
             new.append(helper.make_node("Constant", [], [f"{like}.shape"], value=shape))
             new.append(helper.make_node("ConstantOfShape", [f"{like}.shape"], [like]))
-        if kind == "uniform" and not _told(change.model) and _coin(change, place, like, new):
+        if kind == "uniform" and not told(change.model) and _coin(change, place, like, new):
             return
         low, high = float(given.get("low", 0.0)), float(given.get("high", 1.0))
         scale, shift = (high - low, low) if kind == "uniform" else (given.get("scale", 1.0), given.get("mean", 0.0))
@@ -226,42 +157,68 @@ def _numbers(kind: str) -> Callable[[_Change, Place], None]:
     return rule
 
 
-def _coin(change: _Change, place: Place, like: str, new: list[Any]) -> bool:
+def _coin(change: Change, place: Place, like: str, new: list[Any]) -> bool:
     """A uniform number that is only compared with a constant is a coin, as in exports of channel dropout."""
     users = _consumers(place, place.node.output[0])
-    if len(users) != 1 or users[0].op_type not in _COMPARISONS:
+    if len(users) != 1 or users[0].op_type not in _COMPARISONS or _given(place, place.node.output[0]):
         return False
     user = users[0]
     first = user.input[0] == place.node.output[0]
-    level = change.known.get(user.input[1] if first else user.input[0])
-    if level is None or level.size != 1:
+    level = number(change.known, user.input[1] if first else user.input[0])
+    share = None if level is None else _share(place.node, level)
+    if share is None:
         return False
     below = _COMPARISONS[user.op_type] == first
-    chance = _shortest(level.item()) if below else _shortest(1 - _shortest(level.item()))
+    chance = share if below else _shortest(1 - share)
+    reals, between = _as_numbers(place, user.output[0])
     facts: dict[str, Any] = {
         "kind": "bernoulli",
         "p": _shortest(1 - chance),
         "scale": 1.0,
         "shift": 0.0,
-        "expected": chance,
+        "expected": chance if reals else float(chance >= 0.5),  # a truth cannot be in between, so it is the likely one
         "channels": True,
     }
     mask = change.add(place, new, at=like, **facts)
     whole = _expanded(mask, like, new)
-    casts = _consumers(place, user.output[0])
-    outputs = {output.name for output in place.graph.output}
-    if user.output[0] in outputs or any(node.op_type != "Cast" for node in casts):
-        new.append(helper.make_node("Cast", [whole], [user.output[0]], to=TensorProto.BOOL))
-        place.graph.node.remove(user)
-    else:  # straight to numbers, so that the expectation need not be a boolean
-        for node in casts:
+    if reals:  # straight to numbers, so that the expectation need not be a truth
+        for node in reals:
             node.input[0] = whole
-        place.graph.node.remove(user)
+        for node in between:
+            place.graph.node.remove(node)
+    else:
+        new.append(helper.make_node("Cast", [whole], [user.output[0]], to=TensorProto.BOOL))
+    place.graph.node.remove(user)
     _replace(place, new)
     return True
 
 
-def _bernoulli(change: _Change, place: Place) -> None:
+def _share(node: Any, level: Any) -> float | None:
+    """The share of a node's uniform numbers that lies below a level; None where that is no single number."""
+    given = {attribute.name: attribute.f for attribute in node.attribute}
+    low, high = given.get("low", 0.0), given.get("high", 1.0)
+    if level.size != 1 or level.ndim > 1 or not low < high or math.isnan(level.item()):
+        return None
+    return _shortest(min(max((_shortest(level.item()) - low) / (high - low), 0.0), 1.0))
+
+
+def _as_numbers(place: Place, value: str) -> tuple[list[Any], list[Any]]:
+    """The casts to real numbers that a truth goes into, and the casts in between; none where it goes anywhere else."""
+    reals, between = list[Any](), list[Any]()
+    left = [value]
+    while left:
+        name = left.pop()
+        users = _consumers(place, name)
+        if not users or _given(place, name) or any(node.op_type != "Cast" for node in users):
+            return [], []
+        for node in users:
+            real = helper.get_node_attr_value(node, "to") in _REAL
+            (reals if real else between).append(node)
+            left.extend([] if real else node.output)
+    return reals, between
+
+
+def _bernoulli(change: Change, place: Place) -> None:
     """Each unit is 1 with the probability that the input holds for it."""
     node, new = place.node, list[Any]()
     chance = node.input[0]
@@ -274,7 +231,7 @@ def _bernoulli(change: _Change, place: Place) -> None:
     _replace(place, new)
 
 
-def _refuse(change: _Change, place: Place) -> None:
+def _refuse(change: Change, place: Place) -> None:
     raise UncontrolledDraw(f"{place.path} ({place.operator}) draws random numbers that no mask can stand for")
 
 
@@ -286,7 +243,7 @@ def _drop_unused_inputs(model: Any) -> None:
     model.graph.input.extend(kept)
 
 
-DRAWS: dict[str, Callable[[_Change, Place], None]] = {
+DRAWS: dict[str, Callable[[Change, Place], None]] = {
     "Bernoulli": _bernoulli,
     "Dropout": _dropout,
     "Multinomial": _refuse,

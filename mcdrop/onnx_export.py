@@ -15,8 +15,9 @@ from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import MissingExtra, ModelRefused
 from mcdrop.forward import forward, to_tensors
 from mcdrop.intercept import Given, Interception
-from mcdrop.onnx_draws import DRAWS, SITES
+from mcdrop.onnx_draws import DRAWS
 from mcdrop.onnx_graph import walk
+from mcdrop.onnx_slots import SITES
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES

@@ -8,23 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
+from mcdrop.barefile import kind_of, read_plain
 from mcdrop.errors import ArtifactError, InputError
 
 __all__ = [
     "Chain",
-    "Constants",
     "Graph",
     "Node",
     "Place",
     "bodies",
-    "constant",
     "depends_on",
     "drop_norm_training",
+    "drop_own_inputs",
+    "every_graph",
     "opset",
     "pruned",
     "read_graph",
@@ -35,11 +33,12 @@ __all__ = [
 
 _BYTES = 2**31 - 1  # what protobuf can hold
 _STANDARD = ("", "ai.onnx")
+_NORM_HAS_MODE = 14  # from here on an attribute says whether a BatchNormalization trains, before its outputs do
+_OWN_CONSTANTS = 4  # from this version of the format on an initializer need not be an input
 
 Node = Any  # protobuf messages carry no types
 Graph = Any
 Chain = tuple[tuple[Graph, Node, str], ...]
-Constants = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,47 @@ def read_graph(source: "bytes | str | Path | onnx.ModelProto") -> "onnx.ModelPro
         onnx.checker.check_model(model)
     except Exception as error:  # the checker and the inliner raise errors of several C++ classes
         raise ArtifactError(f"{name} is not a sound ONNX model: {' '.join(str(error).split())[:300]}") from error
+    if not _readable(model):
+        raise ArtifactError(f"{name} is not a sound ONNX model: a name in it is no UTF-8 text")
     return model
+
+
+def _names(model: Any) -> Iterator[Any]:
+    """Every name in a model; one that is no text is bytes, or an error, as protobuf's implementations have it."""
+    for graph in every_graph(model.graph):
+        yield graph.name
+        yield from (one.name for one in (*graph.initializer, *graph.input, *graph.output, *graph.value_info))
+        yield from (one.values.name for one in graph.sparse_initializer)
+        for node in graph.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+
+
+def _readable(model: Any) -> bool:
+    """Whether every name is text."""
+    try:
+        return all(isinstance(name, str) for name in _names(model))
+    except UnicodeDecodeError:
+        return False
 
 
 def _bytes(source: Any) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         return source, "the model"
     if isinstance(source, str | Path):
-        path = Path(source)
-        if path.stat().st_size > _BYTES:
-            raise ArtifactError(f"{path} is larger than an ONNX file can be ({_BYTES} bytes)")
-        return path.read_bytes(), str(path)
+        data = read_plain(Path(source), most=_BYTES)
+        if kind_of(data, str(source)) != "onnx":
+            raise ArtifactError(f"{source} is no ONNX graph; read it with mcdrop.load(path, task=..., example=rows)")
+        return data, str(source)
     if hasattr(source, "SerializeToString"):
         return source.SerializeToString(), source.graph.name or "the model"
     session = vars(source) if hasattr(source, "get_inputs") else {}  # onnxruntime keeps what it was made of
     if session.get("_model_bytes"):
         return session["_model_bytes"], "the session's model"
     if session.get("_model_path"):
-        return _bytes(session["_model_path"])
+        return _bytes(Path(session["_model_path"]).resolve())
     raise InputError(f"a torch module or an ONNX graph is wanted, got {type(source).__name__}")
 
 
@@ -154,33 +176,41 @@ def bodies(node: Node) -> Iterator[tuple[str, Graph]]:
         yield from ((attribute.name, body) for body in [attribute.g] * attribute.HasField("g") + list(attribute.graphs))
 
 
-def constant(model: Any) -> Constants:
-    """The values that are written into the model: initializers, Constant nodes, and casts and copies of those."""
-    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    for place in walk(model.graph):
-        node = place.node
-        known.update({tensor.name: numpy_helper.to_array(tensor) for tensor in place.graph.initializer})
-        if node.op_type == "Constant" and node.attribute:
-            value = helper.get_attribute_value(node.attribute[0])
-            known[node.output[0]] = numpy_helper.to_array(value) if hasattr(value, "dims") else np.asarray(value)
-        elif node.op_type in ("Identity", "Cast") and node.input[0] in known:
-            known[node.output[0]] = known[node.input[0]]
-    return known
+def every_graph(graph: Graph) -> Iterator[Graph]:
+    """Walks over a graph and the bodies in it."""
+    yield graph
+    for node in graph.node:
+        for _, body in bodies(node):
+            yield from every_graph(body)
+
+
+def drop_own_inputs(model: Any) -> None:
+    """Takes away inputs that have a value in the graph itself, as every weight had in old versions of the format."""
+    graph = model.graph
+    own = {tensor.name for tensor in graph.initializer} | {one.values.name for one in graph.sparse_initializer}
+    kept = [info for info in graph.input if info.name not in own]
+    del graph.input[:]
+    graph.input.extend(kept)
+    model.ir_version = max(model.ir_version, _OWN_CONSTANTS)
 
 
 def drop_norm_training(model: Any) -> list[str]:
     """Sets every BatchNormalization back to its running statistics; gives the paths of those that were not."""
-    changed = []
+    changed, told = [], opset(model) >= _NORM_HAS_MODE
     for place in walk(model.graph):
-        for attribute in place.node.attribute:
-            if place.operator == "BatchNormalization" and attribute.name == "training_mode" and attribute.i:
-                attribute.i = 0
-                gone = set(place.node.output[1:])
-                del place.node.output[1:]
-                kept = [output for output in place.graph.output if output.name not in gone]
-                del place.graph.output[:]
-                place.graph.output.extend(kept)
-                changed.append(place.path)
+        if place.operator != "BatchNormalization":
+            continue
+        modes = [attribute for attribute in place.node.attribute if attribute.name == "training_mode" and attribute.i]
+        if not (modes if told else any(place.node.output[1:])):
+            continue
+        for attribute in modes:
+            attribute.i = 0
+        gone = set(place.node.output[1:])
+        del place.node.output[1:]
+        kept = [output for output in place.graph.output if output.name not in gone]
+        del place.graph.output[:]
+        place.graph.output.extend(kept)
+        changed.append(place.path)
     return changed
 
 

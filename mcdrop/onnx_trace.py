@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from mcdrop.agreement import difference, identical, told_apart
 from mcdrop.errors import InputError, ModelRefused
 from mcdrop.masks import Site, sample_masks
-from mcdrop.onnx_bodies import ABSENT
-from mcdrop.onnx_draws import Slot
+from mcdrop.onnx_bodies import ABSENT, of_steps
 from mcdrop.onnx_graph import depends_on, pruned
 from mcdrop.onnx_mixing import united
+from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
 
 __all__ = ["Axis", "Observer", "Trace", "fold_rows", "mask_feed", "ordered"]
@@ -269,7 +269,7 @@ def mask_feed(slot: Slot, trace: Trace, drawn: Mapping[str, Array], rows: int, o
     if slot.mask in trace.absent:  # it shows if its branch runs after all
         return np.asarray(np.nan, np.float32)
     steps = [_one_feed(slot, trace, drawn.get(name), rows, only) for name in names]
-    return np.stack(np.broadcast_arrays(*steps)) if slot.loop else steps[0]
+    return of_steps(steps) if slot.loop else steps[0]
 
 
 def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: int | None) -> Array:

@@ -4,7 +4,7 @@ What comes before the first mask runs once. What follows runs on the rows repeat
 repeated it is written out pass by pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from mcdrop.errors import ModelRefused
-from mcdrop.onnx_draws import Slot
+from mcdrop.onnx_bodies import of_steps
 from mcdrop.onnx_graph import depends_on, opset, pruned
+from mcdrop.onnx_slots import Slot
 from mcdrop.onnx_trace import Axis, Trace
 
 __all__ = ["Builder", "all_passes"]
@@ -69,6 +70,13 @@ class Builder:
         node = helper.make_node("TopK", [value, self.whole(rank)], [name, rest], axis=0, largest=int(largest), sorted=1)
         self.model.graph.node.append(node)
         return self.node("Gather", name, self.constant(rank - 1, np.int64), axis=0)
+
+    def size(self, names: Sequence[str], sizes: Sequence[Sequence[int]]) -> None:
+        """Says what one row of an input looks like: the masks are of these sizes, so a runtime takes no others."""
+        infos = {info.name: info for info in self.model.graph.input}
+        for name, shape in zip(names, sizes, strict=True):
+            for axis, size in zip(infos[name].type.tensor_type.shape.dim[1:], shape, strict=True):
+                axis.dim_value = size
 
     def finish(self, outputs: Mapping[str, tuple[int, ...]]) -> None:
         """Says which values the graph gives, in which shape for one row, and takes out what none of them needs."""
@@ -189,7 +197,7 @@ def _placed(slot: Slot, trace: Trace, values: list[Array]) -> Array:
         raise ModelRefused(f"the masks of {slot.path} cannot be written as constants")
     at = layout.axis
     steps = [np.expand_dims(np.moveaxis(v.reshape(-1, *trace.units[slot.mask]), 0, at), at + 1) for v in values]
-    return np.stack(steps) if slot.loop else steps[0]
+    return of_steps(steps) if slot.loop else steps[0]
 
 
 def _multiplied(builder: Builder, node: Any, layout: Axis | None, mask: Array) -> None:

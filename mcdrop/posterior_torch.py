@@ -133,6 +133,8 @@ def posterior_program(backend: Backend, rows: Rows, plan: PassPlan, *, task: str
 def run_program(data: bytes, leaves: list[NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Runs a program that was written here on inputs by position."""
     with quiet(), torch.no_grad():
-        module = torch.export.load(io.BytesIO(data)).module()
-        found = module(*(torch.as_tensor(leaf) for leaf in leaves))
+        program = torch.export.load(io.BytesIO(data))
+        types = {node.name: node.meta["val"].dtype for node in program.graph.nodes if node.op == "placeholder"}
+        taken = zip(leaves, program.graph_signature.user_inputs, strict=True)
+        found = program.module()(*(torch.as_tensor(leaf, dtype=types[name]) for leaf, name in taken))
     return {name: value.numpy() for name, value in found.items()}

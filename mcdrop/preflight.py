@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mcdrop.errors import ArtifactError
@@ -70,6 +70,7 @@ def _copy(archive: zipfile.ZipFile, size: int, name: str) -> bytes:
         raise ArtifactError(f"{name} is compressed; torch.export.save writes archives that are not")
     if sum(member.file_size for member in members) > size:
         raise ArtifactError(f"{name} says that its members are larger than the file")
+    sizes = {member.filename.partition("/")[2]: member.file_size for member in members}
     out, configs = io.BytesIO(), 0
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as fresh:
         for member in members:
@@ -81,7 +82,7 @@ def _copy(archive: zipfile.ZipFile, size: int, name: str) -> bytes:
                 )
             content = archive.read(member)
             if inner.endswith(".json"):
-                content = _checked_json(inner, content, name)
+                content = _checked_json(inner, content, name, sizes)
                 configs += inner.endswith("_config.json")
             if inner.startswith("data/sample_inputs/"):
                 content = b""  # a pickle that nothing needs
@@ -91,7 +92,7 @@ def _copy(archive: zipfile.ZipFile, size: int, name: str) -> bytes:
     return out.getvalue()
 
 
-def _checked_json(inner: str, content: bytes, name: str) -> bytes:
+def _checked_json(inner: str, content: bytes, name: str, sizes: Mapping[str, int]) -> bytes:
     if len(content) > _JSON_BYTES:
         raise ArtifactError(f"{name} has a description of {len(content)} bytes, above the limit of {_JSON_BYTES}")
     read = json.loads(content)
@@ -101,6 +102,9 @@ def _checked_json(inner: str, content: bytes, name: str) -> bytes:
                 raise ArtifactError(f"{name} keeps {str(key)[:60]!r} as a pickle, which can run code when it is read")
             if not _PAYLOAD.fullmatch(str(entry["path_name"])):
                 raise ArtifactError(f"{name} looks for a tensor in {str(entry['path_name'])[:60]!r}")
+            path = f"{inner.rpartition('/')[0]}/{entry['path_name']}"
+            if not sizes[path] and all(axis["as_int"] for axis in entry["tensor_meta"]["sizes"]):
+                raise ArtifactError(f"{name} has no numbers for {str(key)[:60]!r}, which torch would read as zeros")
         return content
     read["guards_code"] = []
     for key, value in _entries(read):

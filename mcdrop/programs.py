@@ -14,7 +14,7 @@ from torch.export.passes import move_to_device_pass
 
 from mcdrop.backends import Backend
 from mcdrop.backends.torch import TorchBackend
-from mcdrop.errors import ArtifactError, ModelRefused, NoStochasticSite
+from mcdrop.errors import ArtifactError, MCDropError, ModelRefused, NoStochasticSite
 from mcdrop.forward import to_tensors, using
 from mcdrop.preflight import preflight
 from mcdrop.quiet import quiet
@@ -129,10 +129,12 @@ def read_program(data: bytes, name: str, device: str = "cpu") -> nn.Module:
     try:
         with quiet():
             program = torch.export.load(io.BytesIO(sound))
+        module: Any = _placed(program, device).module()
+        found = _retargeted(module)
+    except MCDropError:
+        raise
     except Exception as error:  # damaged in a way that only shows when it is put together
         raise ArtifactError(f"{name} is not a sound .pt2 file: {' '.join(str(error).split())[:300]}") from error
-    module = _placed(program, device).module()
-    found = _retargeted(module)
     if not found:
         raise NoStochasticSite(
             f"{name} has no live stochastic site: every variance would be 0. It holds no dropout and no draw; "

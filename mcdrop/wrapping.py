@@ -74,8 +74,7 @@ def wrap(
         if precision != "fp32" or compile or devices:
             raise InputError("precision, compile and devices are for torch modules; an ONNX graph runs as it is")
         return module if isinstance(module, Model) else wrap_graph(module, example=example, task=task, output=output)
-    from mcdrop.backends.torch import TorchBackend  # here, because a model of another backend needs no torch
-    from mcdrop.diagnose import diagnose
+    from mcdrop.diagnose import diagnose  # here, because a model of another backend needs no torch
     from mcdrop.discover import Overrules
     from mcdrop.outputs import picker
 
@@ -83,11 +82,7 @@ def wrap(
     rows, pick = Rows.of(example).take(slice(0, _EXAMPLE_ROWS)), picker(output)
     overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
     rows, seen = _discovered(module, rows, pick, overrules)
-    backend = TorchBackend(
-        seen.live, seen.plain, pick, seen.excluded, seen.force, precision, compile, _tuning(tuning), seen.beside
-    )
-    backend.plans.knows(seen.rows, seen.found)
-    backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
+    backend = _backend(seen, pick, memory, precision, compile, _tuning(tuning))
     audit = diagnose(backend, rows, seen.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
     backend = _shared_out(backend, module, devices)
@@ -96,6 +91,18 @@ def wrap(
         module=module, backend=backend, audit=replace(audit, devices=backend.devices), task=task, asked=asked,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows,
     )  # fmt: skip
+
+
+def _backend(seen: Any, pick: Any, memory: int | str, precision: str, compile: bool, tuning: Any) -> Any:
+    """Gives the backend of a network whose draws are known."""
+    from mcdrop.backends.torch import TorchBackend
+
+    backend = TorchBackend(
+        seen.live, seen.plain, pick, seen.excluded, seen.force, precision, compile, tuning, seen.beside
+    )
+    backend.plans.knows(seen.rows, seen.found)
+    backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
+    return backend
 
 
 def _shared_out(backend: Any, module: Any, devices: Any) -> Any:

@@ -4,12 +4,33 @@ import io
 from functools import cache
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+import mcdrop
 from mcdrop.quiet import quiet
 
-__all__ = ["EXAMPLES", "Recurrent", "built", "exported", "live"]
+__all__ = [
+    "EXAMPLES",
+    "Recurrent",
+    "X",
+    "built",
+    "by_hand",
+    "dropped",
+    "exported",
+    "live",
+    "number",
+    "parsed",
+    "passes_of",
+]
+
+Array = NDArray[Any]
+
+X: Array = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)  # rows of graphs made by hand
 
 
 class Recurrent(nn.Module):
@@ -86,3 +107,37 @@ def exported(name: str, *, training: bool = True, legacy: bool = False) -> bytes
             training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False,
         )  # fmt: skip
         return bytes(buffer.getvalue())
+
+
+def passes_of(model: mcdrop.Model, x: Any, **given: Any) -> Array:
+    """Gives twenty passes that begin with the fourth."""
+    rows = model.rows(x)
+    ask = {"seed": 5, "start": 3, "sampler": "balanced", **given}
+    return model.backend.forward(rows, 20, **ask)
+
+
+def by_hand(
+    nodes: list[Any], *, opset: int = 17, dtype: int = TensorProto.FLOAT, initial: tuple[Any, ...] = ()
+) -> bytes:
+    """Gives a graph of some nodes from x to y, each (N, 6)."""
+    given = helper.make_tensor_value_info("x", dtype, ["n", 6])
+    made = helper.make_tensor_value_info("y", dtype, ["n", 6])
+    graph = helper.make_graph(nodes, "hand", [given], [made], [*initial])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def number(name: str, value: Any, kind: int = TensorProto.FLOAT) -> Any:
+    """Gives a constant."""
+    return helper.make_tensor(name, kind, np.shape(value), np.asarray(value).reshape(-1).tolist())
+
+
+def dropped(x: Array, p: float = 0.25, site: str = "site0", passes: int = 20) -> Array:
+    """Dropout alone, from the masks themselves."""
+    drawn = mcdrop.sample_masks([mcdrop.Site(site, (6,), p)], passes, seed=5, start=3, sampler="balanced")
+    return np.asarray(x[None] * drawn[site][:, None] / (1 - p))
+
+
+def parsed(data: bytes) -> Any:
+    """Gives a graph that is no longer bytes."""
+    return onnx.ModelProto.FromString(data)

@@ -179,6 +179,20 @@ def _library(members: dict[str, bytes]) -> None:
     members["data/aotinductor/model/evil.so"] = b"\x7fELF"
 
 
+def _emptied(members: dict[str, bytes]) -> None:
+    members["data/weights/weight_0"] = b""
+
+
+def _arguments(model: Any) -> None:
+    model["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"] = "x"
+
+
+def _rate(model: Any) -> None:
+    nodes = model["graph_module"]["graph"]["nodes"]
+    rate = next(node for node in nodes if "dropout" in node["target"])["inputs"][1]["arg"]
+    rate["as_float"] = 1e308
+
+
 def _outside(members: dict[str, bytes]) -> None:
     members["../../marker"] = b""
 
@@ -204,6 +218,10 @@ PROGRAMS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a zip bomb": (_bomb, "is compressed"),
     "nothing but a zip's head": (lambda: b"PK\x03\x04" + bytes(100), "damaged archive"),
     "cut off": (lambda: _program()[: len(_program()) // 2], "damaged archive"),
+    "cut off at its end": (lambda: _program()[:-200], "is cut off"),
+    "a weight without numbers": (lambda: _rewritten(_emptied), "has no numbers for"),
+    "a rate that is none": (lambda: _rewritten(_model(_rate)), "ArtifactError.*between 0 and 1"),
+    "names of arguments that are no list": (lambda: _rewritten(_model(_arguments)), "not a sound .pt2"),
     "brackets without end": (
         lambda: _rewritten(lambda members: members.update({"models/model.json": b"[" * 10**6})),
         "not a sound .pt2",

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from graphs import built, exported
+from graphs import X, built, by_hand, dropped, exported, number, parsed, passes_of
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, version_converter
 
@@ -19,16 +19,10 @@ from mcdrop.wrapping import wrap_graph
 Array = NDArray[Any]
 
 
-def _passes(model: mcdrop.Model, x: Any, **given: Any) -> Array:
-    rows = model.rows(x)
-    ask = {"seed": 5, "start": 3, "sampler": "balanced", **given}
-    return model.backend.forward(rows, 20, **ask)
-
-
 def _both(name: str, data: bytes, **given: Any) -> tuple[Array, Array]:
     module, x = built(name)
     graph = wrap_graph(data, example=x.numpy(), **given)
-    return _passes(graph, x.numpy()), _passes(mcdrop.wrap(module, example=x), x)
+    return passes_of(graph, x.numpy()), passes_of(mcdrop.wrap(module, example=x), x)
 
 
 def _softmax_nodes(data: bytes) -> dict[str, float]:
@@ -63,9 +57,9 @@ def test_the_legacy_exporter_s_graphs_answer_as_torch(name: str) -> None:
 def test_a_row_alone_is_the_row_in_its_batch(name: str) -> None:
     model = mcdrop.wrap(onnx.ModelProto.FromString(exported(name)), example=None if name == "mlp" else built(name)[1])
     x = built(name)[1].numpy()
-    together = _passes(model, x)
+    together = passes_of(model, x)
     for row in range(len(x)):
-        assert np.abs(_passes(model, x[row : row + 1])[:, 0] - together[:, row]).max() <= 1e-6
+        assert np.abs(passes_of(model, x[row : row + 1])[:, 0] - together[:, row]).max() <= 1e-6
 
 
 def test_four_threads_on_one_model_give_the_answers_of_one() -> None:
@@ -98,9 +92,9 @@ def test_loop_and_fold_give_the_same() -> None:
 def test_the_runtime_s_seed_does_not_matter() -> None:
     model = mcdrop.wrap(onnx.ModelProto.FromString(exported("cnn")), example=built("cnn")[1])
     onnxruntime.set_seed(1)
-    first = _passes(model, built("cnn")[1])
+    first = passes_of(model, built("cnn")[1])
     onnxruntime.set_seed(2)
-    assert np.array_equal(first, _passes(model, built("cnn")[1]))
+    assert np.array_equal(first, passes_of(model, built("cnn")[1]))
 
 
 def test_a_session_and_a_path_can_be_wrapped(tmp_path: Any) -> None:
@@ -108,7 +102,7 @@ def test_a_session_and_a_path_can_be_wrapped(tmp_path: Any) -> None:
     path.write_bytes(exported("mlp"))
     x = built("mlp")[1].numpy()
     by_path, by_session = (mcdrop.wrap(one, example=x) for one in (path, onnxruntime.InferenceSession(str(path))))
-    assert np.array_equal(_passes(by_path, x), _passes(by_session, x))
+    assert np.array_equal(passes_of(by_path, x), passes_of(by_session, x))
 
 
 def test_features_are_what_enters_the_last_layer_or_what_a_node_makes() -> None:
@@ -125,47 +119,20 @@ def test_features_are_what_enters_the_last_layer_or_what_a_node_makes() -> None:
 # -- graphs made by hand -----------------------------------------------------------------------------------------------
 
 
-def _graph(
-    nodes: list[Any], *, opset: int = 17, dtype: int = TensorProto.FLOAT, initial: tuple[Any, ...] = ()
-) -> bytes:
-    given = helper.make_tensor_value_info("x", dtype, ["n", 6])
-    made = helper.make_tensor_value_info("y", dtype, ["n", 6])
-    graph = helper.make_graph(nodes, "hand", [given], [made], [*initial])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-    return bytes(model.SerializeToString())
-
-
-def _number(name: str, value: Any, kind: int = TensorProto.FLOAT) -> Any:
-    return helper.make_tensor(name, kind, np.shape(value), np.asarray(value).reshape(-1).tolist())
-
-
-def _expected(x: Array, p: float = 0.25, site: str = "site0", passes: int = 20) -> Array:
-    """Dropout alone, from the masks themselves."""
-    drawn = mcdrop.sample_masks([mcdrop.Site(site, (6,), p)], passes, seed=5, start=3, sampler="balanced")
-    return np.asarray(x[None] * drawn[site][:, None] / (1 - p))
-
-
-X = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
-
-
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 21])
 def test_dropout_of_every_opset(opset: int) -> None:
     rate: dict[str, Any] = {"ratio": 0.25} if opset < 12 else {}
     inputs = ["x"] if opset < 12 else ["x", "p"]
-    initial = () if opset < 12 else (_number("p", 0.25),)
-    data = _graph([helper.make_node("Dropout", inputs, ["y"], **rate)], opset=opset, initial=initial)
-    assert np.abs(_passes(mcdrop.wrap(_model(data), example=X), X) - _expected(X)).max() <= 1e-6
-
-
-def _model(data: bytes) -> Any:
-    return onnx.ModelProto.FromString(data)
+    initial = () if opset < 12 else (number("p", 0.25),)
+    data = by_hand([helper.make_node("Dropout", inputs, ["y"], **rate)], opset=opset, initial=initial)
+    assert np.abs(passes_of(mcdrop.wrap(parsed(data), example=X), X) - dropped(X)).max() <= 1e-6
 
 
 def test_half_precision() -> None:
-    data = _graph(
-        [helper.make_node("Dropout", ["x", "p"], ["y"])], dtype=TensorProto.FLOAT16, initial=(_number("p", 0.25),)
+    data = by_hand(
+        [helper.make_node("Dropout", ["x", "p"], ["y"])], dtype=TensorProto.FLOAT16, initial=(number("p", 0.25),)
     )
-    assert np.abs(_passes(mcdrop.wrap(_model(data), example=X), X) - _expected(X)).max() <= 1e-2
+    assert np.abs(passes_of(mcdrop.wrap(parsed(data), example=X), X) - dropped(X)).max() <= 1e-2
 
 
 def test_the_mask_of_a_dropout_can_be_read() -> None:
@@ -174,9 +141,9 @@ def test_the_mask_of_a_dropout_can_be_read() -> None:
         helper.make_node("Cast", ["kept"], ["as_number"], to=TensorProto.FLOAT),
         helper.make_node("Sub", ["z", "as_number"], ["y"]),
     ]
-    passes = _passes(mcdrop.wrap(_model(_graph(nodes, initial=(_number("p", 0.25),))), example=X), X)
+    passes = passes_of(mcdrop.wrap(parsed(by_hand(nodes, initial=(number("p", 0.25),))), example=X), X)
     keep = mcdrop.sample_masks([mcdrop.Site("site0", (6,), 0.25)], 20, seed=5, start=3, sampler="balanced")["site0"]
-    assert np.abs(passes - (_expected(X) - keep[:, None])).max() <= 1e-6
+    assert np.abs(passes - (dropped(X) - keep[:, None])).max() <= 1e-6
 
 
 def _branch(name: str, nodes: list[Any], output: str) -> Any:
@@ -187,8 +154,8 @@ def test_dropout_in_a_branch_runs_and_is_masked() -> None:
     then = _branch("then", [helper.make_node("Dropout", ["x", "p"], ["a"])], "a")
     other = _branch("other", [helper.make_node("Identity", ["x"], ["b"])], "b")
     node = helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other)
-    data = _graph([node], initial=(_number("p", 0.25), _number("c", True, TensorProto.BOOL)))
-    assert np.abs(_passes(mcdrop.wrap(_model(data), example=X), X) - _expected(X)).max() <= 1e-6
+    data = by_hand([node], initial=(number("p", 0.25), number("c", True, TensorProto.BOOL)))
+    assert np.abs(passes_of(mcdrop.wrap(parsed(data), example=X), X) - dropped(X)).max() <= 1e-6
 
 
 def test_each_step_of_a_loop_draws_masks_of_its_own() -> None:
@@ -204,25 +171,25 @@ def test_each_step_of_a_loop_draws_masks_of_its_own() -> None:
     ]
     body = helper.make_graph(nodes, "body", inputs, outputs)
     node = helper.make_node("Loop", ["steps", "", "x"], ["y"], body=body)
-    data = _graph([node], initial=(_number("p", 0.25), _number("steps", 3, TensorProto.INT64)))
+    data = by_hand([node], initial=(number("p", 0.25), number("steps", 3, TensorProto.INT64)))
     expected = X[None]
     for site in ("site0", "site1", "site2"):
-        expected = expected * _expected(np.ones_like(X), site=site)
-    model = mcdrop.wrap(_model(data), example=X)
+        expected = expected * dropped(np.ones_like(X), site=site)
+    model = mcdrop.wrap(parsed(data), example=X)
     assert [site.name for site in model.audit.live] == ["site0", "site1", "site2"]
-    assert np.abs(_passes(model, X) - expected).max() <= 1e-5
+    assert np.abs(passes_of(model, X) - expected).max() <= 1e-5
 
 
 def test_dropout_in_a_local_function() -> None:
     nodes = [
-        helper.make_node("Constant", [], ["q"], value=_number("q", 0.25)),
+        helper.make_node("Constant", [], ["q"], value=number("q", 0.25)),
         helper.make_node("Dropout", ["a", "q"], ["b"]),
     ]
     function = helper.make_function("own", "Drop", ["a"], ["b"], nodes, [helper.make_opsetid("", 17)])
-    graph = _model(_graph([helper.make_node("Drop", ["x"], ["y"], domain="own")])).graph
+    graph = parsed(by_hand([helper.make_node("Drop", ["x"], ["y"], domain="own")])).graph
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
     model = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=8)
-    assert np.abs(_passes(mcdrop.wrap(model, example=X), X) - _expected(X)).max() <= 1e-6
+    assert np.abs(passes_of(mcdrop.wrap(model, example=X), X) - dropped(X)).max() <= 1e-6
 
 
 def test_raw_draws_become_masks() -> None:
@@ -231,44 +198,44 @@ def test_raw_draws_become_masks() -> None:
         helper.make_node("Add", ["x", "noise"], ["y"]),
     ]
     drawn = mcdrop.sample_masks([mcdrop.Site("site0", (6,), 0.0, "normal")], 20, seed=5, start=3, sampler="balanced")
-    model = mcdrop.wrap(_model(_graph(nodes)), example=X)
-    assert np.abs(_passes(model, X) - (X[None] + 2 * drawn["site0"][:, None])).max() <= 1e-5
+    model = mcdrop.wrap(parsed(by_hand(nodes)), example=X)
+    assert np.abs(passes_of(model, X) - (X[None] + 2 * drawn["site0"][:, None])).max() <= 1e-5
 
 
 def test_sites_can_be_injected_after_named_nodes() -> None:
-    data = _graph([helper.make_node("Relu", ["x"], ["y"], name="here")])
-    passes = _passes(wrap_graph(data, example=X, inject={"here": 0.25}), X)
-    assert np.abs(passes - _expected(np.maximum(X, 0))).max() <= 1e-6
+    data = by_hand([helper.make_node("Relu", ["x"], ["y"], name="here")])
+    passes = passes_of(wrap_graph(data, example=X, inject={"here": 0.25}), X)
+    assert np.abs(passes - dropped(np.maximum(X, 0))).max() <= 1e-6
 
 
 REFUSED: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
     "a rate that is an input": (
-        lambda: _graph(
+        lambda: by_hand(
             [helper.make_node("ReduceMax", ["x"], ["p"], keepdims=0), helper.make_node("Dropout", ["x", "p"], ["y"])]
         ),
         UncontrolledDraw,
         "only known while the graph runs",
     ),
     "draws without masks": (
-        lambda: _graph([helper.make_node("Multinomial", ["x"], ["m"]), helper.make_node("Cast", ["m"], ["y"], to=1)]),
+        lambda: by_hand([helper.make_node("Multinomial", ["x"], ["m"]), helper.make_node("Cast", ["m"], ["y"], to=1)]),
         UncontrolledDraw,
         "Multinomial",
     ),
     "nothing random": (
-        lambda: _graph([helper.make_node("Relu", ["x"], ["y"])]),
+        lambda: by_hand([helper.make_node("Relu", ["x"], ["y"])]),
         NoStochasticSite,
         r"torch\.onnx\.export.*inject",
     ),
     "one number of rows": (
-        lambda: _graph(
+        lambda: by_hand(
             [helper.make_node("Dropout", ["x", "p"], ["z"]), helper.make_node("Reshape", ["z", "s"], ["y"])],
-            initial=(_number("p", 0.25), _number("s", [4, 6], TensorProto.INT64)),
+            initial=(number("p", 0.25), number("s", [4, 6], TensorProto.INT64)),
         ),
         ModelRefused,
         "one number of rows",
     ),
     "an operator that nobody knows": (
-        lambda: _graph(
+        lambda: by_hand(
             [helper.make_node("Dropout", ["x"], ["z"]), helper.make_node("Own", ["z"], ["y"], domain="own")]
         ),
         MCDropError,
@@ -281,17 +248,17 @@ REFUSED: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
 def test_what_cannot_be_sampled_honestly_is_refused(case: str) -> None:
     make, error, said = REFUSED[case]
     with pytest.raises(error, match=said):
-        mcdrop.wrap(_model(make()), example=X)
+        mcdrop.wrap(parsed(make()), example=X)
 
 
 def test_a_node_that_is_not_there_cannot_be_injected_after() -> None:
-    data = _graph([helper.make_node("Relu", ["x"], ["y"], name="here")])
+    data = by_hand([helper.make_node("Relu", ["x"], ["y"], name="here")])
     with pytest.raises(InputError, match="names no node"):
         wrap_graph(data, example=X, inject={"there": 0.25})
 
 
 def test_a_graph_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mcdrop.backends.onnx._LOOK_SECONDS", 1.0)
+    monkeypatch.setattr("mcdrop.onnx_sessions._LOOK_SECONDS", 1.0)
     inputs = [
         helper.make_tensor_value_info("i", TensorProto.INT64, []),
         helper.make_tensor_value_info("going", TensorProto.BOOL, []),
@@ -304,13 +271,13 @@ def test_a_graph_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -
     ]
     body = helper.make_graph(nodes, "body", inputs, outputs)
     ever = [helper.make_node("Dropout", ["x"], ["z"]), helper.make_node("Loop", ["steps", "", "z"], ["y"], body=body)]
-    data = _graph(ever, initial=(_number("steps", 2**62, TensorProto.INT64),))
+    data = by_hand(ever, initial=(number("steps", 2**62, TensorProto.INT64),))
     with pytest.raises(InputError, match="cannot take inputs"):
-        mcdrop.wrap(_model(data), example=X)
+        mcdrop.wrap(parsed(data), example=X)
 
 
 def test_an_older_graph_brought_up_to_date_gives_the_same() -> None:
-    data = _graph([helper.make_node("Dropout", ["x"], ["y"], ratio=0.25)], opset=11)
-    newer = version_converter.convert_version(_model(data), 17)
-    before, after = (_passes(mcdrop.wrap(one, example=X), X) for one in (_model(data), newer))
+    data = by_hand([helper.make_node("Dropout", ["x"], ["y"], ratio=0.25)], opset=11)
+    newer = version_converter.convert_version(parsed(data), 17)
+    before, after = (passes_of(mcdrop.wrap(one, example=X), X) for one in (parsed(data), newer))
     assert np.array_equal(before, after)

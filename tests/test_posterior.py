@@ -11,14 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from graphs import built, exported
+from graphs import built, exported, number
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from typer.testing import CliRunner
 from zoo import mlp
 
 import mcdrop
 from mcdrop.cli import app
-from mcdrop.errors import InputError
+from mcdrop.errors import InputError, ModelRefused
 from mcdrop.posterior_statistics import BOUNDS, READERS
 from mcdrop.quiet import quiet
 from mcdrop.summaries import TASKS
@@ -207,3 +208,61 @@ def test_the_same_as_a_program_of_torch(name: str, tmp_path: Path) -> None:
         program = torch.export.load(path).module()
         for rows in (x[:1], torch.cat([x, x / 2])):
             _compare(program(rows), mcdrop.predict(model, rows, passes=70, interval="quantile"))
+
+
+def _of_any_length() -> Any:
+    """A graph that takes (N, S, 6) for any S, drops, and gives the mean over S."""
+    nodes = [
+        helper.make_node("Dropout", ["x", "p"], ["z"]),
+        helper.make_node("ReduceMean", ["z"], ["y"], axes=[1], keepdims=0),
+    ]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "s", 6])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 6])
+    graph = helper.make_graph(nodes, "lengths", [given], [made], [number("p", 0.25)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_it_takes_rows_of_the_size_that_its_masks_have_alone(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
+    model = mcdrop.wrap(_of_any_length(), example=x)
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=20)
+    _compare(_run(path, x[:3]), mcdrop.predict(model, x[:3], passes=20))
+    with pytest.raises(Exception, match="Expected: 5"):
+        _run(path, np.concatenate([x, x], axis=1))
+
+
+class _Added(torch.nn.Module):
+    """Takes two inputs whose names are those of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 4)
+
+    def forward(self, mean: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(self.layer(mean) + output, 0.25, self.training)
+
+
+def test_an_input_may_be_named_as_an_output_of_a_graph_but_not_of_a_posterior(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6), torch.randn(5, 4)
+    model = mcdrop.wrap(_Added(), example=x)
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net", format="onnx"))
+    ours, theirs = (mcdrop.predict(one, x, passes=20) for one in (loaded, model))
+    np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-5)
+    with pytest.raises(ModelRefused, match="an input is named 'mean'"):
+        mcdrop.export_onnx(model, tmp_path / "posterior.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_precision_is_written_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Dropout(0.25), torch.nn.Linear(16, 2))
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    model = mcdrop.wrap(net.to(dtype).eval(), example=x)
+    expected = mcdrop.predict(model, x, passes=20)
+    path = mcdrop.export_torch(model, tmp_path / "posterior.pt2", passes=20)
+    with quiet(), torch.no_grad():
+        _compare(torch.export.load(path).module()(torch.as_tensor(x, dtype=dtype)), expected)
+    if dtype != torch.bfloat16:  # which onnxruntime does not multiply
+        found = _run(mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=20), x.astype(str(dtype)[6:]))
+        np.testing.assert_allclose(found["mean"], expected.mean, atol=1e-2)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from mcdrop.agreement import difference
@@ -22,21 +21,23 @@ from mcdrop.backends import Plain
 from mcdrop.drawn import Drawn, LatestMasks
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
-from mcdrop.onnx_draws import Slot
 from mcdrop.onnx_graph import pruned, split
+from mcdrop.onnx_inputs import fed
+from mcdrop.onnx_sessions import attempted, described, ended, session
+from mcdrop.onnx_slots import Slot
 from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed, ordered
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 
-__all__ = ["OnnxBackend", "providers", "run_plain"]
+__all__ = ["OnnxBackend"]
 
 CHUNK_BYTES = 16 * 2**20
 _CHECK_PASSES = 3
 _MASK_BYTES = 64 * 2**20
-_LOOK_SECONDS = 120.0  # a look at a few rows that takes longer is ended: a graph can loop for ever
 _TOLERANCE = {"float16": 1e-2, "float32": 3e-5, "float64": 1e-12}
 
 Array = NDArray[Any]
+Outputs = NDArray[np.floating[Any]]
 Feeds = dict[str, Array]
 
 
@@ -47,51 +48,6 @@ class _Plan:
     trace: Trace
     tier: str
     reason: str
-
-
-def providers() -> list[str]:
-    """The execution providers that are used: CUDA where it is there, else the CPU."""
-    present = onnxruntime.get_available_providers()
-    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in present]
-
-
-def session(model: "onnx.ModelProto") -> onnxruntime.InferenceSession:
-    """Gives a session of a graph.
-
-    Raises:
-        ModelRefused: the runtime does not take the graph.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads are to leave the machine
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers())
-    except Exception as error:  # the runtime's own errors share no base
-        raise ModelRefused(f"onnxruntime does not take this graph: {first_line(error)}") from error
-
-
-def ended(one: Any, names: list[str], feeds: Feeds) -> list[Any]:
-    """Runs a session, and ends the run when it takes too long."""
-    options = onnxruntime.RunOptions()
-    timer = threading.Timer(_LOOK_SECONDS, lambda: setattr(options, "terminate", True))
-    timer.daemon = True
-    timer.start()
-    try:
-        values: list[Any] = one.run(names, feeds, options)
-    finally:
-        timer.cancel()
-    return values
-
-
-def run_plain(data: bytes, inputs: Sequence[Array]) -> Feeds:
-    """Runs a graph as any server would: inputs in order in their types, outputs by name."""
-    plain = session(onnx.ModelProto.FromString(data))
-    feeds = {}
-    for info, value in zip(plain.get_inputs(), inputs, strict=True):
-        kind = onnx.helper.tensor_dtype_to_np_dtype(_info(info).type.tensor_type.elem_type)
-        feeds[info.name] = np.ascontiguousarray(value, kind)
-    names = [info.name for info in plain.get_outputs()]
-    return dict(zip(names, plain.run(names, feeds), strict=True))
 
 
 class OnnxBackend:
@@ -115,7 +71,7 @@ class OnnxBackend:
         names = {info.name for info in self.inputs}
         made = [name for name in self._border if name not in names]
         self._before = session(pruned(model, made)) if made else None
-        between = [] if self._before is None else [_info(one) for one in self._before.get_outputs()]
+        between = [] if self._before is None else [described(one) for one in self._before.get_outputs()]
         given = [info for info in model.graph.input if info.name in {*self._border, *masks}]
         self._after = session(pruned(model, [output], [*given, *between]))
         self._takes = {info.name for info in self._after.get_inputs()}
@@ -127,15 +83,15 @@ class OnnxBackend:
 
     # -- the Backend protocol --
 
-    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> NDArray[np.float32]:
+    def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
         """Gives the outputs of passes ``start`` to ``start + passes``: (T, N, ...)."""
         plan = self.plan(rows)
         drawn = self._masks.get(plan.trace.sites, passes, seed=seed, start=start, sampler=sampler)
         return self.run(rows, drawn, passes, plan.trace, plan.tier)
 
-    def deterministic(self, rows: Rows) -> NDArray[np.float32]:
+    def deterministic(self, rows: Rows) -> Outputs:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
-        outputs: NDArray[np.float32] = self.run(rows, {}, 1, self.plan(rows).trace, "loop")[0]
+        outputs: Outputs = self.run(rows, {}, 1, self.plan(rows).trace, "loop")[0]
         return outputs
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
@@ -198,7 +154,7 @@ class OnnxBackend:
         plan = self.plan(rows)
         return plan.tier, plan.reason
 
-    def run(self, rows: Rows, drawn: Drawn, passes: int, trace: Trace, tier: str) -> NDArray[np.float32]:
+    def run(self, rows: Rows, drawn: Drawn, passes: int, trace: Trace, tier: str) -> Outputs:
         """Runs passes with given draws; those of other sites are at their expectations: (T, N, ...)."""
         border = self._at_border(rows)
         if tier == "fold":
@@ -215,25 +171,22 @@ class OnnxBackend:
     # -- inside --
 
     def _random(self, feeds: Feeds) -> Array:
-        output: Array = self._after.run([self.output], {k: v for k, v in feeds.items() if k in self._takes})[0]
+        output: Array = attempted(self._after, [self.output], {k: v for k, v in feeds.items() if k in self._takes})[0]
         return output
 
-    def _checked(self, outputs: Array, rows: Rows) -> NDArray[np.float32]:
+    def _checked(self, outputs: Array, rows: Rows) -> Outputs:
         if outputs.shape[1] != rows.count:
             raise InputError(
                 f"the output has {outputs.shape[1]} rows for {rows.count}; its first axis must be the rows"
             )
         if any(slot.shape for slot in self.slots) and np.isnan(outputs).any():
             raise ModelRefused("a branch with draws ran that did not run on the example, or the output is not a number")
-        single: NDArray[np.float32] = outputs.astype(np.float32)
-        return single[..., None] if single.ndim == 2 else single
+        exact = np.can_cast(outputs.dtype, np.float32)  # else it would round outputs
+        found: Outputs = outputs.astype(np.float32 if exact else np.float64)
+        return found[..., None] if found.ndim == 2 else found
 
     def _feeds(self, rows: Rows) -> Feeds:
-        leaves = rows.leaves
-        arrays = [leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else np.asarray(leaf) for leaf in leaves]
-        types = [onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type) for info in self.inputs]
-        named = zip(self.inputs, arrays, types, strict=True)
-        return {info.name: np.ascontiguousarray(array, dtype) for info, array, dtype in named}
+        return {info.name: fed(leaf, info) for info, leaf in zip(self.inputs, rows.leaves, strict=True)}
 
     def _at_border(self, rows: Rows) -> Feeds:
         """What the random part takes, made once for a batch of rows and kept for the chunks of passes that follow."""
@@ -246,7 +199,7 @@ class OnnxBackend:
         if self._before is not None:
             taken = {info.name: feeds[info.name] for info in self._before.get_inputs()}
             made = [info.name for info in self._before.get_outputs()]
-            border |= dict(zip(made, self._before.run(made, taken), strict=True))
+            border |= dict(zip(made, attempted(self._before, made, taken), strict=True))
         self._last.held = (weakref.ref(rows), border)
         return border
 
@@ -281,9 +234,3 @@ class OnnxBackend:
         if not worst <= _TOLERANCE.get(trace.dtype, 3e-5):
             return _Plan(trace, "loop", f"fold differs from the loop by {worst:.1e}")
         return _Plan(trace, "fold", "equals the loop; what comes before the first draw is run once")
-
-
-def _info(value: Any) -> Any:
-    """What a session says of one of its outputs, as the description of an input of any shape."""
-    kind = value.type.removeprefix("tensor(").removesuffix(")").upper()
-    return onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.DataType.Value(kind), None)

@@ -1,0 +1,105 @@
+"""The draws of an ONNX graph that is changed: a ``Slot`` for each, and what the graph says of them itself."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from mcdrop.errors import UncontrolledDraw
+from mcdrop.onnx_bodies import LOOPS, into_loop, shape_outside
+from mcdrop.onnx_graph import Place, opset
+from mcdrop.onnx_names import MASK, Constants
+
+__all__ = ["SITES", "Change", "Slot", "told", "with_sites"]
+
+SITES = "mcdrop.sites"  # metadata of a graph: number and module of each of its draws, in order
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A draw of a graph and the input that stands for it.
+
+    The input takes ``numbers * scale + shift`` in any shape that broadcasts to that of the draw; ``expected`` switches
+    the draw off. ``like`` is a value that has the draw's shape; for a draw inside a body ``shape`` is a value that
+    holds it. A slot with a ``loop`` (the node that repeats it) takes one mask a step, stacked on the first axis.
+    ``channels`` says that axes of size 1 at the end are only there to meet the units of a channel. ``site`` is
+    the number of the draw where the graph itself tells it.
+    """
+
+    mask: str
+    path: str
+    kind: str
+    p: float
+    scale: float
+    shift: float
+    expected: float
+    like: str = ""
+    shape: str = ""
+    loop: str = ""
+    channels: bool = False
+    site: int | None = None
+
+    def values(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Gives what is fed for the numbers that ``masks`` gave."""
+        fed = numbers * np.float32(self.scale)
+        return fed if self.shift == 0 else fed + np.float32(self.shift)
+
+
+@dataclass
+class Change:
+    """A graph under change: what is known of it and what was found so far."""
+
+    model: Any
+    known: Constants
+    types: dict[str, int]
+    slots: list[Slot]
+
+    def add(self, place: Place, new: list[Any], *, at: str = "", **facts: Any) -> str:
+        """Notes a slot; gives the value that holds its mask in the node's graph, made by nodes put into ``new``."""
+        name = f"{MASK}{len(self.slots)}"
+        around = [node.op_type for _, node, _ in place.chain]
+        strange = [operator for operator in around if operator not in ("If", *LOOPS)]
+        if strange:
+            raise UncontrolledDraw(
+                f"{place.path} draws in the body of a {strange[0]}, where its masks cannot be numbered"
+            )
+        if sum(operator in LOOPS for operator in around) > 1:
+            raise UncontrolledDraw(f"{place.path} draws in a loop inside a loop, where its masks cannot be numbered")
+        self.model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+        mask, loop = into_loop(place.chain, name, new)
+        shape = shape_outside(place.chain, at, name, new) if place.chain else ""
+        self.slots.append(Slot(name, place.path, like=at, shape=shape, loop=loop, **facts))
+        return mask
+
+    def typed(self, mask: str, like: str, new: list[Any]) -> str:
+        """The mask in the type of another value."""
+        kind = self.types.get(like, 0)
+        if kind == TensorProto.FLOAT:
+            return mask
+        cast = f"{mask}.typed{len(new)}.{len(self.slots)}"
+        if kind:
+            new.append(helper.make_node("Cast", [mask], [cast], to=kind))
+        elif opset(self.model) >= 15:
+            new.append(helper.make_node("CastLike", [mask, like], [cast]))
+        else:
+            return mask
+        return cast
+
+
+def told(model: Any) -> str:
+    """What a graph says of its own draws, empty where it says nothing; its uniform numbers are then just that."""
+    return next((str(entry.value) for entry in model.metadata_props if entry.key == SITES), "")
+
+
+def with_sites(model: Any, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """Numbers and names the draws as the network did that the graph was made from, where it says so."""
+    try:
+        sites = [(int(number), str(path)) for number, path in json.loads(told(model) or "[]")]
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return slots
+    if len(sites) != len(slots) or len({number for number, _ in sites}) != len(sites):
+        return slots
+    return tuple(replace(slot, path=path, site=number) for slot, (number, path) in zip(slots, sites, strict=True))
