@@ -22,7 +22,7 @@ from mcdrop.drawn import Drawn, LatestMasks
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_graph import pruned, split
-from mcdrop.onnx_inputs import fed
+from mcdrop.onnx_inputs import fed, hidden
 from mcdrop.onnx_sessions import attempted, described, ended, session
 from mcdrop.onnx_slots import Slot
 from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed, ordered
@@ -95,10 +95,10 @@ class OnnxBackend:
         return outputs
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
-        """Gives the first output of a named node, or what enters the last matrix product, with draws off: (N, F)."""
+        """Gives the first output of a named node, or the hidden value of the graph, with draws off: (N, F)."""
         if layer is not None and layer not in self._layers:
             raise UnknownName("layer", layer, self._layers)
-        value = self._last_hidden() if layer is None else self._layers[layer]
+        value = hidden(self.model) if layer is None else self._layers[layer]
         found = self._observe(self._feeds(rows)).get(value)
         if found is None or found.ndim == 0 or len(found) != rows.count:
             raise InputError(f"layer {layer or value!r} does not keep the rows on its first axis")
@@ -207,14 +207,6 @@ class OnnxBackend:
         if self._observer is None:
             self._observer = Observer(self.model, self.slots, session, ended)
         return self._observer(feeds)
-
-    def _last_hidden(self) -> str:
-        for node in reversed(self.model.graph.node):
-            if node.op_type in ("Gemm", "MatMul"):
-                return str(node.input[0])
-        raise InputError(
-            "no matrix product runs in this graph; name the node whose output are the features with layer="
-        )
 
     def _make_plan(self, rows: Rows) -> _Plan:
         if self._observer is None:
