@@ -14,14 +14,16 @@ from mcdrop.agreement import difference, identical
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import draws_off
+from mcdrop.generators import Noted, moved_on
 from mcdrop.masks import sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
+from mcdrop.record import record
 from mcdrop.rows import Rows
 from mcdrop.trace import Trace, one_pass
 from mcdrop.volatile import alike, inside
 
-__all__ = ["SAME", "Alone", "alone", "changing", "mean_preserving", "unrepeatable"]
+__all__ = ["SAME", "Alone", "alone", "changing", "mean_preserving", "seeded_anew", "unrepeatable"]
 
 SAME = 1e-6  # a GPU adds up in no order
 _FAILS = (UncontrolledDraw, RuntimeError, ValueError, IndexError, AssertionError)
@@ -92,6 +94,17 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
             "tensors, numbers, lists, tuples and dicts"
         )
     return [said]
+
+
+def seeded_anew(live: nn.Module, rows: Rows, pick: Pick, noted: Noted) -> list[str]:
+    """Says so where a pass seeds a generator: its numbers are the same in every pass, and masks would not be."""
+    if not noted:
+        return []
+    with moved_on(noted):
+        again = record(live, rows, pick, seed=0)[1].generators
+    if not any(torch.equal(state, other) for (_, state), (_, other) in zip(noted, again, strict=False)):
+        return []
+    return ["numbers of a generator that every pass seeds anew are always the same: keep them in a buffer instead"]
 
 
 def mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace) -> bool:

@@ -13,13 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from mcdrop.agreement import difference
 from mcdrop.audit import Audit, SiteReport
-from mcdrop.checks import SAME, alone, changing, mean_preserving, unrepeatable
+from mcdrop.checks import SAME, alone, changing, mean_preserving, seeded_anew, unrepeatable
 from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.forward import draws_off, to_tensors
+from mcdrop.generators import own_generator
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
 from mcdrop.quiet import first_line
-from mcdrop.record import Spy, own_generator, record
+from mcdrop.record import Spy, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow, reached_originals
 from mcdrop.trace import Trace, trace
@@ -86,7 +87,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     _check_reach(module, live, few, pick)
     verdicts = _overruled(live, probe(live, few), overrules.include, overrules.exclude)
     _switch_on(live, verdicts)
-    warnings += _own_written((live, plain), _look(live, few, pick)[1])
+    warnings += _own_written((live, plain), spy := _look(live, few, pick)[1])
     refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")
 
     def force(path: str) -> bool:
@@ -94,11 +95,11 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
 
     found = trace(live, few, pick, force)
     _own_swapped((live,), found.swapped)
-    lost = _lost(found, verdicts) + unrepeatable(live, few, pick, found)
+    seeded = seeded_anew(live, few, pick, spy.generators)
+    lost = _lost(found, verdicts) + unrepeatable(live, few, pick, found) + seeded
     if lost and overrules.strict:
         raise UncontrolledDraw(_lost_message(name, lost))
-    single = alone(live, few, pick, found)
-    warnings += lost + _unclear(found) + [*single.said]
+    warnings += lost + _unclear(found) + [*(single := alone(live, few, pick, found)).said]
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
     changes = changing(live, few, pick, found)
     reports = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))

@@ -1,6 +1,5 @@
 """One forward pass seen from outside: what it draws, what escapes control, what it writes to."""
 
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcdrop.forward import forward
+from mcdrop.generators import Foreign, Noted, noting, own_generator
 from mcdrop.intercept import Interception
 from mcdrop.masks import Site, sample_masks
 from mcdrop.mixing import NUMBERS_READ, Result, result_of
@@ -21,7 +21,7 @@ from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 from mcdrop.standing import kept_tensors
 
-__all__ = ["Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "own_generator", "record"]
+__all__ = ["Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "record"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Spy(TorchDispatchMode):
     written: set[str] = field(default_factory=set)
     swapped: set[str] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
+    generators: Noted = field(default_factory=list)
     drawn: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
@@ -171,45 +172,6 @@ def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Gives the arguments of an operation by name."""
     return {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
-
-
-class _Foreign:
-    """Notices draws from global generators that happen out of sight."""
-
-    def __init__(self) -> None:
-        self._before = self._state()
-
-    @staticmethod
-    def _state() -> tuple[Any, Any, bytes]:
-        return random.getstate(), _numpy_numbers(), torch.get_rng_state().numpy().tobytes()
-
-    def moved(self, *, known: bool) -> list[tuple[str, str]]:
-        """Names the generators that moved; torch's own only if no operation of this thread explains it."""
-        names = ("Python's random", "numpy.random", "torch's generator in another thread")
-        pairs = zip(names, self._before, self._state(), strict=True)
-        return [("", name) for name, before, after in pairs if before != after and not (known and "torch" in name)]
-
-
-def _numpy_numbers() -> tuple[str, bytes]:
-    """The state of numpy's global generator, to see whether it moved."""
-    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    return repr(numpy["state"]["pos"]), numpy["state"]["key"].tobytes()
-
-
-@contextmanager
-def own_generator() -> Iterator[None]:
-    """Leaves all global generators as they were, whatever escapes control inside."""
-    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
-    before = _numpy_numbers()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            yield
-    finally:
-        # only where it moved, so that what other threads drew meanwhile stays drawn
-        if random.getstate() != python:
-            random.setstate(python)
-        if _numpy_numbers() != before:
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 class _Noting(dict[str, Any]):
@@ -291,9 +253,10 @@ def record(
     source.draws = source.draws if draws is None else draws
     spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in source.draws))
     stays = [*kept_tensors(module)]  # where a forward sets others, so that none of these takes the memory of one
+    rules = noting({**RULES, **_readings(spy)}, spy.generators)
     with own_generator():
-        foreign = _Foreign()
-        with _own_tensor_dicts(module, spy), spy, Interception(source, {**RULES, **_readings(spy)}):
+        foreign = Foreign()
+        with _own_tensor_dicts(module, spy), spy, Interception(source, rules):
             forward(module, rows, pick)
         spy.escaped += foreign.moved(known=bool(spy.escaped))
     del stays

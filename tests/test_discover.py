@@ -220,6 +220,22 @@ def test_a_torch_generator_of_the_networks_own_is_under_control() -> None:
     assert torch.equal(generator.get_state(), before)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["seeded again", "made anew"])
+def test_a_generator_that_every_pass_seeds_gives_no_random_numbers(kept: bool) -> None:
+    own = torch.Generator()
+
+    def projected(x: Tensor, on: bool) -> Tensor:
+        generator = (own if kept else torch.Generator()).manual_seed(0)
+        return F.dropout(x @ torch.randn(4, 4, generator=generator), 0.5, on)
+
+    with pytest.raises(UncontrolledDraw, match="a generator that every pass seeds anew are always the same: keep"):
+        wrapped(projected)
+    own.manual_seed(0)  # before the first pass, and never again
+    before = own.get_state()
+    assert len(wrapped(lambda x, on: F.dropout(x, 0.5, on) + torch.randn(4, generator=own)).audit.live) == 2
+    assert torch.equal(own.get_state(), before)
+
+
 # -- examples that do not fit ------------------------------------------------------------------------------------------
 
 
