@@ -85,7 +85,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     warnings = _own_written((live, plain), spy)
     _own_swapped((live, plain), spy.swapped)
     _check_reach(module, live, few, pick)
-    verdicts = _overruled(live, probe(live, few), overrules.include, overrules.exclude)
+    verdicts = _overruled(live, probe(live, few, pick), overrules.include, overrules.exclude)
     _switch_on(live, verdicts)
     warnings += _own_written((live, plain), spy := _look(live, few, pick)[1])
     refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")

@@ -1,7 +1,7 @@
 """Which tensor of what a network returns is read."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -27,10 +27,9 @@ def picker(output: str | int | Callable[[Any], Any] | None) -> Pick:
         named = dict(_entries(result))
         if output is not None and str(output) in named:
             return named[str(output)]
-        if isinstance(output, int) and isinstance(result, Mapping) and 0 <= output < len(result):
-            value = [*result.values()][output]
-            if isinstance(value, Tensor):
-                return value
+        places = [*result.values()] if isinstance(result, Mapping) else result if isinstance(result, tuple) else []
+        if isinstance(output, int) and 0 <= output < len(places) and isinstance(places[output], Tensor):
+            return cast(Tensor, places[output])
         floating = [name for name, value in named.items() if value.is_floating_point()]
         if output is None and len(floating) == 1:
             return named[floating[0]]
@@ -49,6 +48,7 @@ def _entries(result: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(result, Mapping):
         yield from ((str(name), value) for name, value in result.items() if isinstance(value, Tensor))
     elif isinstance(result, tuple | list):
-        yield from ((str(i), value) for i, value in enumerate(result) if isinstance(value, Tensor))
+        names = getattr(result, "_fields", range(len(result)))  # those of a named tuple
+        yield from ((str(name), value) for name, value in zip(names, result, strict=True) if isinstance(value, Tensor))
     elif hasattr(result, "__dict__"):
         yield from ((name, value) for name, value in vars(result).items() if isinstance(value, Tensor))

@@ -2,31 +2,28 @@
 
 No list of layer types: one flag at a time, on a shadow, and only flags whose effect is "draws random numbers and
 nothing else" are kept. (Those that nobody but torch's own dropout layers reads are known to be such.) BatchNorm, moving
-averages, losses and auxiliary heads of training stay in eval.
+averages, losses and auxiliary heads of training stay in eval. Flags without an effect of their own are looked at
+together: draws may need several.
 """
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree
 
 from mcdrop.agreement import identical
 from mcdrop.forward import out_of_memory
-from mcdrop.record import Draw, record
+from mcdrop.observed import Observation, Observer, same
+from mcdrop.outputs import Pick
+from mcdrop.record import ALL_HIGH, ALL_LOW, Draw
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
 
 __all__ = ["Verdict", "probe"]
 
 _SEEDS = (1, 2)
-_LOOKS_UP = nn.Module.__getattr__.__code__
-
-Readers = dict[int, list[bool]]
+_EXTREMES = (ALL_LOW, ALL_HIGH)  # where a threshold that few numbers pass shows
 
 
 @dataclass(frozen=True)
@@ -42,161 +39,95 @@ class Verdict:
     draws: int = 0
 
 
-class _Flags(dict[str, Any]):
-    """A module's submodules, where torch looks for the training flag once it is no attribute: notes who asks for it.
-
-    Classes stay as they are, since a forward may go by them.
-    """
-
-    owner: nn.Module
-    training: bool
-    readers: Readers
-
-    def __contains__(self, name: object) -> bool:
-        """Has the flag where the module looks an attribute up; not where it sets one."""
-        if name == "training" and sys._getframe(1).f_code is _LOOKS_UP:
-            return True
-        return super().__contains__(name)
-
-    def __missing__(self, name: str) -> bool:
-        """Gives the flag, and notes whether its owner asks by itself."""
-        if name != "training":
-            raise KeyError(name)
-        frame = sys._getframe(1)
-        while frame.f_code.co_name == "__getattr__" and frame.f_back is not None:
-            frame = frame.f_back
-        self.readers.setdefault(id(self.owner), []).append(frame.f_locals.get("self") is self.owner)
-        return self.training
+Verdicts = dict[str, Verdict]
 
 
-@contextmanager
-def _noting_readers(module: nn.Module) -> Iterator[Readers]:
-    """Collects whose ``training`` is read, by id, and of each time whether by itself."""
-    readers: Readers = {}
-    children = [child for child in module.modules() if "training" in child.__dict__]
-    shared = [(child.training, child._modules) for child in children]
-    for child, (training, modules) in zip(children, shared, strict=True):
-        flags = _Flags(modules)
-        flags.owner, flags.training, flags.readers = child, training, readers
-        child.__dict__["_modules"] = flags
-        del child.__dict__["training"]
-    try:
-        yield readers
-    finally:
-        for child, (training, modules) in zip(children, shared, strict=True):
-            own = dict(child._modules)
-            modules.clear()
-            modules.update(own)
-            child.__dict__.update(training=training, _modules=modules)
-
-
-@contextmanager
-def _switched_on(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Sets flags for the while."""
-    chosen = list(modules)
-    try:
-        for child in chosen:
-            child.training = True
-        yield
-    finally:
-        for child in chosen:
-            child.training = False
-
-
-@dataclass(frozen=True)
-class _Observation:
-    draws: int
-    rates: tuple[tuple[str, float], ...]  # with the kinds of the draws
-    structure: tuple[Any, ...]
-    values: list[Tensor]
-    written: frozenset[str]
-    changed: frozenset[tuple[str, str]]  # attributes, as (module, name)
-    readers: Readers
-
-
-def _observe(module: nn.Module, rows: Rows, *, seed: int, drawn: list[Draw] | None = None) -> _Observation:
-    before, raw = _attributes(module), []
-    kept = [(child, dict(child.__dict__)) for child in module.modules()]
-
-    def keep(result: Any) -> Tensor:
-        raw.append(result)
-        return next(leaf for leaf in _flat(result)[0] if isinstance(leaf, Tensor))
-
-    with _noting_readers(module) as readers:
-        source, spy = record(module, rows, keep, seed=seed, draws=drawn)
-    leaves, spec = _flat(raw[0])
-    values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
-    changed = frozenset(key for key, value in _attributes(module).items() if before.get(key) != value)
-    for child, attributes in kept:  # counters and the like, on the shadow: the passes start where the user's module is
-        child.__dict__.clear()
-        child.__dict__.update(attributes)
-    draws, rates = len(source.draws) + len(spy.escaped), tuple((draw.kind, draw.p) for draw in source.draws)
-    return _Observation(draws, rates, structure, values, frozenset(spy.written), changed, readers)
-
-
-def _flat(result: Any) -> tuple[list[Any], Any]:
-    """Gives what a network returned as a list, and how it was nested; of an object unknown to torch, its values."""
-    leaves, spec = _pytree.tree_flatten(result)
-    known = any(isinstance(leaf, Tensor) for leaf in leaves) or not hasattr(result, "__dict__")
-    return (leaves, spec) if known else _pytree.tree_flatten(vars(result))
-
-
-def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
-    """Plain values that modules keep about themselves, such as step counters."""
-    return {
-        (path, name): value
-        for path, child in module.named_modules()
-        for name, value in child.__dict__.items()
-        if isinstance(value, bool | int | float | str) and name != "training"
-    }
-
-
-def probe(module: nn.Module, rows: Rows) -> dict[str, Verdict]:
+def probe(module: nn.Module, rows: Rows, pick: Pick) -> Verdicts:
     """Gives for each module that reads its training flag what switching it on does; all flags are off at the end."""
-    base = _observe(module, rows, seed=_SEEDS[0])
-    return _together(module, rows, _each(module, rows, base, {}))
+    look = Observer(module, rows, pick)
+    base = look.base(_SEEDS[0])
+    verdicts = _beneath(look, _each(look, base, (), {}))
+    return _needed(look, _with_hidden(look, base, verdicts), base)
 
 
-def _each(module: nn.Module, rows: Rows, base: _Observation, known: Mapping[str, Verdict]) -> dict[str, Verdict]:
+def _each(look: Observer, base: Observation, on: Sequence[nn.Module], known: Mapping[str, Verdict]) -> Verdicts:
     """Looks at flags that were read in an observation and are not known, one by one beside those that are on."""
     verdicts = {}
-    for path, child in module.named_modules():
-        if id(child) not in base.readers or path in known:
-            continue
-        if isinstance(child, _NormBase):
+    read = {path: child for path, child in look.module.named_modules() if id(child) in base.readers}
+    new = {path: child for path, child in read.items() if path not in known}
+    norms = {path: child for path, child in new.items() if isinstance(child, _NormBase)}
+    others = [child for child in norms.values() if not type(child).__module__.startswith("torch.")]
+    draw = bool(others) and look.observe([*on, *others], seed=_SEEDS[0]).draws > base.draws
+    for path, child in new.items():
+        if path in norms and not (draw and child in others):
             verdicts[path] = Verdict("norm", "a norm layer: its running statistics stay frozen")
         elif _only_drops(child, by_itself=all(base.readers[id(child)])):
             verdicts[path] = Verdict("stochastic", "draws random numbers", len(base.readers[id(child)]))
         else:
-            verdicts[path] = _effect(module, child, rows, base)
+            verdicts[path] = _effect(look, child, base, on)
     return verdicts
 
 
-def _together(module: nn.Module, rows: Rows, verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """Looks at flags that are read, or draw, only where others are on, as in ``if self.training: x = self.drop(x)``.
-
-    Of those without an effect of their own, the ones that draws need are switched on.
-    """
-    by_path, verdicts = dict(module.named_modules()), dict(verdicts)
-
-    def observed(*kinds: str, but: str | None = None) -> tuple[_Observation, dict[str, Verdict]]:
-        with _switched_on(by_path[path] for path, one in verdicts.items() if one.kind in kinds and path != but):
-            seen = _observe(module, rows, seed=_SEEDS[0])
-            return seen, _each(module, rows, seen, verdicts)
-
+def _beneath(look: Observer, verdicts: Verdicts) -> Verdicts:
+    """Looks at flags that are read only where others are on, as in ``if self.training: x = self.drop(x)``."""
     while True:
-        seen, found = observed("stochastic", "inert")
+        on = _modules(look, verdicts, "stochastic", "inert")
+        seen = _attempted(look, on, [])
+        found = {} if seen is None else _each(look, seen, on, verdicts)
         if not found:
-            break
-        verdicts |= found
+            return verdicts
+        verdicts = {**verdicts, **found}
+
+
+def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
+    """Switches on those flags without an effect of their own that draws need, and those that nobody was seen to read.
+
+    Such a one is read out of sight, as by ``vars(self)`` or by a copy of the module.
+    """
+    look.notes = False  # which takes the flags from where they are read then
+    by_path = dict(look.module.named_modules())
+    unread = [path for path, one in by_path.items() if path not in verdicts and not isinstance(one, _NormBase)]
+    chosen = _modules(look, verdicts, "stochastic")
+
+    def looks(paths: Collection[str]) -> list[Observation]:
+        on = [*chosen, *(by_path[path] for path in paths)]
+        return [look.observe(on, seed=seed) for seed in (_SEEDS[0], ALL_LOW)]
+
+    def left_out(paths: Sequence[str], others: Sequence[str]) -> list[str]:
+        """Gives those of some flags without which passes are not the same, beside others."""
+        if _alike(looks(others), whole):
+            return []
+        if len(paths) == 1:
+            return [*paths]
+        left, right = paths[: len(paths) // 2], paths[len(paths) // 2 :]
+        kept = left_out(left, [*right, *others])
+        return kept + left_out(right, [*kept, *others])
+
     inert = [path for path, one in verdicts.items() if one.kind == "inert"]
-    if inert and observed("stochastic")[0].draws < seen.draws:
-        for path in inert:
-            missing = seen.draws - observed("stochastic", "inert", but=path)[0].draws
-            if missing > 0:
-                verdicts[path] = Verdict("stochastic", "lets others draw", missing)
+    for maybe in ([*unread, *inert], inert):
+        try:
+            whole = looks(maybe)
+            if _alike(looks([]), whole):
+                return verdicts
+            alone = look.observe([by_path[path] for path in maybe], seed=_SEEDS[0])
+            if alone.draws <= base.draws and not same(alone, base):
+                continue  # it computes something else
+            needed = left_out(maybe, [])
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            continue
+        return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
     return verdicts
+
+
+def _alike(ones: Sequence[Observation], others: Sequence[Observation]) -> bool:
+    return all(one.rates == other.rates and same(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def _modules(look: Observer, verdicts: Mapping[str, Verdict], *kinds: str) -> list[nn.Module]:
+    by_path = dict(look.module.named_modules())
+    return [by_path[path] for path, one in verdicts.items() if one.kind in kinds]
 
 
 def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
@@ -205,17 +136,15 @@ def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
     return takes_masks(layer) and by_itself and not hooked and 0 <= float(layer.p) <= 1  # type: ignore[arg-type]
 
 
-def _effect(module: nn.Module, child: nn.Module, rows: Rows, base: _Observation) -> Verdict:
+def _effect(look: Observer, child: nn.Module, base: Observation, on: Sequence[nn.Module]) -> Verdict:
     """Says what a flag does that is switched on; a second look is for what the first does not settle."""
     drawn: list[Draw] = []
     try:
-        with _switched_on([child]):
-            first = _observe(module, rows, seed=_SEEDS[0], drawn=drawn)
-            altered = _altered(first, base)
-            if first.draws > base.draws and first.structure == base.structure and not altered:
-                return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
-            second = _observe(module, rows, seed=_SEEDS[1])
-            hidden = _hidden_draws(module, rows, base, first)
+        first = look.observe([*on, child], seed=_SEEDS[0], drawn=drawn)
+        altered = _altered(first, base)
+        if first.draws > base.draws and first.structure == base.structure and not altered:
+            return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
+        second = look.observe([*on, child], seed=_SEEDS[1])
     except Exception as error:  # any failure but of memory means that this is not a flag to switch on
         if out_of_memory(error):
             raise
@@ -223,37 +152,86 @@ def _effect(module: nn.Module, child: nn.Module, rows: Rows, base: _Observation)
         return Verdict("refused", said, max(0, len(drawn) - base.draws))
     draws = max(first.draws, second.draws) - base.draws
     if altered:
-        return Verdict("refused", altered, draws + hidden)
+        return Verdict("refused", altered, draws)
     if first.structure == second.structure != base.structure:  # else the shape of the output itself is random
-        return Verdict("refused", "returns something else in training mode", draws + hidden)
+        return Verdict("refused", "returns something else in training mode", draws)
     if {first.draws, second.draws} != {base.draws}:
         return Verdict("stochastic", "draws random numbers", draws)
-    if _same(first, base):
+    return _effect_on_draws(look, child, base, on, [first, second])
+
+
+def _effect_on_draws(
+    look: Observer, child: nn.Module, base: Observation, on: Sequence[nn.Module], seen: list[Observation]
+) -> Verdict:
+    """Says what a flag does that switches on no draw: eval may make draws that have an effect in training alone."""
+    without = [base]
+    if base.draws:
+        without += [look.observe(on, seed=seed) for seed in (_SEEDS[1], *_EXTREMES)]
+        seen = seen + [look.observe([*on, child], seed=seed) for seed in _EXTREMES]
+    if all(same(one, other) for one, other in zip(seen, without, strict=False)):
         return Verdict("inert", "no effect on this input")
-    if not _same(first, second):
-        with _switched_on([child]):
-            repeated = _same(first, _observe(module, rows, seed=_SEEDS[0]))
-        # a rate that is 0 in eval; elsewhere draws in eval would hide what else the flag does
-        if repeated and (first.rates != base.rates or _same(base, _observe(module, rows, seed=_SEEDS[1]))):
-            return Verdict("stochastic", "draws random numbers that have no effect in eval mode")
-        return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
-    none = "" if hidden else ", without a draw"
-    return Verdict("refused", f"computes something else in training mode{none}", hidden)
+    first = seen[0]
+    if all(same(first, other) for other in seen[1:]):
+        return Verdict("refused", "computes something else in training mode, without a draw")
+    repeated = same(first, look.observe([*on, child], seed=_SEEDS[0]))
+    # a rate that is 0 in eval; elsewhere draws in eval would hide what else the flag does
+    if repeated and (first.rates != base.rates or all(same(base, other) for other in without)):
+        return Verdict("stochastic", "draws random numbers that have no effect in eval mode")
+    return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
 
 
-def _same(one: _Observation, other: _Observation) -> bool:
-    return all(identical(a, b) for a, b in zip(one.values, other.values, strict=True))
+def _with_hidden(look: Observer, base: Observation, verdicts: Verdicts) -> Verdicts:
+    """Counts for flags that stay off the draws of what is read, or draws, only where they are on."""
+    found = {}
+    for path, one in verdicts.items():
+        if one.kind == "refused":
+            draws = _hidden_draws(look, path, base, verdicts)
+            none = ", without a draw" if draws else ""
+            found[path] = replace(one, draws=max(one.draws, draws), reason=one.reason.removesuffix(none))
+    return {**verdicts, **found}
 
 
-def _hidden_draws(module: nn.Module, rows: Rows, base: _Observation, seen: _Observation) -> int:
-    """How many draws, of flags that are read only where another is on, the first output would follow."""
-    others = [one for one in module.modules() if id(one) in seen.readers.keys() - base.readers.keys()]
-    with _switched_on(one for one in others if not isinstance(one, _NormBase)):
-        first, second = (_observe(module, rows, seed=seed) for seed in _SEEDS) if others else (seen, seen)
-    return 0 if identical(first.values[0], second.values[0]) else first.draws - seen.draws
+def _hidden_draws(look: Observer, path: str, base: Observation, verdicts: Mapping[str, Verdict]) -> int:
+    """How many draws of a way that only training takes the output follows; all of them, where that way fails."""
+    by_path = dict(look.module.named_modules())
+    inert = _modules(look, verdicts, "inert")
+    known = {*map(id, _modules(look, verdicts, "stochastic", "norm", "refused"))}
+    on, new = list[nn.Module](), [by_path[path], *inert]
+    while new:  # and then the flags that are read there
+        on, drawn = on + new, list[Draw]()
+        seen = _attempted(look, on, drawn)
+        known |= {*map(id, on)}
+        others = (one for one in by_path.values() if not isinstance(one, _NormBase))
+        new = [one for one in others if id(one) in look.readers and id(one) not in known]
+    without = _attempted(look, inert, []) or base
+    if seen is None:
+        return max(0, len(drawn) - without.draws)
+    if seen.draws <= without.draws:
+        return 0
+    read = [_read(one, base) for one in (seen, *(look.observe(on, seed=seed) for seed in _EXTREMES))]
+    varied = any(not identical(a, b) for others in read[1:] for a, b in zip(read[0], others, strict=False))
+    return seen.draws - without.draws if varied else 0
 
 
-def _altered(seen: _Observation, base: _Observation) -> str:
+def _attempted(look: Observer, on: Sequence[nn.Module], drawn: list[Draw]) -> Observation | None:
+    """Gives a pass of flags that may not go together; None where it fails."""
+    try:
+        return look.observe(on, seed=_SEEDS[0], drawn=drawn)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return None
+
+
+def _read(seen: Observation, base: Observation) -> list[Tensor]:
+    """The output that is read; where training returns something else, the first that has its shape, in a list."""
+    wanted = base.values[0] if base.picked is None else base.picked
+    if seen.picked is not None and seen.picked.shape == wanted.shape:
+        return [seen.picked]
+    return [value for value in seen.values if value.shape == wanted.shape][:1]
+
+
+def _altered(seen: Observation, base: Observation) -> str:
     """Says what a pass in training mode writes to or changes and one in eval does not; empty where there is nothing."""
     written, changed = seen.written - base.written, seen.changed - base.changed
     if written:

@@ -21,7 +21,14 @@ from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 from mcdrop.standing import kept_tensors
 
-__all__ = ["Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "record"]
+__all__ = ["ALL_HIGH", "ALL_LOW", "Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "record"]
+
+
+ALL_LOW, ALL_HIGH = -1, -2  # in place of a seed: all is dropped and numbers are as small as can be, or the opposite
+_EXTREMES = {
+    ALL_LOW: {"bernoulli": 0.0, "uniform": 0.0, "normal": -3.0},
+    ALL_HIGH: {"bernoulli": 1.0, "uniform": 1 - 2.0**-24, "normal": 3.0},
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,12 @@ class Recorder:
     def __init__(
         self, paths: dict[int, str], device: torch.device, *, seed: int | None, force: Callable[[str], bool]
     ) -> None:
-        """Takes the module paths; with ``seed=None`` every draw gets its expectation.
+        """Takes the module paths; with ``seed=None`` every draw gets its expectation, with an extreme one the same.
 
         ``force`` says of a module path whether a dropout call there that is switched off drops all the same.
         """
         self.draws: list[Draw] = []
+        self.lanes: list[str] = []  # paths of draws that are others in each lane of a vmap
         self.off: list[str | None] = []
         self.forced: set[int] = set()
         self._paths = paths
@@ -74,8 +82,12 @@ class Recorder:
         """Notes the draw and gives numbers of its whole shape."""
         site = Site(f"site{len(self.draws)}", shape, p, kind)
         self.draws.append(Draw(kind, shape, p, caller(self._paths)))
+        if _differs_in_vmap():
+            self.lanes.append(self.draws[-1].path)
         if self._seed is None:
             return None
+        if self._seed in _EXTREMES:
+            return torch.full(shape, _EXTREMES[self._seed][kind]).to(self._device)
         return torch.as_tensor(np.asarray(sample_masks([site], 1, seed=self._seed)[site.name][0])).to(self._device)
 
     def forces(self, p: float) -> bool:
@@ -86,6 +98,15 @@ class Recorder:
             self.forced.add(len(self.off) - 1)
             return True
         return False
+
+
+def _differs_in_vmap() -> bool:
+    """Whether this is inside of a ``torch.vmap`` of the network's own whose lanes draw other numbers each."""
+    inner = torch._C._functorch.peek_interpreter_stack()
+    if inner is None or inner.key() != torch._C._functorch.TransformType.Vmap:
+        return False
+    lanes = torch._C._functorch.CVmapInterpreterPtr(inner).randomness()
+    return bool(lanes == torch._C._functorch.RandomnessType.Different)
 
 
 @dataclass(repr=False)  # torch writes a mode into its errors
@@ -259,5 +280,6 @@ def record(
         with _own_tensor_dicts(module, spy), spy, Interception(source, rules):
             forward(module, rows, pick)
         spy.escaped += foreign.moved(known=bool(spy.escaped))
+        spy.escaped += [(path, "a draw in torch.vmap with randomness='different'") for path in source.lanes]
     del stays
     return source, spy

@@ -84,7 +84,8 @@ def _uniform_(mode: Interception, input: Tensor, *args: float, **kwargs: Any) ->
 
 
 def _normal_(mode: Interception, input: Tensor, mean: float = 0.0, std: float = 1.0, **ignored: Any) -> Tensor:
-    return mode.write(input, mode.numbers("normal", tuple(input.shape), input) * std + mean)
+    center = complex(mean, mean) if input.is_complex() else mean
+    return mode.write(input, mode.numbers("normal", tuple(input.shape), input) * std + center)
 
 
 def _exponential_(mode: Interception, input: Tensor, lambd: float = 1.0, **ignored: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -294,6 +295,12 @@ def test_several_outputs_need_a_choice() -> None:
         mcdrop.wrap(net, example=X, output="b")
     for output in ("a", 0, lambda result: result["a"]):
         assert spread(mcdrop.wrap(net, example=X, output=output)) > 0
+    both = namedtuple("both", ["plain", "dropped"])
+    fields = Net(Act(lambda x, on: both(x * 2, F.dropout(x, 0.5, on))))
+    with pytest.raises(InputError, match="choose one with output=: plain, dropped"):
+        mcdrop.wrap(fields, example=X)
+    for output in ("dropped", 1):
+        assert spread(mcdrop.wrap(fields, example=X, output=output)) > 0
     pair = Net(Act(lambda x, on: (x * 2, F.dropout(x, 0.5, on))))
     assert spread(mcdrop.wrap(pair, example=X, output=1)) > 0
     alone = Net(Act(lambda x, on: (torch.arange(len(x)), F.dropout(x, 0.5, on))))

@@ -1,7 +1,9 @@
 """Training flags that are read, or draw, only where others are on; and flags behind the class of a layer."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ class Gated(nn.Module):
     def __init__(self, way: "Callable[[Gated, Tensor], Tensor]", second: nn.Module) -> None:
         super().__init__()
         self.first, self.second, self.norm, self.way = nn.Dropout(0.1), second, nn.BatchNorm1d(2, eps=0.0), way
+        self.gate = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.way(self, self.first(x))
@@ -49,6 +52,16 @@ def _in_eval_for_a_while(net: Gated, x: Tensor) -> Tensor:
     return dropped
 
 
+def _drawn_in_eval_too(net: Gated, x: Tensor) -> Tensor:
+    kept = torch.rand(x.shape) >= 0.5
+    return x * kept * 2 if net.training else x
+
+
+def _by_a_copy(net: Gated, x: Tensor) -> Tensor:
+    dropped: Tensor = copy.deepcopy(net.second)(x)
+    return dropped
+
+
 WAYS: dict[str, Callable[[Gated, Tensor], Tensor]] = {
     "a layer in a branch": lambda net, x: net.second(x) if net.training else x,
     "both flags at once": lambda net, x: F.dropout(x, 0.5, net.training and net.second.training),
@@ -57,6 +70,14 @@ WAYS: dict[str, Callable[[Gated, Tensor], Tensor]] = {
     "a branch of eval": lambda net, x: x if not net.training else net.second(x),
     "beside a norm layer": lambda net, x: net.norm(net.second(x) if net.training else x),
     "by the class of a layer": _by_class,
+    "by a copy of a layer": _by_a_copy,
+    "one of two flags": lambda net, x: net.second(x) if net.training or net.norm.training or net.gate.training else x,
+    "a rate by another flag": lambda net, x: F.dropout(x, 0.5 if net.training else 0.1, net.second.training),
+    "other layers in eval": lambda net, x: net.second(x) if net.training else net.gate(x),
+    "chosen by a tensor": lambda net, x: torch.where(torch.tensor(net.training), net.second(x), x),
+    "by the dict of a module": lambda net, x: net.second(x) if vars(net)["training"] else x,
+    "by a key of that dict": lambda net, x: net.second(x) if net.__dict__.get("training") else x,
+    "drawn in eval too": _drawn_in_eval_too,
     "in eval for a while": _in_eval_for_a_while,
 }
 
@@ -112,10 +133,77 @@ def test_a_record_that_torch_does_not_know_is_looked_into() -> None:
     np.testing.assert_allclose(_variances(net, output="y"), 1.0, rtol=_tolerance())
 
 
-def test_draws_of_a_way_that_computes_something_else_are_named() -> None:
-    net = Gated(lambda net, x: net.second(x) * 1.5 if net.training else x, nn.Dropout(0.5)).eval()
-    with pytest.raises(UncontrolledDraw, match="1 draws in the root module, which computes something else in training"):
-        mcdrop.wrap(net, example=X)
+def _two_outputs(net: Gated, x: Tensor) -> Any:
+    return (net.second(x) if net.gate.training else x, x.sum()) if net.training else x
+
+
+def _by_inner_flags(net: Gated, x: Tensor) -> Tensor:
+    inner = net.gate.training
+    return (net.second(x) if inner else x) * 1.1 if net.training else x
+
+
+def _then_fails(net: Gated, x: Tensor) -> Tensor:
+    if net.training:
+        net.second(x)
+        raise ValueError("targets are needed")
+    return x
+
+
+LOST: dict[str, tuple[Callable[[Gated, Tensor], Any], str]] = {
+    "another scale": (lambda net, x: net.second(x) * 1.5 if net.training else x, "computes something else in training"),
+    "by inner flags": (_by_inner_flags, "computes something else in training mode"),
+    "a second output": (_two_outputs, "returns something else in training mode"),
+    "a failure": (_then_fails, "fails in training mode: ValueError: targets are needed"),
+}
+
+
+@pytest.mark.parametrize(("way", "said"), LOST.values(), ids=LOST)
+@pytest.mark.parametrize("rate", [0.5, 0.001])
+def test_draws_of_a_way_that_only_training_takes_are_named(way: Any, said: str, rate: float) -> None:
+    net = Gated(way, nn.Dropout(rate)).eval()
+    with pytest.raises(UncontrolledDraw, match=f"1 draws in the root module, which {said}"):
+        mcdrop.wrap(net, example=X, output=lambda found: found[0] if isinstance(found, tuple) else found)
+
+
+def test_a_draw_that_differs_between_the_lanes_of_a_vmap_is_named() -> None:
+    def way(net: Gated, x: Tensor) -> Tensor:
+        found: Tensor = torch.vmap(net.second, in_dims=1, out_dims=1, randomness="different")(x)
+        return found
+
+    with pytest.raises(UncontrolledDraw, match=r"a draw in torch.vmap with randomness='different'"):
+        mcdrop.wrap(Gated(way, nn.Dropout(0.5)).eval(), example=X)
+
+
+def _sets(net: Any) -> None:
+    net.shift = 5.0
+
+
+def _grows(net: Any) -> None:
+    net.log.append(5.0)
+
+
+def _adds(net: Any) -> None:
+    net.added = nn.Threshold(100.0, 5.0)
+
+
+@pytest.mark.parametrize("leave", [_sets, _grows, _adds])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_training_leaves_on_a_network_is_not_there_in_passes(leave: Callable[[Any], None], fails: bool) -> None:
+    def way(net: Any, x: Tensor) -> Any:
+        if net.training:
+            leave(net)
+            if fails:
+                raise ValueError("targets are needed")
+        x = x + getattr(net, "shift", 0.0) + sum(net.log)
+        return net.added(x) if hasattr(net, "added") else x
+
+    net: Any = Gated(way, nn.Dropout(0.5)).eval()
+    net.log = []
+    model = mcdrop.wrap(net, example=X)
+    mean = mcdrop.sample(model, X, mcdrop.PassPlan(PASSES, 0, "iid")).mean
+    np.testing.assert_allclose(mean, X, atol=5 * float(X.abs().max()) * np.sqrt(0.1 / 0.9 / PASSES))
+    assert net.log == []
+    assert not hasattr(net, "added")
 
 
 class Auxiliary(nn.Module):

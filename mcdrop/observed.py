@@ -1,0 +1,167 @@
+"""One pass of a shadow with some training flags on: what it draws, gives and leaves, and whose flag it reads."""
+
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from mcdrop.agreement import identical
+from mcdrop.outputs import Pick
+from mcdrop.record import Draw, record
+from mcdrop.rows import Rows
+from mcdrop.volatile import Left
+
+__all__ = ["Observation", "Observer", "same"]
+
+_LOOKS_UP = nn.Module.__getattr__.__code__
+
+Readers = dict[int, list[bool]]
+
+
+class _Flags(dict[str, Any]):
+    """A module's submodules, where torch looks for the training flag once it is no attribute: notes who asks for it.
+
+    Classes stay as they are, since a forward may go by them.
+    """
+
+    owner: nn.Module
+    training: bool
+    readers: Readers
+
+    def __contains__(self, name: object) -> bool:
+        """Has the flag where the module looks an attribute up; not where it sets one."""
+        if name == "training" and sys._getframe(1).f_code is _LOOKS_UP:
+            return True
+        return super().__contains__(name)
+
+    def __missing__(self, name: str) -> bool:
+        """Gives the flag, and notes whether its owner asks by itself."""
+        if name != "training":
+            raise KeyError(name)
+        frame = sys._getframe(1)
+        while frame.f_code.co_name == "__getattr__" and frame.f_back is not None:
+            frame = frame.f_back
+        self.readers.setdefault(id(self.owner), []).append(frame.f_locals.get("self") is self.owner)
+        return self.training
+
+
+@contextmanager
+def _noting(module: nn.Module, readers: Readers) -> Iterator[None]:
+    """Collects whose ``training`` is read, by id, and of each time whether by itself; what is added is taken away."""
+    children = [child for child in module.modules() if "training" in child.__dict__]
+    shared = [(child.training, child._modules) for child in children]
+    for child, (training, modules) in zip(children, shared, strict=True):
+        flags = _Flags(modules)
+        flags.owner, flags.training, flags.readers = child, training, readers
+        child.__dict__["_modules"] = flags
+        del child.__dict__["training"]
+    try:
+        yield
+    finally:
+        for child, (training, modules) in zip(children, shared, strict=True):
+            child.__dict__.update(training=training, _modules=modules)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of one pass.
+
+    ``rates`` are kind and rate of each draw, ``values`` all tensors that came out, ``picked`` the one that is read
+    (None where nothing is found); ``changed`` are attributes, as (module, name). ``readers`` are those of ``Observer``.
+    """
+
+    draws: int
+    rates: tuple[tuple[str, float], ...]
+    structure: tuple[Any, ...]
+    values: list[Tensor]
+    picked: Tensor | None
+    written: frozenset[str]
+    changed: frozenset[tuple[str, str]]
+    readers: Readers
+
+
+def same(one: Observation, other: Observation) -> bool:
+    """Whether two passes gave the same numbers."""
+    return len(one.values) == len(other.values) and all(
+        identical(a, b) for a, b in zip(one.values, other.values, strict=True)
+    )
+
+
+class Observer:
+    """Runs passes of a shadow, all from the same start; flags are off but for those that are asked for.
+
+    ``readers`` are the ids of the modules whose flag the latest pass read, also where it failed, and of each time
+    whether the module did so by itself; without ``notes`` there are none, and flags are plain attributes as ever.
+    """
+
+    def __init__(self, module: nn.Module, rows: Rows, pick: Pick) -> None:
+        """Takes a shadow, and rows on its device."""
+        self.module, self._rows, self._pick = module, rows, pick
+        self.readers: Readers = {}
+        self.notes = True
+
+    def base(self, seed: int) -> Observation:
+        """Gives a pass with all flags off; a network that needs its flag as an attribute is looked at without notes."""
+        try:
+            return self.observe((), seed=seed)
+        except (KeyError, AttributeError):
+            self.notes = False
+            return self.observe((), seed=seed)
+
+    def observe(self, on: Collection[nn.Module], *, seed: int, drawn: list[Draw] | None = None) -> Observation:
+        """Gives a pass with some flags on; ``drawn`` takes its draws, also where it fails."""
+        kept, left = [(child, dict(child.__dict__)) for child in self.module.modules()], Left(self.module)
+        try:
+            for child in on:
+                child.training = True
+            return self._seen(seed, drawn)
+        finally:
+            for child, attributes in kept:  # counters and the like: passes start where the user's module is
+                child.__dict__.clear()
+                child.__dict__.update(attributes)
+            left.put_back()
+            for child in on:  # where it is no plain attribute
+                child.training = False
+
+    def _seen(self, seed: int, drawn: list[Draw] | None) -> Observation:
+        before, raw = _attributes(self.module), list[Any]()
+
+        def keep(result: Any) -> Tensor:
+            raw.append(result)
+            return next(leaf for leaf in _flat(result)[0] if isinstance(leaf, Tensor))
+
+        self.readers = {}
+        with _noting(self.module, self.readers) if self.notes else nullcontext():
+            source, spy = record(self.module, self._rows, keep, seed=seed, draws=drawn)
+        leaves, spec = _flat(raw[0])
+        values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
+        changed = frozenset(key for key, value in _attributes(self.module).items() if before.get(key) != value)
+        try:
+            picked = self._pick(raw[0])
+        except Exception:  # in training mode it may return something else
+            picked = None
+        rates = tuple((draw.kind, draw.p) for draw in source.draws)
+        draws = len(source.draws) + len(spy.escaped)
+        return Observation(draws, rates, structure, values, picked, frozenset(spy.written), changed, self.readers)
+
+
+def _flat(result: Any) -> tuple[list[Any], Any]:
+    """Gives what a network returned as a list, and how it was nested; of an object unknown to torch, its values."""
+    leaves, spec = _pytree.tree_flatten(result)
+    known = any(isinstance(leaf, Tensor) for leaf in leaves) or not hasattr(result, "__dict__")
+    return (leaves, spec) if known else _pytree.tree_flatten(vars(result))
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """Plain values that modules keep about themselves, such as step counters."""
+    return {
+        (path, name): value
+        for path, child in module.named_modules()
+        for name, value in child.__dict__.items()
+        if isinstance(value, bool | int | float | str) and name != "training"
+    }
