@@ -7,6 +7,7 @@ add a distance, add one entry to ``DISTANCES``.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +32,11 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Distance:
-    """What is kept of the bank's features (B, F), and the distances (N,) of other features from it."""
+    """What is kept of the bank's features (B, F), what is made of that, and the distances (N,) of others from it."""
 
     fit: Callable[[Features], State]
     of: Callable[[State, Features], Array]
+    ready: Callable[[State], State] = dict
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ class Bank:
         width = next(iter(self.state.values())).shape[-1]
         if features.shape[1:] != (width,):
             raise InputError(f"rows have {features.shape[1]} features where those of the bank have {width}")
-        return DISTANCES[self.distance].of(self.state, features)
+        return DISTANCES[self.distance].of(self._ready, features)
+
+    @cached_property
+    def _ready(self) -> State:
+        return DISTANCES[self.distance].ready(self.state)
 
 
 def build_bank(features: Features, *, distance: str, layer: str | None) -> Bank:
@@ -91,7 +97,7 @@ def _fit_cosine(features: Features) -> State:
 
 def _cosine(state: State, features: Features) -> Array:
     """One minus the cosine similarity to the 10th nearest row: half the squared distance of unit vectors."""
-    return _tenth(state["rows"], _unit(features), 1.0) / 2
+    return _tenth(state, _unit(features)) / 2
 
 
 def _fit_euclidean(features: Features) -> State:
@@ -102,24 +108,33 @@ def _fit_euclidean(features: Features) -> State:
 
 def _euclidean(state: State, features: Features) -> Array:
     """Distance to the 10th nearest row, each feature in units of its own standard deviation."""
-    rows, scaled = state["rows"], (features / state["scale"]).astype(np.float32)
-    return np.sqrt(_tenth(rows, scaled, np.einsum("bf,bf->b", rows, rows)))
+    return np.sqrt(_tenth(state, (features / state["scale"]).astype(np.float32)))
 
 
-def _tenth(rows: Features, points: Features, own: Features | float) -> Array:
+def _centred(state: State) -> State:
+    """Rows around their centre: products of what all have in common would leave no digits of what sets them apart."""
+    rows = state["rows"]
+    centre = rows.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
+    around = rows - centre
+    squares = np.einsum("bf,bf->b", around, around)
+    return {**state, "centre": centre, "around": around, "squares": squares}
+
+
+def _tenth(state: State, points: Features) -> Array:
     """The squared distance of each point (N, F) from the 10th nearest row, in blocks of points.
 
     A matrix product, with the squared lengths of the rows, finds those that are near, but leaves few digits of small
     distances; so they are computed from differences. What rounding alone sets apart is at distance 0.
     """
+    rows, lengths = state["around"], np.einsum("nf,nf->n", points, points)
     kth, near, found = _NEIGHBOURS - 1, min(_NEAR, len(rows)), np.empty(len(points))
     size = max(1, _BLOCK // max(len(rows), near * rows.shape[1]))
     for start in range(0, len(points), size):
-        some = points[start : start + size]
-        order = np.argpartition(own - 2 * some @ rows.T, near - 1, axis=1)[:, :near]
+        some = points[start : start + size] - state["centre"]
+        order = np.argpartition(state["squares"] - 2 * some @ rows.T, near - 1, axis=1)[:, :near]
         apart = some[:, None] - rows[order]
         squares = np.partition(np.einsum("nkf,nkf->nk", apart, apart), kth, axis=1)[:, kth]
-        same = squares <= _ROUNDING**2 * np.einsum("nf,nf->n", some, some)
+        same = squares <= _ROUNDING**2 * lengths[start : start + size]
         found[start : start + size] = np.where(same, 0, squares)
     return found
 
@@ -142,7 +157,7 @@ def _mahalanobis(state: State, features: Features) -> Array:
 
 
 DISTANCES: dict[str, Distance] = {
-    "cosine": Distance(_fit_cosine, _cosine),
-    "euclidean": Distance(_fit_euclidean, _euclidean),
+    "cosine": Distance(_fit_cosine, _cosine, _centred),
+    "euclidean": Distance(_fit_euclidean, _euclidean, _centred),
     "mahalanobis": Distance(_fit_mahalanobis, _mahalanobis),
 }

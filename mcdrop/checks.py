@@ -97,7 +97,7 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
 
 
 def seeded_anew(live: nn.Module, rows: Rows, pick: Pick, noted: Noted) -> list[str]:
-    """Says so where a pass seeds a generator: its numbers are the same in every pass, and masks would not be."""
+    """Says so where a pass seeds a generator of its own: its numbers are always the same, and masks would not be."""
     if not noted:
         return []
     with moved_on(noted):

@@ -15,7 +15,7 @@ from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
 
-__all__ = ["hidden_features", "weights_digest"]
+__all__ = ["hidden_features", "is_perceptron", "weights_digest"]
 
 
 def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None) -> Tensor:
@@ -45,7 +45,7 @@ def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None)
     products = _Products(seen)
     with torch.no_grad(), products:
         draws_off(shadow, rows, pick)
-    perceptron = all(isinstance(module, nn.Linear) or not module._parameters for module in modules.values())
+    perceptron = is_perceptron(plain)
     if layer is None and not seen:  # a network from a file calls them as functions
         seen, perceptron = products.seen, products.used >= {id(weight) for weight in shadow.parameters()}
     if not seen:
@@ -57,6 +57,11 @@ def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None)
     if features.dim() == 0 or len(features) != rows.count:
         raise InputError(f"layer {layer or 'before the last linear one'!r} does not keep the rows on its first axis")
     return features.reshape(rows.count, -1)
+
+
+def is_perceptron(module: nn.Module) -> bool:
+    """Whether every weight is a linear layer's."""
+    return all(isinstance(one, nn.Linear) or not one._parameters for one in module.modules())
 
 
 class _Products(TorchFunctionMode):

@@ -28,11 +28,15 @@ def graph_of(model: Model) -> "Graph":
         raise MissingExtra(error.name or "onnx", "onnx") from None
     if isinstance(model.module, Graph):
         return model.module
+    from mcdrop.features import is_perceptron
     from mcdrop.onnx_export import stochastic_graph
+    from mcdrop.onnx_inputs import PERCEPTRON
 
     names = [spec.name for spec in model.inputs]
     output = next(name for n in count() if (name := f"{OUTPUT}{n or ''}") not in names)
     graph = stochastic_graph(model.backend, model.example, names, output)  # type: ignore[arg-type]
+    if is_perceptron(model.module):
+        graph.metadata_props.add(key=PERCEPTRON, value="")
     return Graph(graph.SerializeToString(deterministic=True), output, {})
 
 

@@ -161,8 +161,10 @@ def _fit_tensor(leaf: Any, spec: InputSpec) -> Any:
         return leaf.long() if real else leaf
     if not real:
         return leaf.double() if spec.dtype == "float64" else leaf.float()
-    if leaf.element_size() > np.dtype(spec.dtype).itemsize and bool((leaf.float().isinf() & leaf.isfinite()).any()):
-        raise _too_large(spec)
+    if leaf.element_size() > np.dtype(spec.dtype).itemsize:
+        numbers = leaf.coalesce().values() if leaf.is_sparse else leaf
+        if bool((numbers.float().isinf() & numbers.isfinite()).any()):
+            raise _too_large(spec)
     return leaf
 
 

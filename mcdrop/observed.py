@@ -70,12 +70,13 @@ def _noting(module: nn.Module, readers: Readers) -> Iterator[None]:
 class Observation:
     """What was seen of one pass.
 
-    ``rates`` are kind and rate of each draw, ``values`` all tensors that came out, ``picked`` the one that is read
-    (None where nothing is found); ``changed`` are attributes, as (module, name). ``readers`` are those of ``Observer``.
+    ``rates`` are kind, rate and module of each draw, ``values`` all tensors that came out, ``picked`` the one that is
+    read (None where nothing is found); ``changed`` are attributes, as (module, name). ``readers`` are those of
+    ``Observer``.
     """
 
     draws: int
-    rates: tuple[tuple[str, float], ...]
+    rates: tuple[tuple[str, float, str], ...]
     structure: tuple[Any, ...]
     values: list[Tensor]
     picked: Tensor | None
@@ -112,13 +113,18 @@ class Observer:
             self.notes = False
             return self.observe((), seed=seed)
 
-    def observe(self, on: Collection[nn.Module], *, seed: int, drawn: list[Draw] | None = None) -> Observation:
-        """Gives a pass with some flags on; ``drawn`` takes its draws, also where it fails."""
+    def observe(
+        self, on: Collection[nn.Module], *, seed: int, drawn: list[Draw] | None = None, low: Collection[str] = ()
+    ) -> Observation:
+        """Gives a pass with some flags on; ``drawn`` takes its draws, also where it fails.
+
+        Draws of the modules in ``low`` get the lowest numbers.
+        """
         kept, left = [(child, dict(child.__dict__)) for child in self.module.modules()], Left(self.module)
         try:
             for child in on:
                 child.training = True
-            return self._seen(seed, drawn)
+            return self._seen(seed, drawn, low)
         finally:
             for child, attributes in kept:  # counters and the like: passes start where the user's module is
                 child.__dict__.clear()
@@ -127,7 +133,7 @@ class Observer:
             for child in on:  # where it is no plain attribute
                 child.training = False
 
-    def _seen(self, seed: int, drawn: list[Draw] | None) -> Observation:
+    def _seen(self, seed: int, drawn: list[Draw] | None, low: Collection[str]) -> Observation:
         before, raw = _attributes(self.module), list[Any]()
 
         def keep(result: Any) -> Tensor:
@@ -136,7 +142,7 @@ class Observer:
 
         self.readers = {}
         with _noting(self.module, self.readers) if self.notes else nullcontext():
-            source, spy = record(self.module, self._rows, keep, seed=seed, draws=drawn)
+            source, spy = record(self.module, self._rows, keep, seed=seed, draws=drawn, low=low)
         leaves, spec = _flat(raw[0])
         values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         structure = (str(spec), *((tuple(value.shape), value.dtype) for value in values))
@@ -145,7 +151,7 @@ class Observer:
             picked = self._pick(raw[0])
         except Exception:  # in training mode it may return something else
             picked = None
-        rates = tuple((draw.kind, draw.p) for draw in source.draws)
+        rates = tuple((draw.kind, draw.p, draw.path) for draw in source.draws)
         draws = len(source.draws) + len(spy.escaped)
         return Observation(draws, rates, structure, values, picked, frozenset(spy.written), changed, self.readers)
 

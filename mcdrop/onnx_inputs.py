@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.rows import Rows
 
-__all__ = ["GraphInput", "fed", "graph_inputs", "hidden", "made_up", "picked", "placed"]
+__all__ = ["PERCEPTRON", "GraphInput", "fed", "graph_inputs", "hidden", "made_up", "picked", "placed"]
+
+PERCEPTRON = "mcdrop.perceptron"  # metadata of a graph whose network had linear layers alone
 
 _FREE = 8  # size of an axis that the graph leaves open, for rows that are made up
 _MADE_UP = 4  # rows
 _MOST = 2**26  # numbers that are made up for an input
 _KINDS = "biuf"
-_REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-_TURNS = ("Transpose", "Identity", "Cast")
 
 
 @dataclass(frozen=True)
@@ -125,33 +125,14 @@ def picked(model: Any, output: str | int | None) -> str:
 
 
 def hidden(model: Any) -> str:
-    """Gives the name of the value whose numbers are features: the same as in the torch network (``hidden_features``).
+    """Gives the name of the value whose numbers are features: what enters the last matrix product.
 
-    It is the first hidden layer where every weight is a linear layer's, and else what enters the last of these.
+    Of a graph that says that it was a perceptron it is what enters the second one (see ``hidden_features``).
     """
-    weights = _weights(model)
     products = [node for node in model.graph.node if node.op_type in ("Gemm", "MatMul")]
     if not products:
         raise InputError(
             "no matrix product runs in this graph; name the node whose output are the features with layer="
         )
-    linear = [node for node in products if node.input[1] in weights] or products
-    theirs = {name for node in linear for name in node.input[1:]}
-    made = {node.output[0] for node in linear}
-    for node in model.graph.node:
-        if node.op_type == "Add" and made & {*node.input}:
-            theirs |= {*node.input}
-    perceptron = len(linear) > 1 and weights <= theirs
-    return str(linear[1 if perceptron else -1].input[0])
-
-
-def _weights(model: Any) -> set[str]:
-    """The names of real matrices and vectors that nodes read, as they are or turned."""
-    found = {
-        tensor.name for tensor in model.graph.initializer if tensor.data_type in _REAL and math.prod(tensor.dims) > 1
-    }
-    for node in model.graph.node:
-        if node.op_type in _TURNS and node.input[0] in found:
-            found.remove(node.input[0])
-            found.add(node.output[0])
-    return found
+    perceptron = any(entry.key == PERCEPTRON for entry in model.metadata_props)
+    return str(products[1 if perceptron and len(products) > 1 else -1].input[0])

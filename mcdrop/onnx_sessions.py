@@ -55,14 +55,16 @@ def ended(one: Any, names: list[str], feeds: Feeds) -> list[Any]:
     return values
 
 
-def attempted(one: Any, names: list[str], feeds: Feeds) -> list[Any]:
+def attempted(one: Any, names: list[str], feeds: Feeds, *, loops: bool) -> list[Any]:
     """Runs a session on rows that it may not take, such as the number of a word that it does not know.
+
+    One with ``loops`` may take steps without end on some rows, so it is ended when it takes too long.
 
     Raises:
         InputError: it does not take them.
     """
     try:
-        values: list[Any] = one.run(names, feeds)
+        values: list[Any] = ended(one, names, feeds) if loops else one.run(names, feeds)
     except Exception as error:  # the runtime's own errors share no base
         if OF_STEP in str(error):
             raise InputError(

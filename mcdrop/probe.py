@@ -6,7 +6,8 @@ averages, losses and auxiliary heads of training stay in eval. Flags without an 
 together: draws may need several.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class Verdict:
 
 
 Verdicts = dict[str, Verdict]
+_Passes = Callable[..., list[Observation]]
 
 
 def probe(module: nn.Module, rows: Rows, pick: Pick) -> Verdicts:
@@ -87,15 +89,35 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
     look.notes = False  # which takes the flags from where they are read then
     by_path = dict(look.module.named_modules())
     unread = [path for path, one in by_path.items() if path not in verdicts and not isinstance(one, _NormBase)]
+    inert = [path for path, one in verdicts.items() if one.kind == "inert"]
     chosen = _modules(look, verdicts, "stochastic")
 
-    def looks(paths: Collection[str]) -> list[Observation]:
+    def passes(paths: Collection[str], new: Collection[str] = ()) -> list[Observation]:
+        """As they are, and where all that the new draws can drop is dropped."""
         on = [*chosen, *(by_path[path] for path in paths)]
-        return [look.observe(on, seed=seed) for seed in (_SEEDS[0], ALL_LOW)]
+        return [look.observe(on, seed=_SEEDS[0], low=low) for low in ((), new)]
+
+    for hidden in (unread, []):
+        try:
+            needed = _those_needed(look, passes, hidden, inert)
+            alone = look.observe([by_path[path] for path in needed], seed=_SEEDS[0])
+        except Exception as error:  # of several together, which no verdict is about
+            if out_of_memory(error):
+                raise
+            continue
+        if alone.draws > base.draws or same(alone, base):  # else it computes something else
+            return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
+    return verdicts
+
+
+def _those_needed(look: Observer, passes: _Passes, hidden: Sequence[str], inert: Sequence[str]) -> list[str]:
+    """Gives those of some flags without which passes give other numbers; of inert ones all, or none."""
+    whole, chosen = passes([*hidden, *inert])[0], passes([])[0]
+    new = {path for _, _, path in Counter(whole.rates) - Counter(chosen.rates)}
+    wanted = passes([*hidden, *inert], new)
 
     def left_out(paths: Sequence[str], others: Sequence[str]) -> list[str]:
-        """Gives those of some flags without which passes are not the same, beside others."""
-        if _alike(looks(others), whole):
+        if not paths or _alike(passes(others, new), wanted):
             return []
         if len(paths) == 1:
             return [*paths]
@@ -103,26 +125,15 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
         kept = left_out(left, [*right, *others])
         return kept + left_out(right, [*kept, *others])
 
-    inert = [path for path, one in verdicts.items() if one.kind == "inert"]
-    for maybe in ([*unread, *inert], inert):
-        try:
-            whole = looks(maybe)
-            if _alike(looks([]), whole):
-                return verdicts
-            alone = look.observe([by_path[path] for path in maybe], seed=_SEEDS[0])
-            if alone.draws <= base.draws and not same(alone, base):
-                continue  # it computes something else
-            needed = left_out(maybe, [])
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            continue
-        return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
-    return verdicts
+    if _alike(passes([], new), wanted):
+        return []
+    needed = left_out(hidden, inert)
+    # one by one would take passes for each of them, and alone they have no effect
+    return needed if _alike(passes(needed, new), wanted) else [*needed, *inert]
 
 
 def _alike(ones: Sequence[Observation], others: Sequence[Observation]) -> bool:
-    return all(one.rates == other.rates and same(one, other) for one, other in zip(ones, others, strict=True))
+    return all(same(one, other) for one, other in zip(ones, others, strict=True))
 
 
 def _modules(look: Observer, verdicts: Mapping[str, Verdict], *kinds: str) -> list[nn.Module]:
@@ -138,9 +149,8 @@ def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
 
 def _effect(look: Observer, child: nn.Module, base: Observation, on: Sequence[nn.Module]) -> Verdict:
     """Says what a flag does that is switched on; a second look is for what the first does not settle."""
-    drawn: list[Draw] = []
     try:
-        first = look.observe([*on, child], seed=_SEEDS[0], drawn=drawn)
+        first = look.observe([*on, child], seed=_SEEDS[0])
         altered = _altered(first, base)
         if first.draws > base.draws and first.structure == base.structure and not altered:
             return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
@@ -149,7 +159,7 @@ def _effect(look: Observer, child: nn.Module, base: Observation, on: Sequence[nn
         if out_of_memory(error):
             raise
         said = f"fails in training mode: {type(error).__name__}: {str(error)[:100]}"
-        return Verdict("refused", said, max(0, len(drawn) - base.draws))
+        return Verdict("refused", said)
     draws = max(first.draws, second.draws) - base.draws
     if altered:
         return Verdict("refused", altered, draws)
@@ -181,18 +191,27 @@ def _effect_on_draws(
 
 
 def _with_hidden(look: Observer, base: Observation, verdicts: Verdicts) -> Verdicts:
-    """Counts for flags that stay off the draws of what is read, or draws, only where they are on."""
+    """Counts for flags that stay off the draws of what is read, or draws, only where they are on.
+
+    Those of a way that fails never reach an output, and are only told.
+    """
     found = {}
     for path, one in verdicts.items():
-        if one.kind == "refused":
-            draws = _hidden_draws(look, path, base, verdicts)
-            none = ", without a draw" if draws else ""
-            found[path] = replace(one, draws=max(one.draws, draws), reason=one.reason.removesuffix(none))
+        if one.kind != "refused":
+            continue
+        draws, fails = _hidden_draws(look, path, base, verdicts)
+        if draws and fails:
+            found[path] = replace(one, reason=f"{one.reason}; {draws} draws before that stay off")
+        elif draws:
+            reason = one.reason.removesuffix(", without a draw")
+            found[path] = replace(one, draws=max(one.draws, draws), reason=reason)
     return {**verdicts, **found}
 
 
-def _hidden_draws(look: Observer, path: str, base: Observation, verdicts: Mapping[str, Verdict]) -> int:
-    """How many draws of a way that only training takes the output follows; all of them, where that way fails."""
+def _hidden_draws(
+    look: Observer, path: str, base: Observation, verdicts: Mapping[str, Verdict]
+) -> tuple[int, bool]:  # fmt: skip
+    """How many draws of a way that only training takes the output follows, or all and that the way fails."""
     by_path = dict(look.module.named_modules())
     inert = _modules(look, verdicts, "inert")
     known = {*map(id, _modules(look, verdicts, "stochastic", "norm", "refused"))}
@@ -205,12 +224,14 @@ def _hidden_draws(look: Observer, path: str, base: Observation, verdicts: Mappin
         new = [one for one in others if id(one) in look.readers and id(one) not in known]
     without = _attempted(look, inert, []) or base
     if seen is None:
-        return max(0, len(drawn) - without.draws)
+        return max(0, len(drawn) - without.draws), True
     if seen.draws <= without.draws:
-        return 0
-    read = [_read(one, base) for one in (seen, *(look.observe(on, seed=seed) for seed in _EXTREMES))]
-    varied = any(not identical(a, b) for others in read[1:] for a, b in zip(read[0], others, strict=False))
-    return seen.draws - without.draws if varied else 0
+        return 0, False
+    looks = zip(
+        *(_read(one, base) for one in (seen, *(look.observe(on, seed=seed) for seed in _EXTREMES))), strict=False
+    )
+    follows = [any(not identical(first, other) for other in others) for first, *others in looks]
+    return (seen.draws - without.draws if follows and all(follows) else 0), False
 
 
 def _attempted(look: Observer, on: Sequence[nn.Module], drawn: list[Draw]) -> Observation | None:
@@ -224,11 +245,11 @@ def _attempted(look: Observer, on: Sequence[nn.Module], drawn: list[Draw]) -> Ob
 
 
 def _read(seen: Observation, base: Observation) -> list[Tensor]:
-    """The output that is read; where training returns something else, the first that has its shape, in a list."""
+    """The output that is read; where training returns something else, all that may be it by their shape."""
     wanted = base.values[0] if base.picked is None else base.picked
     if seen.picked is not None and seen.picked.shape == wanted.shape:
         return [seen.picked]
-    return [value for value in seen.values if value.shape == wanted.shape][:1]
+    return [value for value in seen.values if value.shape == wanted.shape]
 
 
 def _altered(seen: Observation, base: Observation) -> str:

@@ -1,7 +1,7 @@
 """One forward pass seen from outside: what it draws, what escapes control, what it writes to."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,9 +63,12 @@ class Recorder:
     lift: Tensor | None = None
 
     def __init__(
-        self, paths: dict[int, str], device: torch.device, *, seed: int | None, force: Callable[[str], bool]
-    ) -> None:
+        self, paths: dict[int, str], device: torch.device, *, seed: int | None, force: Callable[[str], bool],
+        low: Collection[str] = (),
+    ) -> None:  # fmt: skip
         """Takes the module paths; with ``seed=None`` every draw gets its expectation, with an extreme one the same.
+
+        Draws of the modules in ``low`` get the lowest numbers.
 
         ``force`` says of a module path whether a dropout call there that is switched off drops all the same.
         """
@@ -75,7 +78,7 @@ class Recorder:
         self.forced: set[int] = set()
         self._paths = paths
         self._device = device
-        self._seed = seed
+        self._seed, self._low = seed, low
         self._force = force
 
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
@@ -86,8 +89,9 @@ class Recorder:
             self.lanes.append(self.draws[-1].path)
         if self._seed is None:
             return None
-        if self._seed in _EXTREMES:
-            return torch.full(shape, _EXTREMES[self._seed][kind]).to(self._device)
+        seed = ALL_LOW if self.draws[-1].path in self._low else self._seed
+        if seed in _EXTREMES:
+            return torch.full(shape, _EXTREMES[seed][kind]).to(self._device)
         return torch.as_tensor(np.asarray(sample_masks([site], 1, seed=self._seed)[site.name][0])).to(self._device)
 
     def forces(self, p: float) -> bool:
@@ -265,12 +269,12 @@ def _readings(spy: Spy) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def record(
     module: nn.Module, rows: Rows, pick: Pick, *, seed: int | None, force: Callable[[str], bool] = nowhere,
-    draws: list[Draw] | None = None,
+    draws: list[Draw] | None = None, low: Collection[str] = (),
 ) -> tuple[Recorder, Spy]:  # fmt: skip
     """Runs one pass and gives what it drew, also in ``draws`` where it fails, and what the spy saw."""
     paths = module_paths(module)
     leaf = rows.leaves[0]
-    source = Recorder(paths, leaf.device, seed=seed, force=force)
+    source = Recorder(paths, leaf.device, seed=seed, force=force, low=low)
     source.draws = source.draws if draws is None else draws
     spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in source.draws))
     stays = [*kept_tensors(module)]  # where a forward sets others, so that none of these takes the memory of one

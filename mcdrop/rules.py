@@ -139,7 +139,7 @@ def _to_out(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if out is None:
             return rule(mode, *args, **kwargs)
         value = rule(mode, *args, **{"dtype": out.dtype, "device": out.device, **kwargs})
-        return mode.write(out.resize_(value.shape), value)
+        return mode.write(out if out.shape == value.shape else out.resize_(value.shape), value)
 
     return with_out
 

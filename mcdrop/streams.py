@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,8 +66,8 @@ def whole(target: str | Path) -> Iterator[Path]:
     """
     place = Path(target).resolve()  # a link stays a link, to the new file
     in_place = place.exists() and not place.is_file()  # a device is not replaced; a folder cannot be opened
-    beside = place if in_place else _beside(place)
     with explained("write", target):
+        beside = place if in_place else _beside(place)
         try:
             yield beside
             if not in_place:
@@ -86,13 +88,16 @@ def check_place(target: str | Path) -> None:
         if place.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not place.exists() or place.is_file():
-            beside = _beside(place)
-            beside.touch()
-            beside.unlink()
+            _beside(place).unlink()
 
 
 def _beside(place: Path) -> Path:
-    return place.with_name(f".{place.name[:64]}.{os.getpid()}.part")
+    """Makes an empty file of a name that nobody else has, with the mode of the file whose place it is to take."""
+    beside = place.with_name(f".{place.name[:64]}.{secrets.token_hex(8)}.part")
+    os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    if place.exists():
+        beside.chmod(stat.S_IMODE(place.stat().st_mode))
+    return beside
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
+from mcdrop import streams
 from mcdrop.errors import InputError
 from mcdrop.files import append_columns, check_target, read_inputs, read_targets, state_of
 from mcdrop.model import Model
@@ -183,3 +184,23 @@ def test_a_target_is_tried_and_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Is a directory"):
         check_target(source, tmp_path, ["score"])
     assert {*tmp_path.iterdir()} == {source, target}
+
+
+def test_a_file_that_is_written_again_keeps_its_mode(tmp_path: Path) -> None:
+    target = tmp_path / "secret.csv"
+    for mode in (0o600, 0o640):
+        target.touch()
+        target.chmod(mode)
+        with streams.writing(target) as stream:
+            stream.write("x")
+        assert target.stat().st_mode & 0o777 == mode
+        assert target.read_text() == "x"
+    assert [*tmp_path.iterdir()] == [target]
+
+
+def test_files_of_long_names_do_not_meet_while_they_are_written(tmp_path: Path) -> None:
+    targets = [tmp_path / f"{'n' * 100}{end}" for end in "ab"]
+    with streams.writing(targets[0]) as one, streams.writing(targets[1]) as other:
+        one.write("one")
+        other.write("other")
+    assert [target.read_text() for target in targets] == ["one", "other"]

@@ -153,7 +153,6 @@ LOST: dict[str, tuple[Callable[[Gated, Tensor], Any], str]] = {
     "another scale": (lambda net, x: net.second(x) * 1.5 if net.training else x, "computes something else in training"),
     "by inner flags": (_by_inner_flags, "computes something else in training mode"),
     "a second output": (_two_outputs, "returns something else in training mode"),
-    "a failure": (_then_fails, "fails in training mode: ValueError: targets are needed"),
 }
 
 
@@ -163,6 +162,32 @@ def test_draws_of_a_way_that_only_training_takes_are_named(way: Any, said: str, 
     net = Gated(way, nn.Dropout(rate)).eval()
     with pytest.raises(UncontrolledDraw, match=f"1 draws in the root module, which {said}"):
         mcdrop.wrap(net, example=X, output=lambda found: found[0] if isinstance(found, tuple) else found)
+
+
+def test_draws_before_a_failure_of_training_are_told() -> None:
+    model = mcdrop.wrap(Gated(_then_fails, nn.Dropout(0.5)).eval(), example=X)
+    assert [site.path for site in model.audit.live] == ["first"]
+    assert model.audit.kept[""].endswith("ValueError: targets are needed; 1 draws before that stay off")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_draws_that_only_a_loss_of_training_follows_change_nothing(first: bool) -> None:
+    """Whether it is kept or returned, before the output or after it."""
+
+    def returned(net: Gated, x: Tensor) -> Any:
+        aside = net.second(x) * 2
+        return ((aside, x) if first else (x, aside)) if net.training else x
+
+    def kept(net: Any, x: Tensor) -> Tensor:
+        if net.training:
+            net.loss = net.second(x).square().sum()
+            float(net.loss)
+        return x
+
+    for way in (returned, kept):
+        model = mcdrop.wrap(Gated(way, nn.Dropout(0.5)).eval(), example=X)
+        assert [site.path for site in model.audit.live] == ["first"]
+        assert model.audit.tier == "captured"
 
 
 def test_a_draw_that_differs_between_the_lanes_of_a_vmap_is_named() -> None:

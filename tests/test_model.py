@@ -115,3 +115,12 @@ def test_a_deep_copy_shares_the_network_and_answers_the_same() -> None:
     ours, theirs = (mcdrop.predict(one, x, passes=20) for one in (screened, other))
     np.testing.assert_array_equal(ours.mean, theirs.mean)
     np.testing.assert_array_equal(ours.p_value, theirs.p_value)
+
+
+def test_sparse_rows_are_taken_as_dense_ones_are() -> None:
+    model = mcdrop.wrap(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), example=torch.randn(4, 3))
+    x = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    sparse = mcdrop.predict(model, x.to_sparse(), passes=20)
+    np.testing.assert_allclose(sparse.mean, mcdrop.predict(model, x, passes=20).mean, rtol=1e-6)
+    with pytest.raises(InputError, match="too large for float32"):
+        mcdrop.predict(model, (x * 1e39).to_sparse(), passes=20)

@@ -259,3 +259,18 @@ def test_rows_that_the_bank_holds_are_at_distance_0_and_others_are_not(distance:
 def test_the_variance_is_summed_over_outputs() -> None:
     found = score_of("variance", summary(np.zeros((2, 3)), [[1.0, 2.0, 3.0], [0.0, 0.0, 0.5]]))
     np.testing.assert_array_equal(found, [6.0, 0.5])
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("offset", [10.0, 1000.0])
+def test_features_far_from_0_keep_the_digits_of_what_sets_them_apart(distance: str, offset: float) -> None:
+    """Rows alone and among others, beside distances in float64."""
+    random = np.random.default_rng(0)
+    rows, x = (np.float32(offset) + random.standard_normal((count, 32)).astype(np.float32) for count in (2000, 50))
+    bank = build_bank(rows, distance=distance, layer=None)
+    whole, alone = bank.measure(x), np.concatenate([bank.measure(x[i : i + 1]) for i in range(50)])
+    np.testing.assert_allclose(alone, whole, rtol=1e-6)
+    if distance == "euclidean":
+        scale = bank.state["scale"].astype(np.float64)
+        exact = np.sort(cdist(x / scale, bank.state["rows"].astype(np.float64)), axis=1)[:, 9]
+        np.testing.assert_allclose(whole, exact, rtol=1e-3)

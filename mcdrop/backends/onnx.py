@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from mcdrop.backends import Plain
 from mcdrop.drawn import Drawn, LatestMasks
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.masks import sample_masks
-from mcdrop.onnx_graph import pruned, split
+from mcdrop.onnx_bodies import LOOPS
+from mcdrop.onnx_graph import pruned, split, walk
 from mcdrop.onnx_inputs import fed, hidden
 from mcdrop.onnx_sessions import attempted, described, ended, session
 from mcdrop.onnx_slots import Slot
@@ -65,6 +67,8 @@ class OnnxBackend:
         self.slots = tuple(slots)
         self.model, self.output = model, output
         self._digest, self._layers = digest, layers
+        loops = any(place.node.op_type in LOOPS for place in walk(model.graph))
+        self._attempted = partial(attempted, loops=loops)
         masks = {slot.mask for slot in slots}
         self.inputs = [info for info in model.graph.input if info.name not in masks]
         self._border, _ = split(model, masks)
@@ -171,7 +175,9 @@ class OnnxBackend:
     # -- inside --
 
     def _random(self, feeds: Feeds) -> Array:
-        output: Array = attempted(self._after, [self.output], {k: v for k, v in feeds.items() if k in self._takes})[0]
+        output: Array = self._attempted(
+            self._after, [self.output], {k: v for k, v in feeds.items() if k in self._takes}
+        )[0]
         return output
 
     def _checked(self, outputs: Array, rows: Rows) -> Outputs:
@@ -199,7 +205,7 @@ class OnnxBackend:
         if self._before is not None:
             taken = {info.name: feeds[info.name] for info in self._before.get_inputs()}
             made = [info.name for info in self._before.get_outputs()]
-            border |= dict(zip(made, attempted(self._before, made, taken), strict=True))
+            border |= dict(zip(made, self._attempted(self._before, made, taken), strict=True))
         self._last.held = (weakref.ref(rows), border)
         return border
 
