@@ -7,7 +7,7 @@ the folder: a network is a graph, or weights for a function of an installed, all
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
 from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, swap, verify
 from mcdrop.store import sha256 as hash_of
+from mcdrop.wrapping import devices_of
 
 __all__ = ["CALIBRATION", "load", "save"]
 
@@ -198,8 +199,7 @@ def load(
         ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
         InputError: a device that cannot be used.
     """
-    single = isinstance(devices, str) or not isinstance(devices, Iterable)
-    devices = tuple(map(str, (devices,) if single else devices))
+    devices = tuple(map(str, devices_of(devices)))
     if Path(folder).is_file():
         return load_file(
             Path(folder), sha256=sha256, task=task or "regression", example=example, output=output, inject=inject,

@@ -16,7 +16,7 @@ from mcdrop.summaries import TASKS
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["wrap", "wrap_graph"]
+__all__ = ["devices_of", "wrap", "wrap_graph"]
 
 _EXAMPLE_ROWS = 8
 
@@ -111,8 +111,13 @@ def _shared_out(backend: Any, module: Any, devices: Any) -> Any:
         return backend
     from mcdrop.sharded import ShardedBackend
 
+    return ShardedBackend(backend, module, devices_of(devices))
+
+
+def devices_of(devices: Any) -> tuple[Any, ...]:
+    """Gives several devices, or a single one, as a tuple."""
     single = isinstance(devices, str) or not isinstance(devices, Iterable)
-    return ShardedBackend(backend, module, (devices,) if single else devices)
+    return (devices,) if single else tuple(devices)
 
 
 def _check(module: Any, task: str, precision: str) -> None:
