@@ -263,11 +263,15 @@ def test_what_a_network_compiles_is_captured_as_it_stands() -> None:
     assert spreads[0] == pytest.approx(spreads[1], rel=1e-6)
 
 
-def test_a_compiled_function_that_must_be_one_graph_is_refused_with_a_remedy() -> None:
+def test_a_compiled_function_that_must_be_one_graph_is_taken_or_refused_with_a_remedy() -> None:
+    """Torch 2.11 runs it as it stands where others look on, torch 2.13 refuses to."""
     act = torch.compile(lambda x, on: F.dropout(x.relu() + 1, 0.5, on), backend="eager", fullgraph=True)
-    with pytest.raises(InputError, match=r"cannot take these inputs .*set_stance\('force_eager'\)") as refused:
+    said = ""
+    try:
         wrapped(act)
-    assert len(str(refused.value)) < 400
+    except InputError as refused:
+        said = str(refused)
+    assert re.fullmatch(r"(the network cannot take these inputs .{,300}set_stance\('force_eager'\).{,60})?", said)
     with torch.compiler.set_stance("force_eager"):
         assert wrapped(act).audit.tier == "captured"
 

@@ -30,7 +30,7 @@ class Gated(nn.Module):
 
     def __init__(self, way: "Callable[[Gated, Tensor], Tensor]", second: nn.Module) -> None:
         super().__init__()
-        self.first, self.second, self.norm, self.way = nn.Dropout(0.1), second, nn.BatchNorm1d(2, eps=0.0), way
+        self.first, self.second, self.norm, self.way = nn.Dropout(0.1), second, nn.BatchNorm1d(2), way
         self.gate = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
