@@ -105,8 +105,12 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
             if out_of_memory(error):
                 raise
             continue
-        if alone.draws > base.draws or same(alone, base):  # else it computes something else
+        if alone.draws > base.draws or same(alone, base):
             return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
+        draws = passes(needed)[0].draws - passes([])[0].draws
+        if not hidden and draws > 0:
+            lost = Verdict("refused", "computes something else in training mode together with others", draws)
+            return {**verdicts, needed[0]: lost}
     return verdicts
 
 

@@ -139,7 +139,10 @@ def _to_out(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if out is None:
             return rule(mode, *args, **kwargs)
         value = rule(mode, *args, **{"dtype": out.dtype, "device": out.device, **kwargs})
-        return mode.write(out if out.shape == value.shape else out.resize_(value.shape), value)
+        if out.shape != value.shape:  # torch makes it fit
+            torch.utils.swap_tensors(out, value)
+            return out
+        return mode.write(out, value)
 
     return with_out
 

@@ -149,9 +149,15 @@ def _then_fails(net: Gated, x: Tensor) -> Tensor:
     return x
 
 
+def _both_at_once(net: Gated, x: Tensor) -> Any:
+    outer, inner = net.training, net.gate.training
+    return (net.second(x) * 2, x.sum()) if outer and inner else x
+
+
 LOST: dict[str, tuple[Callable[[Gated, Tensor], Any], str]] = {
     "another scale": (lambda net, x: net.second(x) * 1.5 if net.training else x, "computes something else in training"),
     "by inner flags": (_by_inner_flags, "computes something else in training mode"),
+    "two flags at once": (_both_at_once, "computes something else in training mode together with others"),
     "a second output": (_two_outputs, "returns something else in training mode"),
 }
 
