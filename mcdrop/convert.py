@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mcdrop.barefile import read_plain
 from mcdrop.errors import ArtifactError, InputError
+from mcdrop.streams import whole
 
 __all__ = ["convert"]
 
@@ -37,8 +38,9 @@ def convert(source: str | Path, target: str | Path, *, sha256: str | None = None
     if not tensors or len(tensors) != len(weights):
         raise ArtifactError(f"{source} does not hold a state dict, that is, tensors by name")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(target))
-    except (SafetensorError, OSError) as error:
+        with whole(target) as beside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(beside))
+    except SafetensorError as error:
         raise InputError(f"cannot write {target}: {error}") from None
     return len(tensors)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, MissingExtra
-from mcdrop.streams import check_place, explained, whole
+from mcdrop.streams import check_place, explained, reading, whole
 from mcdrop.table import Block, Table, check_spelling, read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -152,10 +152,10 @@ def _header(source: str | Path) -> list[str]:
     if _is_parquet(source):
         return list(_open_parquet(source).schema_arrow.names)
     try:
-        with Path(source).open(encoding="utf-8-sig", newline="") as stream:
+        with reading(source) as stream:
             return [cell.strip() for cell in next(csv.reader(stream), [])]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {source}: {error}") from None
 
 
 def _features(model: "Model", source: str | Path, without: Sequence[str]) -> list[str] | None:

@@ -4,7 +4,6 @@ The masks of all passes are constants in it. It runs wherever the format runs, o
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from mcdrop.masks import sample_masks
 from mcdrop.model import Model, Options
 from mcdrop.posterior_statistics import BY_PLACE, statistics
 from mcdrop.predict import Prediction, predict
+from mcdrop.streams import whole
 
 if TYPE_CHECKING:
     from mcdrop.backends.onnx import OnnxBackend
@@ -112,14 +112,9 @@ def _asked(
 
 
 def _written(data: bytes, path: str | Path) -> Path:
-    """Writes a file beside and renames it, so it is whole or not there."""
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".writing-", delete=False) as file:
-        file.write(data)
-    beside = Path(file.name)
-    beside.chmod(0o644)
-    beside.replace(target)
-    return target
+    with whole(path) as beside:
+        beside.write_bytes(data)
+    return Path(path)
 
 
 def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Options) -> Any:
