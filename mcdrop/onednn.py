@@ -14,9 +14,23 @@ from torch.utils.flop_counter import conv_flop_count
 
 from mcdrop.convolve import folded
 
-__all__ = ["FLOPS", "IN_PLACE", "ONEDNN", "Packed", "available", "conv", "conv_add_relu", "conv_add_relu_", "linear"]
+__all__ = [
+    "FLOPS",
+    "IN_PLACE",
+    "NARROW",
+    "ONEDNN",
+    "Packed",
+    "available",
+    "conv",
+    "conv_add_relu",
+    "conv_add_relu_",
+    "linear",
+    "narrow",
+]
 
+NARROW = range(5, 17)  # units; of fewer MKL's product is as fast, and more fill the registers that it computes with
 _IMAGE = 2  # axes of what is convolved
+_MANY_ROWS = 1024
 _MOST_SIZES = 3  # that a weight is kept for: those of rows, of a chunk of passes, and of the last one
 
 
@@ -95,6 +109,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
     return output
 
 
+def narrow(x: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:
+    """A product of a matrix with a turned weight of few units, and its bias: by oneDNN where there are many rows.
+
+    From 1024 rows on that took 0.4 to 0.9 of the time of MKL's product on an EPYC, below more.
+    """
+    if len(x) >= _MANY_ROWS:
+        return linear(x, turned.t(), bias, "none")
+    product = torch.mm(x, turned)
+    return product if bias is None else product.add_(bias)
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -103,7 +128,7 @@ def _flat(x: Tensor) -> Tensor:
     return _channels_last(x.reshape(-1, *x.shape[-1 - _IMAGE :]))
 
 
-ONEDNN = frozenset({Packed, conv, conv_add_relu, conv_add_relu_, linear})
+ONEDNN = frozenset({Packed, conv, conv_add_relu, conv_add_relu_, linear, narrow})
 IN_PLACE = {conv_add_relu: conv_add_relu_}
 
 

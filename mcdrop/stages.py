@@ -73,7 +73,7 @@ def make_stages(
     if kept and not make_kept(graph, given["masks"]):
         raise NotCaptured("it has no linear layers between dropouts")
     graph.eliminate_dead_code()  # before anything is written in place, which counts as being used
-    split_linear(graph, passes, captured.symbols)
+    split_linear(graph, passes, captured.symbols, fused=fused)
     if fused:  # else the compiler does both
         fuse(graph)
         channels_last(graph, few_digits=few_digits)

@@ -136,6 +136,20 @@ def test_linear_layers_in_bfloat16_add_their_bias_and_relu_as_they_write() -> No
     assert apart(got, loop(model, x, 5)) < 2e-2
 
 
+@pytest.mark.skipif(not available(torch.float32, torch.device("cpu")), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_few_units_are_onednns_where_there_are_many_rows(bias: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(0.4), nn.Linear(32, 10, bias=bias)).eval()
+    x = torch.randn(171, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    for count, products in ((170, 0), (171, 1)):  # times five and the deterministic one: 1020 and 1026
+        with Operations() as ran:
+            got = passes(model, x[:count], 5)
+        assert len(ran.named("mkldnn._linear_pointwise")) == products
+        assert apart(got, loop(model, x[:count], 5)) < 1e-5
+
+
 # -- folded once -------------------------------------------------------------------------------------------------------
 
 
