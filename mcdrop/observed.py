@@ -13,6 +13,7 @@ from mcdrop.agreement import identical
 from mcdrop.outputs import Pick
 from mcdrop.record import Draw, record
 from mcdrop.rows import Rows
+from mcdrop.shadow import takes_masks
 from mcdrop.volatile import Left
 
 __all__ = ["Observation", "Observer", "same"]
@@ -164,10 +165,12 @@ def _flat(result: Any) -> tuple[list[Any], Any]:
 
 
 def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
-    """Plain values that modules keep about themselves, such as step counters."""
+    """Plain values that modules keep about themselves, such as step counters; rates of dropout show in its draws."""
     return {
         (path, name): value
         for path, child in module.named_modules()
         for name, value in child.__dict__.items()
-        if isinstance(value, bool | int | float | str) and name != "training"
+        if isinstance(value, bool | int | float | str)
+        and name != "training"
+        and not (name == "p" and takes_masks(child))
     }

@@ -62,6 +62,12 @@ def _by_a_copy(net: Gated, x: Tensor) -> Tensor:
     return dropped
 
 
+def _by_setting_a_rate(net: Gated, x: Tensor) -> Tensor:
+    net.gate.p = 0.5 if net.training else 0.0
+    dropped: Tensor = net.gate(x)
+    return dropped
+
+
 WAYS: dict[str, Callable[[Gated, Tensor], Tensor]] = {
     "a layer in a branch": lambda net, x: net.second(x) if net.training else x,
     "both flags at once": lambda net, x: F.dropout(x, 0.5, net.training and net.second.training),
@@ -73,6 +79,7 @@ WAYS: dict[str, Callable[[Gated, Tensor], Tensor]] = {
     "by a copy of a layer": _by_a_copy,
     "one of two flags": lambda net, x: net.second(x) if net.training or net.norm.training or net.gate.training else x,
     "a rate by another flag": lambda net, x: F.dropout(x, 0.5 if net.training else 0.1, net.second.training),
+    "a rate that the flag sets": _by_setting_a_rate,
     "other layers in eval": lambda net, x: net.second(x) if net.training else net.gate(x),
     "chosen by a tensor": lambda net, x: torch.where(torch.tensor(net.training), net.second(x), x),
     "by the dict of a module": lambda net, x: net.second(x) if vars(net)["training"] else x,
