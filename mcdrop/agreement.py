@@ -1,12 +1,12 @@
 """Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "identical", "largest", "told_apart"]
+__all__ = ["difference", "identical", "largest", "told_apart", "told_orders"]
 
 _Draw = TypeVar("_Draw")
 
@@ -45,18 +45,38 @@ def told_apart(
 ) -> frozenset[_Draw]:
     """Says of which draws the entries of a row stand apart: the first ones of all rows before their second ones.
 
-    So they stand where steps come before rows; else side by side, as heads of attention do.
-
     Args:
         draws: those with several entries for each row, one at least.
         differs: whether a row alone answers otherwise than among others, where the first ones are taken to stand apart
             and the second ones alone are on.
     """
-    none, every = frozenset[_Draw](), frozenset(draws)
-    if not differs(none, every):
-        return none
-    each = (frozenset({draw}) for draw in draws)
-    return none.union(*(one for one in each if differs(none, one) and not differs(one, one)))
+
+    def ordered(orders: Mapping[_Draw, int], on: frozenset[_Draw]) -> bool:
+        return differs(frozenset(draw for draw, apart in orders.items() if apart), on)
+
+    orders = told_orders(dict.fromkeys(draws, (0, 1)), ordered)
+    return frozenset(draw for draw, apart in orders.items() if apart)
+
+
+def told_orders(
+    draws: Mapping[_Draw, Sequence[int]], differs: Callable[[Mapping[_Draw, int], frozenset[_Draw]], bool]
+) -> dict[_Draw, int]:
+    """Says of each draw in which of some orders the entries of a row stand; the first is the usual one.
+
+    Args:
+        draws: those with several entries for each row, one at least, and the orders that there are for each.
+        differs: whether a row alone answers otherwise than among others, where they are taken to stand in some orders
+            and some of the draws are on.
+    """
+    usual = {draw: orders[0] for draw, orders in draws.items()}
+    if not differs(usual, frozenset(draws)):
+        return usual
+    found = {**usual}
+    for draw, orders in draws.items():
+        alone = frozenset({draw})
+        fits = (order for order in orders if not differs({**usual, draw: order}, alone))
+        found[draw] = next(fits, orders[0])
+    return found
 
 
 def _array(values: Any) -> NDArray[Any]:

@@ -37,12 +37,12 @@ _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to
 class Layout:
     """Which axis of a draw follows the rows, and how many entries of it belong to one row.
 
-    These stand side by side, or ``apart``: the first ones of all rows before their second ones.
+    These stand side by side, but for ``outer`` ones, such as steps: the first of all rows comes before the second.
     """
 
     axis: int
     multiple: int = 1
-    apart: bool = False
+    outer: int = 1
 
     def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Gives the shape of what one row draws."""
@@ -51,12 +51,16 @@ class Layout:
 
     def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Repeats one row's mask over all rows of a draw (broadcast where that is enough)."""
-        mask = mask.unsqueeze(self.axis + self.apart)
         if self.multiple == 1:
-            return mask
-        rows = shape[self.axis] // self.multiple
-        own = (self.multiple, rows) if self.apart else (rows, self.multiple)
-        return mask.expand(*shape[: self.axis], *own, *shape[self.axis + 1 :]).reshape(shape)
+            return mask.unsqueeze(self.axis)
+        own = (self.outer, shape[self.axis] // self.multiple, self.multiple // self.outer)
+        return self.opened(mask).expand(*shape[: self.axis], *own, *shape[self.axis + 1 :]).reshape(shape)
+
+    def opened(self, mask: Tensor, before: int = 0) -> Tensor:
+        """Gives a row's mask, with further axes ``before`` its own, with one for the rows amid the row's entries."""
+        at = self.axis + before
+        own = (self.outer, 1, self.multiple // self.outer)
+        return mask.reshape(*mask.shape[:at], *own, *mask.shape[at + (self.multiple > 1) :])
 
 
 class LargerDraw(UncontrolledDraw):
@@ -189,9 +193,9 @@ class Folded(Given):
             raise ModelRefused(PACKED)
         if index in self._rates:
             masks = (masks >= p).float()
-        passes, axis = len(masks), layout.axis + layout.apart
+        passes, axis = len(masks), layout.axis + 1
         rows = shape[layout.axis] // layout.multiple // passes
-        spread = masks.movedim(0, axis).unsqueeze(axis + 1)
+        spread = layout.opened(masks, 1).movedim(0, axis)
         return spread.expand(*spread.shape[: axis + 1], rows, *spread.shape[axis + 2 :]).reshape(shape)
 
 

@@ -75,7 +75,9 @@ class Program:
             return *self._run("weights", *typed), *self._run("folded", *typed)
         looked = self._looked
         if looked is None or looked[0] is not tensors:
-            self._looked = looked = tensors, self._run("weights", *tensors)
+            looked = tensors, self._run("weights", *tensors)
+            if _look_at(looked[1], tensors):  # as a weight laid out otherwise does not
+                self._looked = looked
         return *looked[1], *self._run("folded", *tensors)
 
     def masks(self, stacks: Sequence[Tensor]) -> Values:
@@ -136,6 +138,12 @@ class Program:
     def _run(self, stage: str, *values: Any) -> Values:
         found: Values = self._stages[stage](*values)
         return found
+
+
+def _look_at(values: Values, tensors: Sequence[Tensor]) -> bool:
+    """Whether all values lie in the memory of tensors, so that numbers that are written there show in them."""
+    memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return all(value.untyped_storage().data_ptr() in memory for value in values)
 
 
 def _typed(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -229,10 +229,10 @@ def alike(source: fx.Node, node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node looks at the memory of its first argument in another way."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return any(result.alias_info is not None for result in node.target._schema.returns)
+    """Whether a node looks at the memory of its first argument in another way, or may, where a copy was taken out."""
+    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+    looks = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return looks or node.target is aten._unsafe_view.default
 
 
 def _owned(node: fx.Node) -> bool:

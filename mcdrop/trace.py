@@ -1,7 +1,7 @@
 """What every pass of an input signature does: its draws in order, and the axis of each that follows the rows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mcdrop.agreement import difference, told_apart
+from mcdrop.agreement import difference, told_orders
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
@@ -30,6 +30,7 @@ _SEEDS = (1, 2, 3)
 _ONE_SIZE = (RuntimeError, ValueError, IndexError, AssertionError)  # of a network that is built for one batch size
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
+_MOST_TELLING = 64  # rows
 _FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
 
 
@@ -127,7 +128,8 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     with suppress(*_ONE_SIZE):
         wide, larger = record(module, repeat_rows(rows, _MORE), pick, seed=0, force=force)
         more = wide.draws
-    told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
+    counts = any(one.counted for one in spy.results)
+    told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None, counts) for i, draw in enumerate(few)]
     unclear = tuple(f"site{i}" for i, (_, clear) in enumerate(told) if not clear)
     shapes = [
         draw.shape if layout is None else layout.unit_shape(draw.shape)
@@ -136,6 +138,8 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     if unclear and given is not rows:
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
+        if len(source.draws) != len(few):
+            raise UncontrolledDraw("how many random numbers a pass draws depends on the number of rows")
         shapes = [source.draws[i].shape if f"site{i}" in unclear else shape for i, shape in enumerate(shapes)]
     found = Trace(
         sites=tuple(
@@ -161,28 +165,45 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
 
     Masks are real numbers here, no two alike: a network may still read them as true and false.
     """
-    several = [i for i, layout in enumerate(found.layouts) if layout is not None and layout.multiple > 1]
-    if not several:
+    several = {i: layout.multiple for i, layout in enumerate(found.layouts) if layout is not None}
+    orders = {i: _orders(multiple) for i, multiple in several.items() if multiple > 1}
+    if not orders:
         return found
     drawn, numbers = sample_masks(found.sites, 1, seed=0), np.random.default_rng(0)
     each = [drawn[site.name][0] * numbers.uniform(0.5, 1.5, site.shape) for site in found.sites]
     masks = [torch.as_tensor(mask, dtype=torch.float32, device=rows.leaves[0].device) for mask in each]
+    some = repeat_rows(rows, _telling(several.values()))
 
-    def placed(apart: frozenset[int]) -> Trace:
-        layouts = (replace(one, apart=i in apart) if one is not None else None for i, one in enumerate(found.layouts))
+    def placed(outer: Mapping[int, int]) -> Trace:
+        layouts = [one and replace(one, outer=outer.get(i, 1)) for i, one in enumerate(found.layouts)]
         return replace(found, layouts=tuple(layouts))
 
     @torch.no_grad()
-    def differs(apart: frozenset[int], on: frozenset[int]) -> bool:
-        some, given = placed(apart), [mask if i in on else None for i, mask in enumerate(masks)]
+    def differs(outer: Mapping[int, int], on: frozenset[int]) -> bool:
+        trace, given = placed(outer), [mask if i in on else None for i, mask in enumerate(masks)]
         try:
-            together = one_pass(module, rows, pick, some, given)
-            alone = [one_pass(module, rows.take(slice(row, row + 1)), pick, some, given) for row in range(2)]
+            together = one_pass(module, some, pick, trace, given)
+            alone = [one_pass(module, some.take(slice(row, row + 1)), pick, trace, given) for row in range(2)]
         except (UncontrolledDraw, *_ONE_SIZE):
             return True
         return difference(torch.cat(alone), together[:2]) > _LOOSE * tolerance(together.dtype)
 
-    return placed(told_apart(several, differs))
+    return placed(told_orders(orders, differs))
+
+
+def _orders(multiple: int) -> list[int]:
+    """How many of a row's entries may stand before the rows: none, all, or a part of them."""
+    return [1, multiple, *(outer for outer in range(2, multiple) if multiple % outer == 0)]
+
+
+def _telling(multiples: Iterable[int]) -> int:
+    """Gives a number of rows that tells the orders apart also where all entries of a row are added up.
+
+    With a number that has no factor in common with theirs, a wrong order only swaps the masks of a row's entries.
+    """
+    factors = {next(k for k in range(2, multiple + 1) if multiple % k == 0) for multiple in multiples if multiple > 1}
+    count = math.lcm(*factors)
+    return max(_FEW, count if count > 2 else 2 * count) if count <= _MOST_TELLING else _FEW
 
 
 def _united(few: Spy, more: Spy | None, again: Callable[[], tuple[Recorder, Spy]]) -> str:
@@ -231,8 +252,11 @@ def _random_rates(draws: list[Draw], others: list[Recorder]) -> frozenset[int]:
     return frozenset(rates)
 
 
-def _layout(few: tuple[int, ...], more: tuple[int, ...] | None) -> tuple[Layout | None, bool]:
-    """The layout of a draw from its shapes for three and five rows, and whether they tell it."""
+def _layout(few: tuple[int, ...], more: tuple[int, ...] | None, counts: bool) -> tuple[Layout | None, bool]:
+    """The layout of a draw from its shapes for three and five rows, and whether they tell it.
+
+    Where entries are counted, as those of a mask, other rows may have more of them or fewer.
+    """
     if more is None or len(more) != len(few):
         return None, False
     differing = [axis for axis, (a, b) in enumerate(zip(few, more, strict=True)) if a != b]
@@ -241,4 +265,5 @@ def _layout(few: tuple[int, ...], more: tuple[int, ...] | None) -> tuple[Layout 
     axis = differing[0]
     if len(differing) > 1 or few[axis] % _FEW or few[axis] // _FEW * _MORE != more[axis]:
         return None, False
-    return Layout(axis, few[axis] // _FEW), True
+    multiple = few[axis] // _FEW
+    return (None, False) if counts and multiple > 1 else (Layout(axis, multiple), True)

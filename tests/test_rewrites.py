@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captures import NETS, Operations, apart, loop, made, passes, program_of, stacks_of, tensors, wrapped
 from devices import on_each_device
 from torch import Tensor, nn
@@ -167,6 +168,36 @@ def test_values_that_are_read_again_are_not_written_over(device: str) -> None:
         for rows, count in ((7, 5), (1, 2), (2, 2)):
             assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5
     assert torch.equal(x, before)
+
+
+class Flattens(nn.Module):
+    """Puts steps before rows, which copies several rows and only looks at a single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.drop = nn.Parameter(torch.randn(4, 6)), nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.transpose(0, 1).reshape(-1, 4).mul(0.5).tanh()
+        noise = F.gumbel_softmax(steps, 1.0) if self.training else steps.softmax(-1)
+        turned = self.weight.t().contiguous().view(4, 6)
+        out: Tensor = (self.drop(steps + noise) @ turned).reshape(3, len(x), 6).mean(0)
+        return out
+
+
+def test_what_may_look_at_inputs_masks_or_weights_is_not_written_to_and_follows_them() -> None:
+    torch.manual_seed(0)
+    net, x = Flattens().eval(), torch.randn(5, 3, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    before, whole = x.clone(), passes(model, x, 5)
+    for _ in range(2):
+        assert apart(passes(model, x[:1], 5), whole[:, :1]) < 1e-5
+        assert apart(passes(model, x, 5), whole) < 1e-6
+        assert torch.equal(x, before)
+    with torch.no_grad():
+        net.weight.mul_(3)
+    assert apart(passes(model, x, 5), 3 * whole) < 1e-5
 
 
 # -- layout ------------------------------------------------------------------------------------------------------------

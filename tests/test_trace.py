@@ -61,11 +61,24 @@ def by_steps(x: Tensor) -> Tensor:
     return F.dropout(steps, 0.5).reshape(2, -1, 2).transpose(0, 1).reshape(-1, 4)
 
 
+def by_steps_and_heads(x: Tensor) -> Tensor:
+    """Two steps of two heads each: the first step of all rows, head after head, before the second one."""
+    steps = x.reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 1)
+    return F.dropout(steps, 0.5).reshape(2, -1, 2).transpose(0, 1).reshape(-1, 4)
+
+
+def averaged_copies(x: Tensor) -> Tensor:
+    """The mean over four copies: a wrong order of the masks shows only where rows get one mask twice."""
+    return F.dropout(x.repeat(4, 1), 0.5).reshape(4, -1, 4).mean(0)
+
+
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], Layout | None]] = {
     "rows first": (lambda x: F.dropout(x, 0.5), (4,), Layout(0)),
     "rows second": (columns_first, (4,), Layout(1)),
     "heads merged with rows": (by_heads, (2, 2), Layout(0, 2)),
-    "steps before rows": (by_steps, (2, 2), Layout(0, 2, apart=True)),
+    "steps before rows": (by_steps, (2, 2), Layout(0, 2, outer=2)),
+    "steps before rows, heads after": (by_steps_and_heads, (4, 1), Layout(0, 4, outer=2)),
+    "copies that are averaged": (averaged_copies, (4, 4), Layout(0, 4, outer=4)),
     "channels": (lambda x: F.dropout2d(x[:, :, None, None], 0.5)[:, :, 0, 0], (4,), Layout(0)),
     "a weight, shared by all rows": (lambda x: x @ F.dropout(torch.eye(4), 0.5), (4, 4), None),
     "one number a row": (lambda x: x * torch.bernoulli(x[:, :1], 0.5), (1,), Layout(0)),
@@ -82,9 +95,22 @@ def test_the_axis_of_the_rows_is_told_from_two_row_counts(
     assert found.unclear == ()
 
 
-def test_a_draw_that_mixes_the_rows_is_unclear() -> None:
-    found = traced(lambda x: x + torch.rand(len(x), len(x)).sum())
-    assert found.unclear == ("site0",)
+def _kept_entries(x: Tensor) -> Tensor:
+    """Drops those entries of all rows that are not 0: another row may have another number of them."""
+    there = x.flatten().nonzero().flatten()
+    return torch.zeros(x.numel()).index_put((there,), F.dropout(x.flatten()[there], 0.5)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "act", [lambda x: x + torch.rand(len(x), len(x)).sum(), _kept_entries], ids=["mixed", "counted"]
+)
+def test_a_draw_whose_rows_cannot_be_told_is_unclear(act: Callable[[Tensor], Tensor]) -> None:
+    assert traced(act).unclear == ("site0",)
+
+
+def test_a_draw_for_each_row_by_itself_is_refused() -> None:
+    with pytest.raises(UncontrolledDraw, match="depends on the number of rows"):
+        traced(lambda x: torch.stack([F.dropout(row, 0.5) for row in x]))
 
 
 def test_draws_are_numbered_in_order_with_the_module_that_draws() -> None:
