@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from mcdrop.forward import draws_off
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
+from mcdrop.standing import kept_tensors
+from mcdrop.volatile import volatile
 
-__all__ = ["hidden_features", "is_perceptron", "weights_digest"]
+__all__ = ["beside_weights", "hidden_features", "is_perceptron", "tensors_digest", "weights_digest"]
 
 
 def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None) -> Tensor:
@@ -92,9 +95,23 @@ def _note(seen: list[Tensor], value: Any) -> None:
 
 def weights_digest(module: nn.Module) -> str:
     """Gives a sha256 over the names, types, shapes and values of all parameters and persistent buffers."""
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Gives a sha256 over the names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(plain.view(torch.uint8).numpy() if plain.dim() else plain.reshape(1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def beside_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Gives the tensors that a state dict leaves out: buffers that are not persistent, and plain attributes.
+
+    What forwards of a shadow write to is not among them.
+    """
+    known = {*module.state_dict(), *volatile(module)}
+    found = [*module.named_buffers(), *kept_tensors(module)]
+    return {name: tensor for name, tensor in found if name not in known}

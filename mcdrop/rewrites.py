@@ -297,4 +297,4 @@ def _scales_mask(node: fx.Node) -> bool:
 
 def _factors(mask: Tensor, scale: float) -> Tensor:
     """Scales a mask; torch multiplies the numbers of a byte up to four times as fast as what is true or false."""
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask) * scale  # an expected mask has real numbers
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()) * scale  # expected ones are real

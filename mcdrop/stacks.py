@@ -133,5 +133,11 @@ def block_bytes(site: Site, device: torch.device) -> int:
 
 
 def expected_stack(site: Site, device: torch.device) -> Tensor:
-    """Gives a single mask (1, *shape) that holds the expectation of each unit."""
-    return torch.full((1, *site.shape), _EXPECTED.get(site.kind, 1 - site.p), device=device)
+    """Gives a single mask (1, *shape) that holds the expectation of each unit.
+
+    Rates keep all digits: a network turns them into its own type, as it does with what is kept or dropped.
+    """
+    expected = _EXPECTED.get(site.kind)
+    if expected is None:
+        return torch.full((1, *site.shape), 1 - site.p, dtype=torch.float64, device=device)
+    return torch.full((1, *site.shape), expected, device=device)

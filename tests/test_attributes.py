@@ -11,6 +11,7 @@ from captures import apart, backend_of, loop, passes
 from torch import Tensor, nn
 
 import mcdrop
+from mcdrop.errors import InputError
 
 
 class Keeping(nn.Module):
@@ -192,3 +193,36 @@ def test_a_tensor_of_another_kind_may_be_kept(kept: Tensor) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Linear(4, 2)).eval()
     net.__dict__["kept"] = kept
     assert mcdrop.wrap(net, example=torch.randn(3, 4)).audit.tier == "captured"
+
+
+class Scaled(nn.Module):
+    """Scales its output by a tensor that no state dict holds."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.4), nn.Linear(16, 1))
+        if buffer:
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+        else:
+            self.scale = torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x) * self.scale
+        return out
+
+
+@pytest.mark.parametrize("buffer", [True, False], ids=["a buffer", "an attribute"])
+def test_what_was_fitted_sees_tensors_that_no_state_dict_holds(buffer: bool) -> None:
+    """Scores again where they have changed: of rows and references ten times as large p-values are the same."""
+    torch.manual_seed(0)
+    net, x = Scaled(buffer).eval(), torch.randn(60, 4)
+    model = mcdrop.wrap(net, example=x[:4])
+    calibration = mcdrop.calibrate(model, x, torch.randn(60, 1))
+    screen = mcdrop.fit_screen(model, x[:40], fpr=0.05)
+    before = mcdrop.predict(model, x[40:], screen=screen).p_value
+    net.scale.mul_(10)
+    np.testing.assert_array_equal(mcdrop.predict(model, x[40:], screen=screen).p_value, before)
+    with pytest.raises(InputError, match="calibrate again"):
+        mcdrop.predict(model, x, calibration=calibration)
+    net.scale.div_(10)
+    assert mcdrop.predict(model, x, calibration=calibration).interval == "conformal"

@@ -48,19 +48,22 @@ def closed_form(net: nn.Sequential, x: NDArray[Any], p: float) -> tuple[Array, A
 # -- one dropout: nothing is left to draw ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=["float", "double"])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @on_each_device
-def test_with_one_dropout_mean_and_variance_are_the_closed_form_at_any_number_of_passes(p: float, device: str) -> None:
-    net = one_dropout(p).to(device)
+def test_with_one_dropout_mean_and_variance_are_the_closed_form_at_any_number_of_passes(
+    p: float, device: str, dtype: torch.dtype, digits: float
+) -> None:
+    net = one_dropout(p).to(device, dtype)
     mean, variance = closed_form(net, X, p)
     model = mcdrop.wrap(net, example=X)
     for passes in (2, 3, 100):
         for sampler in ("balanced", "iid"):
             found = mcdrop.predict(model, X, passes=passes, sampler=sampler, exact_last=True)
-            assert apart(found.mean, mean) < 1e-6
-            assert apart(found.variance, variance) < 1e-6
+            assert apart(found.mean, mean) < digits
+            assert apart(found.variance, variance) < digits
             np.testing.assert_array_equal(found.standard_error, 0)
-            assert apart(found.deterministic, mean) < 1e-6
+            assert apart(found.deterministic, mean) < digits
             assert found.samples is None
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from mcdrop.backends import Block
 from mcdrop.digits import digits
-from mcdrop.features import hidden_features, weights_digest
+from mcdrop.features import beside_weights, hidden_features, tensors_digest, weights_digest
 from mcdrop.forward import Outputs, as_numpy, draws_off, place_of
 from mcdrop.moments import Summing
 from mcdrop.outputs import Pick
@@ -55,6 +55,8 @@ class TorchBackend:
         self.room = Room(_room(live))
         self.plans = Plans(live, plain, pick, excluded, force, precision=precision, compiled=compiled, tuning=tuning)
         self._digest: tuple[object, str] | None = None
+        self._others = beside_weights(plain)
+        self._others_before = tensors_digest(self._others)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -99,17 +101,20 @@ class TorchBackend:
         return found[: rows.count].astype(np.float32, copy=False)
 
     def digest(self) -> str:
-        """Gives a sha256 over the weights and the precision.
+        """Gives a sha256 over the weights and the precision, and over other tensors once these have changed.
 
-        It is taken anew once torch counts a write to the weights, which it does not through ``.data``.
+        It is taken anew once torch counts a write to them, which it does not through ``.data``.
         """
-        state = [*self.plain.parameters(), *self.plain.buffers()]
+        state = [*self.plain.parameters(), *self.plain.buffers(), *self._others.values()]
         stamp = tuple((id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in state)
         known = self._digest
         if known is None or known[0] != stamp:
             digest = weights_digest(self.plain)
             if self.precision != "fp32":  # other passes, to whatever is bound to them
                 digest = hashlib.sha256(f"{digest} {self.precision}".encode()).hexdigest()
+            others = tensors_digest(beside_weights(self.plain))
+            if others != self._others_before:  # a saved network may name them otherwise
+                digest = hashlib.sha256(f"{digest} {others}".encode()).hexdigest()
             known = self._digest = (stamp, digest)
         return known[1]
 
