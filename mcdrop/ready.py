@@ -79,14 +79,10 @@ class Ready:
         self._whole = self._plan  # the passes of all units and draws, of which the deterministic output is one
         if exact_last:
             if self._plan.exact is None:
-                captured = self._plan.program is not None
+                tier = f"{self._plan.tier!r} runs this one ({self._plan.reason})"
                 raise InputError(
                     "exact_last needs a captured network whose output is a linear layer straight after dropout; "
-                    + (
-                        "that of this one is not"
-                        if captured
-                        else f"{self._plan.tier!r} runs this ({self._plan.reason})"
-                    )
+                    + (tier if self._plan.program is None else "that of this one is not")
                 )
             self._plan = replace(self._plan, program=self._plan.exact)
         elif self._plan.kept_from is not None and rows.count >= self._plan.kept_from:

@@ -27,8 +27,7 @@ NETS: dict[str, Any] = {
 ZOO: list[Specimen] = [
     mlp.dropout_everywhere, mlp.dropconnect, mlp.functional_dropout, mlp.variational_linear,
     conv.dropout2d_before_batchnorm, conv.dropout_in_head, conv.shake_shake, conv.unet,
-    sequence.encoder_padded, sequence.hand_attention, sequence.gru,
-    sequence.lstm_bidirectional, sequence.lstm_cell_loop,
+    sequence.encoder_padded, sequence.hand_attention, sequence.lstm_bidirectional, sequence.lstm_cell_loop,
 ]  # fmt: skip
 
 
