@@ -53,8 +53,7 @@ class Bank:
 
     def __post_init__(self) -> None:
         """Checks the name of the distance."""
-        if self.distance not in DISTANCES:
-            raise UnknownName("distance", self.distance, DISTANCES)
+        UnknownName.check("distance", self.distance, DISTANCES)
 
     def measure(self, features: Features) -> Array:
         """Gives the distance of features (N, F) from the bank.
@@ -78,8 +77,7 @@ def build_bank(features: Features, *, distance: str, layer: str | None) -> Bank:
     Raises:
         InputError: an unknown distance, or fewer rows than a distance needs.
     """
-    if distance not in DISTANCES:
-        raise UnknownName("distance", distance, DISTANCES)
+    UnknownName.check("distance", distance, DISTANCES)
     if len(features) <= _NEIGHBOURS:
         raise InputError(f"a feature distance needs more than {_NEIGHBOURS} typical rows, got {len(features)}")
     return Bank(distance, layer, DISTANCES[distance].fit(features.astype(np.float32)))

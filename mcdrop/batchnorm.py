@@ -8,8 +8,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import InputError
-from mcdrop.model import Model
+from mcdrop.masks import is_whole
+from mcdrop.model import Model, check_model
 from mcdrop.rows import Rows
+from mcdrop.sampling import inputs_of, is_batches, rows_of
 from mcdrop.shadow import copied
 
 __all__ = ["recalibrate_batchnorm"]
@@ -26,14 +28,20 @@ def recalibrate_batchnorm(
 
     Args:
         model: what ``wrap`` gave.
-        data: rows like those that the network was trained on: all at once, or an iterable of batches.
+        data: rows like those that the network was trained on: all at once, or an iterable of batches, such as a
+            DataLoader; what a batch holds beyond the network's inputs (labels) is left aside.
         passes: how many masks each batch is run under.
         batch_rows: rows at a time, where the data comes all at once.
         seed: of the masks.
 
     Raises:
-        InputError: the network has no norm layer with running statistics, or a batch has a single row.
+        InputError: the network has no norm layer with running statistics, the data hold no batches, or one of a single
+            row, or passes or rows at a time are no whole numbers above 0.
     """
+    check_model(model)
+    for name, value in {"passes": passes, "batch_rows": batch_rows}.items():
+        if not is_whole(value) or value < 1:
+            raise InputError(f"{name} must be a whole number above 0, got {value!r}")
     if not isinstance(model.backend, TorchBackend):
         raise InputError("only a torch network has norm layers that can be recalibrated")
     network = copied(model.module).eval()
@@ -46,16 +54,18 @@ def recalibrate_batchnorm(
     for norm, shadow in zip(norms, twins, strict=True):
         norm.reset_running_stats()
         shadow.training, shadow.momentum = True, None  # no momentum: the average over all batches
+    index = -1
     for index, batch in enumerate(_batches(model, data, batch_rows)):
         if batch.count < 2:
             raise InputError("a batch of one row has no variance; give batches of several rows")
         twin.each_pass(batch, passes, seed=seed, start=index * passes)
+    if index < 0:  # the statistics of nothing are mean 0 and variance 1, silently
+        raise InputError("the data hold no batches; an iterator that was read before has none left")
     return network
 
 
 def _batches(model: Model, data: Any, rows: int) -> Iterable[Rows]:
-    if isinstance(data, tuple | dict) or hasattr(data, "ndim"):
-        whole = model.rows(data)
-        blocks = [*whole.split(rows)]
-        return blocks if len(blocks) == 1 or blocks[-1].count > 1 else blocks[:-1]
-    return (model.rows(batch) for batch in data)
+    if is_batches(model, data):
+        return (rows_of(model, inputs_of(model, batch)) for batch in data)
+    blocks = [*rows_of(model, data).split(rows)]
+    return blocks if len(blocks) == 1 or blocks[-1].count > 1 else blocks[:-1]

@@ -6,7 +6,7 @@ Beta(n + 1 - l, l), l = floor((n + 1)(1 - level)). That holds for each output on
 drift, and not for any model or passes but those it was fitted with. Noise, scale and temperature promise nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ __all__ = [
     "Calibration",
     "calibration_curve",
     "fit_calibration",
+    "labels_of",
+    "targets_of",
 ]
 
 Array = NDArray[np.float64]
@@ -83,7 +85,7 @@ class Calibration:
             )
         if method.needs_samples and summary.samples is None:
             raise InputError(f"calibration {self.method!r} reads every pass; give keep_samples=True")
-        lower, upper = method.bounds(summary, self.quantile(level), level, self.offset)
+        lower, upper = method.bounds(summary, self.quantile(level), check_level(level), self.offset)
         return lower, upper
 
     def prediction_set(self, summary: Summary, level: float) -> NDArray[np.bool_] | None:
@@ -104,7 +106,7 @@ class Calibration:
         Raises:
             InputError: the method's scores depend on the level, and this level was not fitted.
         """
-        check_level(level)
+        level = check_level(level)
         if self.levels and level not in self.levels:
             known = ", ".join(f"{one:g}" for one in self.levels)
             raise InputError(
@@ -159,11 +161,10 @@ def fit_calibration(
 
     Raises:
         InputError: targets that do not belong to the rows, a row whose output is not finite, an unknown method, or one
-            of another task.
+            of another task, no level where the method needs some, or noise that is no variance of the outputs.
     """
     method = DEFAULTS[task] if method is None else method
-    if method not in CONFORMAL:
-        raise UnknownName("calibration method", method, CONFORMAL)
+    UnknownName.check("calibration method", method, CONFORMAL)
     entry = CONFORMAL[method]
     if (entry.members is not None) != (summary.classes is not None):
         fitting = sorted(
@@ -179,11 +180,11 @@ def fit_calibration(
         "fingerprint": fingerprint,
     }
     if summary.classes is not None:
-        labels = _labels(y, summary)
+        labels = labels_of(y, summary.mean)
         scores = np.sort(entry.score(summary, labels.astype(np.float64), 0.0, None), axis=0)[None]
         return Calibration(scores=scores, temperature=fit_temperature(summary.mean, labels), **bound)
-    targets, known = _targets(y, summary), _known(noise, summary)
-    asked = tuple(check_level(level) for level in levels) if entry.by_level else ()
+    targets, known = targets_of(y, summary.mean), _known(noise, summary)
+    asked = _asked(levels) if entry.by_level else ()
     scores, offset = _scores(entry, summary, targets, known, asked)
     if known is None and summary.aleatoric is None:
         known = fit_noise(targets - summary.mean, summary.epistemic)
@@ -220,25 +221,43 @@ def _check_finite(summary: Summary) -> None:
             )
 
 
-def _targets(y: Any, summary: Summary) -> Array:
+def _asked(levels: Any) -> tuple[float, ...]:
+    if isinstance(levels, str) or not isinstance(levels, Iterable):
+        raise InputError(f"levels must be a list of levels such as [0.8, 0.9], got {levels!r}")
+    asked = tuple(map(check_level, levels))
+    if not asked:
+        raise InputError("levels holds no level; give those that will be asked for, such as levels=[0.8, 0.9]")
+    return asked
+
+
+def targets_of(y: Any, mean: Array) -> Array:
+    """Gives targets as numbers in the shape of the mean outputs (N, D); axes of length 1 may be more or fewer.
+
+    Raises:
+        InputError: they are of another shape, or not finite numbers.
+    """
     targets = numbers(y, "targets").astype(np.float64)
-    if targets.shape != summary.mean.shape and targets.size == summary.mean.size and len(targets) == len(summary.mean):
-        targets = targets.reshape(summary.mean.shape)  # (N,) for a single output
-    if targets.shape != summary.mean.shape:
-        raise InputError(f"targets must have the shape {summary.mean.shape} of the outputs, got {targets.shape}")
-    return targets
+    given, wanted = ([size for size in shape[1:] if size != 1] for shape in (targets.shape, mean.shape))
+    if given != wanted or len(targets) != len(mean):
+        raise InputError(f"targets must have the shape {mean.shape} of the outputs, got {targets.shape}")
+    return targets.reshape(mean.shape)
 
 
-def _labels(y: Any, summary: Summary) -> NDArray[np.int64]:
-    labels, shape, classes = numbers(y, "labels"), summary.mean.shape[:-1], summary.mean.shape[-1]
+def labels_of(y: Any, mean: Array) -> NDArray[np.int64]:
+    """Gives labels (N,) as whole numbers, one for each row of mean probabilities (N, C); (N, 1) will do.
+
+    Raises:
+        InputError: they are of another shape, or name no class.
+    """
+    labels, shape, classes = numbers(y, "labels"), mean.shape[:-1], mean.shape[-1]
     if labels.shape == (*shape, 1):
         labels = labels[..., 0]
     if labels.shape != shape:
         raise InputError(f"labels must have the shape {shape}, one whole number a row, got {labels.shape}")
-    whole = labels.astype(np.int64)
-    if (whole != labels).any() or whole.min() < 0 or whole.max() >= classes:
-        raise InputError(f"labels must be whole numbers from 0 to {classes - 1}")
-    return whole
+    bad = (labels != np.floor(labels)) | (labels < 0) | (labels >= classes)
+    if bad.any():
+        raise InputError(f"labels must be whole numbers from 0 to {classes - 1}, got {labels[bad][0]}")
+    return labels.astype(np.int64)
 
 
 def _known(noise: Any, summary: Summary) -> Array | None:
@@ -246,8 +265,13 @@ def _known(noise: Any, summary: Summary) -> Array | None:
         return None
     if summary.aleatoric is not None:
         raise InputError("noise cannot be given here: the network's own head gives it")
-    known = np.broadcast_to(np.asarray(noise, np.float64), summary.mean.shape[1:]).copy()
-    if not (known > 0).all() or not np.isfinite(known).all():
+    single = np.isscalar(noise) or getattr(noise, "ndim", 1) == 0
+    given, shape = numbers([noise] if single else noise, "noise"), summary.mean.shape[1:]
+    try:
+        known = np.broadcast_to(given.astype(np.float64), shape).copy()
+    except ValueError:
+        raise InputError(f"noise must be a number or of the shape {shape}, one row's; got {given.shape}") from None
+    if not (known > 0).all():
         raise InputError(f"noise must be a variance above 0, got {noise}")
     return known
 
@@ -261,6 +285,6 @@ def calibration_curve(summary: Summary, y: Any, points: int = 99) -> tuple[Array
     Raises:
         InputError: the noise is not known; apply a calibration to the summary first.
     """
-    share = np.sort(predictive_cdf(summary, _targets(y, summary)).ravel())
+    share = np.sort(predictive_cdf(summary, targets_of(y, summary.mean)).ravel())
     expected = np.arange(1, points + 1) / (points + 1)
     return expected, np.searchsorted(share, expected, side="right") / len(share)

@@ -1,6 +1,5 @@
 """Screening many rows at a stated rate, and the same with the surface that users of PyOD know."""
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +8,8 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 from mcdrop.fitting import fit_screen
-from mcdrop.model import Model
-from mcdrop.rows import Rows
-from mcdrop.sampling import scores_under
+from mcdrop.model import Model, check_model
+from mcdrop.sampling import inputs_of, is_batches, reference_scores, scores_under
 from mcdrop.screening import Screen, benjamini_hochberg, check_fdr, check_fpr, fewest_discoveries, p_values
 
 __all__ = ["Detector", "Screened", "screen"]
@@ -63,8 +61,10 @@ def screen(
         fpr: the share of inliers that is flagged; without either rate that of the screen.
 
     Raises:
-        InputError: no screen, both rates, a rate below what the reference rows resolve, or unusable rows.
+        InputError: no screen, both rates, a rate below what the reference rows resolve, unusable rows, or hidden
+            features whose weights have changed since the screen was fitted.
     """
+    check_model(model)
     screen = model.screen if screen is None else screen
     if not isinstance(screen, Screen | None):
         raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
@@ -73,43 +73,18 @@ def screen(
     if fdr is not None and fpr is not None:
         raise InputError("give fdr or fpr, not both: fdr bounds the false share of the flags, fpr that of the inliers")
     count = len(screen.scores)
-    if fdr is not None:
-        check_fdr(fdr, count)
-    rate = fdr if fdr is not None else screen.fpr if fpr is None else fpr
-    if fdr is None:
-        check_fpr(rate, count)
-    parts = [scores_under(model, batch, screen.plan, screen.score, screen.bank) for batch in _batches(model, data)]
+    rate = check_fpr(screen.fpr if fpr is None else fpr, count) if fdr is None else check_fdr(fdr, count)
+    reference = reference_scores(model, screen, screen.plan)
+    batches = (inputs_of(model, batch) for batch in data) if is_batches(model, data) else [data]
+    parts = [scores_under(model, batch, screen.plan, screen.score, screen.bank) for batch in batches]
     if not parts:
         raise InputError("the data hold no batches")
     scores = np.concatenate(parts)
-    p = p_values(scores, screen.scores)
-    flagged = p <= rate if fdr is None else benjamini_hochberg(p, fdr)
-    fewest = 1 if fdr is None else fewest_discoveries(len(p), fdr, count)
+    p = p_values(scores, reference)
+    flagged = p <= rate if fdr is None else benjamini_hochberg(p, rate)
+    fewest = 1 if fdr is None else fewest_discoveries(len(p), rate, count)
     controls = "fpr" if fdr is None else "fdr"
-    return Screened(scores, p, flagged, controls, float(rate), count, 1 / (count + 1), fewest)
-
-
-def _batches(model: Model, data: Any) -> Iterator[Any]:
-    """One batch, or several; a list is several where it holds arrays or tensors."""
-    several = isinstance(data, Iterable) and not isinstance(data, Rows | Mapping | tuple | np.ndarray)
-    if hasattr(data, "detach") or hasattr(data, "__array__"):
-        several = False
-    if isinstance(data, list):
-        several = bool(data) and (hasattr(data[0], "shape") or isinstance(data[0], tuple | Mapping))
-    if not several:
-        yield data
-        return
-    for batch in data:
-        yield _inputs(model, batch)
-
-
-def _inputs(model: Model, batch: Any) -> Any:
-    """The inputs of a batch of a DataLoader, which may be a list and hold labels too."""
-    if isinstance(batch, list) and any(hasattr(item, "shape") for item in batch):
-        batch = tuple(batch)
-    if isinstance(batch, tuple) and len(batch) > model.positional > 0:
-        batch = batch[: model.positional]
-    return batch
+    return Screened(scores, p, flagged, controls, rate, count, 1 / (count + 1), fewest)
 
 
 class Detector:
@@ -117,6 +92,7 @@ class Detector:
 
     Unlike there, ``fit`` takes inliers that the network was not trained on, and the threshold keeps the promise of the
     screen: of exchangeable inliers at most ``fpr`` score above it. A score above it by rounding alone is not flagged.
+    Scores and threshold follow the network's weights; ``labels_`` and ``decision_scores_`` are those of the fit.
     """
 
     def __init__(self, model: Model, *, fpr: float = 0.01, **options: Any) -> None:
@@ -129,29 +105,34 @@ class Detector:
         """Fits the screen on inlier rows; ``y`` is there for pipelines and not read."""
         self.screen_ = fit_screen(self.model, x, fpr=self.fpr, **self.options)
         self.decision_scores_ = self.screen_.scores
-        ordered = np.sort(self.decision_scores_)[::-1]
-        # flagged is p <= fpr: fewer than k reference scores may be as large, k = floor(fpr (n + 1))
-        self.threshold_ = float(ordered[int(np.floor(round(self.fpr * (len(ordered) + 1), 9))) - 1])
-        self.labels_ = self._labels(self.decision_scores_)
+        # p-values are compared, not scores: a score that is NaN is stranger than all numbers, and larger than none
+        self.labels_ = (p_values(self.decision_scores_, self.decision_scores_) <= self.screen_.fpr).astype(np.int64)
         return self
+
+    @property
+    def threshold_(self) -> float:
+        """The score above which rows are flagged, under today's weights; there once ``fit`` was called."""
+        ordered = np.sort(reference_scores(self.model, self.screen_, self.screen_.plan))[::-1]
+        # flagged is p <= fpr: fewer than k reference scores may be as large, k = floor(fpr (n + 1))
+        return float(ordered[int(np.floor(round(self.screen_.fpr * (len(ordered) + 1), 9))) - 1])
 
     def decision_function(self, x: Any) -> Array:
         """Gives the score of each row (N,), larger is stranger."""
-        fitted = self._fitted()
-        return scores_under(self.model, x, fitted.plan, fitted.score, fitted.bank)
+        return self._scored(x)[0]
 
     def predict(self, x: Any) -> NDArray[np.int64]:
         """Gives 1 for anomalies and 0 for the rest, (N,)."""
-        return self._labels(self.decision_function(x))
+        return (self.p_values(x) <= self._fitted().fpr).astype(np.int64)
 
     def p_values(self, x: Any) -> Array:
         """Gives conformal p-values (N,)."""
-        return p_values(self.decision_function(x), self._fitted().scores)
+        return p_values(*self._scored(x))
 
-    def _labels(self, scores: Array) -> NDArray[np.int64]:
-        """Compares p-values, not scores: a score that is NaN is stranger than all numbers, and larger than none."""
+    def _scored(self, x: Any) -> tuple[Array, Array]:
+        """The scores of rows, and those of the reference under the same weights, which may be refused."""
         fitted = self._fitted()
-        return (p_values(scores, fitted.scores) <= fitted.fpr).astype(np.int64)
+        reference = reference_scores(self.model, fitted, fitted.plan)
+        return scores_under(self.model, x, fitted.plan, fitted.score, fitted.bank), reference
 
     def __sklearn_clone__(self) -> "Detector":
         """Gives one that is not fitted, for scikit-learn's ``clone``; they share the model, which neither changes."""

@@ -45,12 +45,12 @@ class DriftMonitor:
     score, eight bytes a row. An alarm stays until ``reset``.
 
     Raises:
-        InputError: no reference scores, or a run length below 1.
+        InputError: no reference scores, one that is not finite, or a run length below 1.
     """
 
     def __init__(self, reference: Iterable[float], *, run_length: float = 100_000, seed: int = 0) -> None:
         """Takes the reference's scores and the rows that may pass, on average, between two false alarms."""
-        self._reference = array("d", sorted(float(score) for score in reference))
+        self._reference = array("d", sorted(_finite([float(score) for score in reference])))
         if not self._reference or not run_length >= 1:
             raise InputError("a drift monitor needs scores of reference rows, and a run length of at least 1")
         self._run_length = float(run_length)
@@ -70,11 +70,8 @@ class DriftMonitor:
         Raises:
             InputError: one of them is not finite; then none is taken.
         """
-        given = np.asarray(scores, np.float64).ravel()
-        if not np.isfinite(given).all():
-            raise InputError(f"a score must be a finite number, got {given[~np.isfinite(given)][0]}")
-        for score in given:
-            self._take(float(score))
+        for score in _finite(scores):
+            self._take(score)
         return self.state
 
     @property
@@ -95,3 +92,10 @@ class DriftMonitor:
         self._evidence = (self._evidence + 1) * growth
         self._rows += 1
         self._alarm = self._alarm or self._evidence >= self._run_length
+
+
+def _finite(scores: Iterable[float]) -> list[float]:
+    given = np.asarray(scores, np.float64).ravel()
+    if not np.isfinite(given).all():
+        raise InputError(f"a score must be a finite number, got {given[~np.isfinite(given)][0]}")
+    return [float(score) for score in given]

@@ -14,14 +14,14 @@ from scipy import special
 
 from mcdrop.backends import Backend, Block
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import BLOCKS, SAMPLERS, SEED_LIMIT
+from mcdrop.masks import BLOCKS, SAMPLERS, SEED_LIMIT, is_whole
 from mcdrop.moments import Gathered
 from mcdrop.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MOST_PASSES", "PassPlan", "PassResult", "Statistics", "run_passes"]
+__all__ = ["MOST_PASSES", "PassPlan", "PassResult", "Statistics", "plain", "run_passes"]
 
 MOST_PASSES = 1_000_000
 _CHECKED_AT = 0.975
@@ -54,13 +54,14 @@ class PassPlan:
     exact_last: bool = False
 
     def __post_init__(self) -> None:
-        """Checks at the door."""
-        if not _whole(self.passes) or not 2 <= self.passes <= MOST_PASSES:
+        """Checks at the door; the numbers become Python's own, so that equal plans are written alike."""
+        if not is_whole(self.passes) or not 2 <= self.passes <= MOST_PASSES:
             raise InputError(f"passes must be a whole number from 2 to {MOST_PASSES}, got {self.passes!r}")
-        if not _whole(self.seed) or not 0 <= self.seed < SEED_LIMIT:
+        if not is_whole(self.seed) or not 0 <= self.seed < SEED_LIMIT:
             raise InputError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed!r}")
-        if self.sampler not in SAMPLERS:
-            raise UnknownName("sampler", self.sampler, SAMPLERS)
+        object.__setattr__(self, "passes", int(self.passes))
+        object.__setattr__(self, "seed", int(self.seed))
+        UnknownName.check("sampler", self.sampler, SAMPLERS)
         if not isinstance(self.exact_last, bool):
             raise InputError(f"exact_last must be true or false, got {self.exact_last!r}")
         if self.exact_last and self.keep_samples:
@@ -74,6 +75,7 @@ class PassPlan:
             raise InputError(f"tolerance must be a number, got {self.tolerance!r}")
         if not 0 < self.tolerance < float("inf"):
             raise InputError(f"tolerance must be above 0, got {self.tolerance!r}")
+        object.__setattr__(self, "tolerance", plain(self.tolerance))
         if self.keep_samples:
             raise InputError(
                 "tolerance ends each row after its own number of passes, so samples cannot be kept and an interval "
@@ -81,8 +83,9 @@ class PassPlan:
             )
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def plain(number: "float | np.number[Any]") -> float:
+    """Gives a number as Python's own, one of fewer digits as it is written: np.float32(0.99) is meant as 0.99."""
+    return float(str(number)) if isinstance(number, np.floating) else float(number)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class PassResult:
     """What the passes gave for K statistics, arrays (N, ..., K).
 
     ``passes`` and ``degrees`` (of freedom of the standard error) are (N,), ``samples`` (T, N, ..., K) where kept.
+    ``features`` (N, F) are hidden features read at ``layer`` (None: the default), where a screen compares them.
+    ``task`` is that of the model that was sampled, "" where it is not known.
     """
 
     passes: NDArray[np.int64]
@@ -113,7 +118,9 @@ class PassResult:
     deterministic: Array
     samples: Kept | None
     plan: PassPlan
-    features: NDArray[np.float32] | None = None  # hidden features (N, F), where a screen compares them
+    features: NDArray[np.float32] | None = None
+    layer: str | None = None
+    task: str = ""
 
     @classmethod
     def of(cls, gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan) -> "PassResult":
@@ -138,7 +145,9 @@ class PassResult:
             return parts[0]
         which = slice(None) if order is None else order
         fields = ("passes", "mean", "variance", "standard_error", "degrees", "deterministic")
-        joined = {name: np.concatenate([getattr(part, name) for part in parts])[which] for name in fields}
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts])[which] for name in fields
+        }
         kept = [part.samples for part in parts if part.samples is not None]
         return cls(**joined, samples=np.concatenate(kept, axis=1)[:, which] if kept else None, plan=parts[0].plan)
 

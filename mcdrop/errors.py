@@ -47,6 +47,12 @@ class UnknownName(InputError):
     def __init__(self, what: str, given: object, known: Iterable[str]) -> None:
         super().__init__(f"unknown {what} {given!r}; choose one of: {', '.join(sorted(known))}")
 
+    @classmethod
+    def check(cls, what: str, given: object, known: Iterable[str]) -> None:
+        """Raises where the table does not hold what was given, which may be of any type."""
+        if not isinstance(given, str) or given not in known:
+            raise cls(what, given, known)
+
 
 class ModelRefused(MCDropError):
     """A network that cannot be sampled honestly; the message names the place and the remedy."""

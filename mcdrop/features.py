@@ -112,6 +112,8 @@ def beside_weights(module: nn.Module) -> dict[str, Tensor]:
 
     What forwards of a shadow write to is not among them.
     """
-    known = {*module.state_dict(), *volatile(module)}
-    found = [*module.named_buffers(), *kept_tensors(module)]
-    return {name: tensor for name, tensor in found if name not in known}
+    found = dict(kept_tensors(module))
+    for path, child in module.named_modules():
+        names = child._non_persistent_buffers_set & {name for name, one in child._buffers.items() if one is not None}
+        found |= {f"{path}.{name}".removeprefix("."): child.get_buffer(name) for name in names}
+    return {name: tensor for name, tensor in found.items() if name not in volatile(module)}

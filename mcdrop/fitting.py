@@ -11,7 +11,7 @@ from mcdrop.calibration import LEVELS, Calibration, fit_calibration
 from mcdrop.conformal import CONFORMAL
 from mcdrop.engine import PassPlan, run_passes
 from mcdrop.errors import UnknownName
-from mcdrop.model import Model
+from mcdrop.model import Model, check_model
 from mcdrop.rows import Rows
 from mcdrop.sampling import features_of, fingerprint, rows_of, sample, scores_under
 from mcdrop.screening import SCORES, Evidence, Screen, check_fpr, parts_of
@@ -49,7 +49,9 @@ def calibrate(
         InputError: unusable rows or targets, or a method that does not suit the task.
     """
     plan = _plan(model, passes, seed)
-    kept = replace(plan, keep_samples=method is not None and method in CONFORMAL and CONFORMAL[method].needs_samples)
+    if method is not None:
+        UnknownName.check("calibration method", method, CONFORMAL)
+    kept = replace(plan, keep_samples=method is not None and CONFORMAL[method].needs_samples)
     summary = TASKS[model.task].read(sample(model, x_held, kept))
     return fit_calibration(
         summary, y_held, task=model.task, plan=replace(plan, keep_samples=False),
@@ -90,8 +92,7 @@ def fit_screen(
     Raises:
         InputError: unusable rows, an unknown name, or too few rows for the rate.
     """
-    if score not in SCORES:
-        raise UnknownName("score", score, SCORES)
+    UnknownName.check("score", score, SCORES)
     plan, rows, bank = _plan(model, passes, seed), rows_of(model, x_reference), None
     if SCORES[score].needs_features:
         if x_train is None:
@@ -107,7 +108,7 @@ def fit_screen(
         rows = rows.take(np.flatnonzero(~spent))
     check_fpr(fpr, rows.count)
     scores = scores_under(model, rows, plan, score, bank)
-    return Screen(score, rows, scores, plan, fpr, bank, model.backend.digest())
+    return Screen(score, rows, scores, plan, fpr, bank, model.digest)
 
 
 def _with_typical(model: Model, rows: Rows, plan: PassPlan, bank: Bank) -> Bank:
@@ -119,6 +120,7 @@ def _with_typical(model: Model, rows: Rows, plan: PassPlan, bank: Bank) -> Bank:
 
 
 def _plan(model: Model, passes: int | None, seed: int | None) -> PassPlan:
+    check_model(model)
     plan = model.defaults.plan
     return replace(
         plan,

@@ -5,7 +5,7 @@ held-out data, and the audit says so. To add a kind, add one function and one li
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from mcdrop.calibration import labels_of, targets_of
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.layers import drop_block2d, drop_weights, stochastic_depth
 from mcdrop.model import Model
 from mcdrop.predict import predict
 from mcdrop.shadow import live_shadow
-from mcdrop.wrapping import wrap
+from mcdrop.wrapping import each_once, wrap
 
 __all__ = ["KINDS", "Kind", "choose_rate", "inject"]
 
-Where = Sequence[str] | Callable[[str, nn.Module], bool] | None
+Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 _BLOCK_SIZE = 3
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -53,10 +54,9 @@ def inject(module: nn.Module, *, kind: str = "dropout", p: float = 0.1, where: W
     Raises:
         InputError: an unknown kind, a rate outside (0, 1), or no layer that fits.
     """
-    if kind not in KINDS:
-        raise UnknownName("kind of injection", kind, KINDS)
-    if not 0 < p < 1:
-        raise InputError(f"p must be between 0 and 1, got {p!r}")
+    UnknownName.check("kind of injection", kind, KINDS)
+    if not isinstance(p, int | float | np.number) or not 0 < p < 1:
+        raise InputError(f"p must be a number between 0 and 1, got {p!r}")
     shadow = live_shadow(module)
     chosen = _chosen(shadow, KINDS[kind], where)
     if not chosen:
@@ -73,12 +73,15 @@ def _chosen(module: nn.Module, kind: Kind, where: Where) -> list[str]:
     if where is None:
         fitting = [path for path, layer in layers.items() if isinstance(layer, kind.layers)]
         return fitting[:-1] if kind.keep_last else fitting
+    if isinstance(where, type):
+        raise InputError(f"where takes no types; for one give lambda path, layer: isinstance(layer, {where.__name__})")
     if callable(where):
         return [path for path, layer in layers.items() if path and where(path, layer)]
-    unknown = [path for path in where if path not in layers]
+    paths = each_once(where, "where", (str,))
+    unknown = [path for path in paths if path not in layers]
     if unknown:
         raise InputError(f"the network has no module {', '.join(map(repr, unknown))}; paths are as in named_modules()")
-    return list(where)
+    return list(paths)
 
 
 def _fitting(module: nn.Module, kind: Kind, where: Where) -> str:
@@ -143,22 +146,26 @@ def choose_rate(
     fitted on the same rows) or "coverage" (minus the distance of the interval's coverage from ``level``).
 
     Raises:
-        InputError: an unknown criterion, or rows that do not fit.
+        InputError: an unknown criterion, no rate, or rows, targets or labels that do not fit.
     """
-    if criterion not in CRITERIA:
-        raise UnknownName("criterion", criterion, CRITERIA)
+    UnknownName.check("criterion", criterion, CRITERIA)
     values = {}
+    if isinstance(rates, str) or not isinstance(rates, Iterable):
+        raise InputError(f"rates must be a list of drop rates such as [0.1, 0.2], got {rates!r}")
     for rate in rates:
         model = wrap(inject(module, kind=kind, p=rate, where=where), example=x_held, task=task)
-        values[rate] = CRITERIA[criterion](model, x_held, np.asarray(y_held), level, passes, seed)
+        values[rate] = CRITERIA[criterion](model, x_held, y_held, level, passes, seed)
+    if not values:
+        raise InputError("rates holds no drop rate; give at least one, such as rates=[0.1]")
     return max(values, key=lambda rate: values[rate]), values
 
 
 def _likelihood(model: Model, x: Any, y: Any, level: float, passes: int, seed: int) -> float:
     p = predict(model, x, passes=passes, seed=seed, level=level)
     if model.task == "classification":
-        return float(np.mean(np.log(np.maximum(p.mean[np.arange(len(y)), y.astype(int)], 1e-12))))
-    residual = np.square(y.reshape(p.mean.shape) - p.mean)
+        true = np.take_along_axis(p.mean, labels_of(y, p.mean)[..., None], axis=-1)
+        return float(np.mean(np.log(np.maximum(true, 1e-12))))
+    residual = np.square(targets_of(y, p.mean) - p.mean)
     noise = np.zeros(1) if p.aleatoric is not None else np.maximum((residual - p.epistemic).mean(axis=0), 1e-12)
     variance = np.maximum(p.variance + noise, 1e-12)
     return float(np.mean(-0.5 * (np.log(2 * np.pi * variance) + residual / variance)))
@@ -168,7 +175,7 @@ def _coverage(model: Model, x: Any, y: Any, level: float, passes: int, seed: int
     if model.task == "classification":
         raise InputError("criterion 'coverage' needs a regression; choose 'likelihood' for classes")
     p = predict(model, x, passes=passes, seed=seed, level=level)
-    target = y.reshape(p.mean.shape)
+    target = targets_of(y, p.mean)
     return -abs(float(np.mean((p.lower <= target) & (target <= p.upper))) - level)
 
 

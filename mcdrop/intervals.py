@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from mcdrop.engine import plain
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.summaries import Summary
 
@@ -68,7 +69,7 @@ class IntervalMethod:
 
 
 def check_level(level: float) -> float:
-    """Gives the level if it lies between 0 and 1.
+    """Gives the level as a plain number, if it lies between 0 and 1.
 
     Raises:
         InputError: it does not; 95 is meant as 0.95.
@@ -77,7 +78,7 @@ def check_level(level: float) -> float:
         meant = isinstance(level, int | float) and 1 < level < 100
         hint = f" (for {level:g} % give {level / 100:g})" if meant else ""
         raise InputError(f"level must be a number between 0 and 1, got {level!r}{hint}")
-    return float(level)
+    return plain(level)
 
 
 def interval_of(name: str, summary: Summary, level: float, calibration: Calibrated | None = None) -> Interval:
@@ -86,8 +87,7 @@ def interval_of(name: str, summary: Summary, level: float, calibration: Calibrat
     Raises:
         InputError: an unknown name, too few passes for the method at this level, or no calibration where one is needed.
     """
-    if name not in INTERVALS:
-        raise UnknownName("interval", name, INTERVALS)
+    UnknownName.check("interval", name, INTERVALS)
     method = INTERVALS[name]
     lower, upper = method.bounds(summary, level, *([calibration] if method.needs_calibration else []))
     return Interval(np.clip(lower, *summary.support), np.clip(upper, *summary.support), level, name, method.kind)
@@ -120,6 +120,11 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
     The k-th smallest and k-th largest of T passes, k = floor((T + 1)(1 - level) / 2): needs T >= 2 / (1 - level) - 1.
     That level is exact for independent passes; balanced ones cover the distribution more evenly, so it holds nearly.
     """
+    if summary.samples is None:
+        raise InputError(
+            "interval 'quantile' reads every pass, and these passes were not kept; sample them with keep_samples=True "
+            "or choose 'student_t'"
+        )
     # the tail is rounded before it is cut, so that 39 passes are enough at 0.95 in floating point too
     passes = int(summary.passes[0])  # kept samples mean that all rows had the same
     rank = math.floor(round((passes + 1) * (1 - level) / 2, 9))
@@ -129,7 +134,6 @@ def _quantile(summary: Summary, level: float) -> tuple[Array, Array]:
             f"interval 'quantile' at level {level:g} needs at least {needed} passes, got {passes}; "
             "raise passes or choose 'student_t'"
         )
-    assert summary.samples is not None, "the plan of a method that needs samples keeps them"
     samples = summary.samples.reshape(passes, -1)
     lower, upper = np.empty(samples.shape[1]), np.empty(samples.shape[1])
     for part in _blocks(samples):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.samplers import BLOCKS, SAMPLERS, Sampler, Stream
 
-__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "draw", "sample_masks"]
+__all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "draw", "is_whole", "sample_masks"]
 
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
@@ -62,7 +62,8 @@ def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 
     True
 
     Raises:
-        InputError: a seed outside 0 to 2**64 - 1, or an unknown sampler or kind.
+        InputError: a seed outside 0 to 2**64 - 1, no passes, a first one below 0, a drop rate outside [0, 1], or an
+            unknown sampler or kind.
     """
     drawn = {site.name: draw(site, passes, seed=seed, start=start, sampler=sampler) for site in sites}
     return {name: values.astype(np.float32, copy=False) for name, values in drawn.items()}
@@ -72,14 +73,9 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
     """Gives the draws of one site as ``sample_masks`` does, but kept and dropped units as true and false.
 
     Raises:
-        InputError: a seed outside 0 to 2**64 - 1, or an unknown sampler or kind.
+        InputError: as for ``sample_masks``.
     """
-    if not 0 <= seed < SEED_LIMIT:
-        raise InputError(f"seed must be between 0 and 2**64 - 1, got {seed}")
-    if sampler not in SAMPLERS:
-        raise UnknownName("sampler", sampler, SAMPLERS)
-    if site.kind not in KINDS:
-        raise UnknownName("kind of draw", site.kind, KINDS)
+    _check(site, passes, seed, start, sampler)
     kind, numbers = KINDS[site.kind], SAMPLERS[sampler]
     if site.kind == "bernoulli" and site.p in (0, 1):
         return np.full((passes, *site.shape), not site.p, kind.dtype)
@@ -92,6 +88,24 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
         for block, part in zip(some, np.split(drawn, ends[:-1], axis=1), strict=True):
             values[(slice(None), *block.place)] = part.reshape(passes, *block.sizes)
     return values
+
+
+def is_whole(value: object) -> bool:
+    """Says whether it is a whole number, of Python or numpy; a truth value is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check(site: Site, passes: int, seed: int, start: int, sampler: str) -> None:
+    if not is_whole(seed) or not 0 <= seed < SEED_LIMIT:
+        raise InputError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+    if not is_whole(passes) or passes < 1:
+        raise InputError(f"passes must be a whole number above 0, got {passes!r}")
+    if not is_whole(start) or start < 0:
+        raise InputError(f"start must be a whole number from 0, got {start!r}")
+    UnknownName.check("sampler", sampler, SAMPLERS)
+    UnknownName.check("kind of draw", site.kind, KINDS)
+    if site.kind == "bernoulli" and not (isinstance(site.p, int | float | np.number) and 0 <= site.p <= 1):
+        raise InputError(f"the drop rate p of site {site.name!r} must be a number from 0 to 1, got {site.p!r}")
 
 
 @dataclass(frozen=True)

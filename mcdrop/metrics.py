@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
 from mcdrop.errors import InputError
+from mcdrop.intervals import check_level
+from mcdrop.masks import is_whole
 
 __all__ = ["aurc", "crps_gaussian", "crps_samples", "ence", "interval_score", "mean_width", "picp"]
 
@@ -35,6 +37,7 @@ def interval_score(y: ArrayLike, lower: ArrayLike, upper: ArrayLike, level: floa
 
     A proper score of central intervals (Gneiting and Raftery 2007, eq. 43).
     """
+    level = check_level(level)
     y, lower, upper = _same(y, lower, upper)
     outside = np.maximum(lower - y, 0) + np.maximum(y - upper, 0)
     return float((upper - lower + 2 / (1 - level) * outside).mean())
@@ -47,6 +50,7 @@ def crps_gaussian(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> float:
     abs(y - mean) where std nears 0, and is that there.
     """
     y, mean, std = _same(y, mean, std)
+    _check_spread(std)
     apart = y - mean
     z = np.divide(apart, std, out=np.zeros_like(std), where=std != 0)
     density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
@@ -59,9 +63,9 @@ def crps_samples(y: ArrayLike, samples: ArrayLike) -> float:
 
     E|X - y| - E|X - X'| / 2 over all pairs of samples (Gneiting and Raftery 2007, eq. 21).
     """
-    draws, y = np.asarray(samples, np.float64), np.asarray(y, np.float64)
-    if draws.shape[1:] != y.shape:
-        raise InputError(f"samples must have the shape (T, *{y.shape}), got {draws.shape}")
+    draws, y = _array(samples), _array(y)
+    if draws.shape[1:] != y.shape or draws.size == 0:
+        raise InputError(f"samples must have the shape (T, *{y.shape}) and hold values, got {draws.shape}")
     count = len(draws)
     # sum over pairs of |x_i - x_j| from the ordered values: each is subtracted and added as often as its rank says
     weight = (2 * np.arange(1, count + 1) - count - 1).reshape(-1, *(1,) * y.ndim)
@@ -77,8 +81,9 @@ def ence(y: ArrayLike, mean: ArrayLike, std: ArrayLike, bins: int = 15) -> float
     spread.
     """
     y, mean, std = (values.ravel() for values in _same(y, mean, std))
-    if not 1 <= bins <= len(y):
-        raise InputError(f"bins must be a number from 1 to {len(y)}, the number of values; got {bins}")
+    _check_spread(std)
+    if not is_whole(bins) or not 1 <= bins <= len(y):
+        raise InputError(f"bins must be a whole number from 1 to {len(y)}, the number of values; got {bins!r}")
     parts = np.array_split(np.argsort(std, kind="stable"), bins)
     predicted = np.array([np.sqrt((std[part] ** 2).mean()) for part in parts])
     found = np.array([np.sqrt(((y - mean)[part] ** 2).mean()) for part in parts])
@@ -94,6 +99,8 @@ def aurc(loss: ArrayLike, score: ArrayLike) -> float:
     2019, eq. 1). Rows of equal score count with their mean loss, so their order does not matter.
     """
     loss, score = _same(loss, score)
+    if loss.ndim != 1:
+        raise InputError(f"loss and score must be one number a row (N,), got {loss.shape}")
     _, group, sizes = np.unique(score, return_inverse=True, return_counts=True)
     mean_of_group = np.bincount(group, loss) / sizes
     ordered = np.repeat(mean_of_group, sizes)
@@ -102,8 +109,19 @@ def aurc(loss: ArrayLike, score: ArrayLike) -> float:
 
 def _same(*values: ArrayLike) -> tuple[Array, ...]:
     """Gives arrays of one shape, float64."""
-    arrays = tuple(np.asarray(value, np.float64) for value in values)
+    arrays = tuple(map(_array, values))
     if len({array.shape for array in arrays}) > 1 or arrays[0].size == 0:
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise InputError(f"the arrays must have one shape and hold values, got {shapes}")
     return arrays
+
+
+def _array(value: ArrayLike) -> Array:
+    if np.ma.is_masked(value):
+        raise InputError("an array has masked values, which no measure can count; leave out such rows")
+    return np.asarray(value, np.float64)
+
+
+def _check_spread(std: Array) -> None:
+    if (std < 0).any():
+        raise InputError(f"standard deviations must not be negative, got {std[std < 0][0]:g}")

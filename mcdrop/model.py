@@ -18,7 +18,7 @@ from mcdrop.intervals import INTERVALS, check_level
 from mcdrop.rows import Rows
 from mcdrop.screening import Screen
 
-__all__ = ["InputSpec", "Model", "Options"]
+__all__ = ["InputSpec", "Model", "Options", "check_model"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Options:
     exact_last: bool = False
 
     def __post_init__(self) -> None:
-        """Checks at the door."""
-        check_level(self.level)
-        if self.interval not in INTERVALS:
-            raise UnknownName("interval", self.interval, INTERVALS)
-        assert self.plan
+        """Checks at the door; the numbers become Python's own, as in ``PassPlan``."""
+        object.__setattr__(self, "level", check_level(self.level))
+        UnknownName.check("interval", self.interval, INTERVALS)
+        plan = self.plan
+        for name in ("passes", "seed", "tolerance"):
+            object.__setattr__(self, name, getattr(plan, name))
 
     @property
     def plan(self) -> PassPlan:
@@ -66,6 +67,7 @@ class Model:
     """A network whose every random draw is a mask; made by ``wrap`` or ``load``, safe to share between threads.
 
     ``features`` names the columns of a single (N, F) input, or is None. ``module`` is the user's own, untouched.
+    ``reads`` says which of the network's outputs was asked for, "" for the only one.
     """
 
     module: Any
@@ -83,12 +85,29 @@ class Model:
     version: str = ""
     description: str = ""
     features: list[str] | None = None
+    reads: str = ""
     references: dict[Any, Any] = field(default_factory=dict, repr=False)  # scores of the screen's rows, by plan
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __deepcopy__(self, memo: object) -> "Model":
         """Gives a model that shares the network, which is safe from several threads, and its backend."""
         return replace(self, references={}, lock=threading.Lock())
+
+    def __copy__(self) -> "Model":
+        """Gives a model that shares the network, its backend and what is held for them."""
+        return replace(self)
+
+    def __reduce__(self) -> Any:
+        """Refuses to be pickled: the backend holds compiled code, and a pickle runs code where it is read."""
+        raise InputError(
+            "a model cannot be pickled; write it with mcdrop.save(model, folder) and read it with mcdrop.load"
+        )
+
+    @property
+    def digest(self) -> str:
+        """What names the weights and the output that is read: whatever is fitted holds for these alone."""
+        weights = self.backend.digest()
+        return f"{weights} {self.reads}" if self.reads else weights
 
     def with_screen(self, screen: Screen | None) -> "Model":
         """Gives the same model with a fitted screen."""
@@ -108,7 +127,8 @@ class Model:
         rows = self._placed(x, later)
         given = rows.leaves
         if len(given) != len(self.inputs):
-            raise InputError(f"the network takes {len(self.inputs)} inputs ({self._names()}), got {len(given)}")
+            inputs = "1 input" if len(self.inputs) == 1 else f"{len(self.inputs)} inputs"
+            raise InputError(f"the network takes {inputs} ({self._names()}), got {len(given)}")
         checked = tuple(map(_fit, given, self.inputs))
         if all(map(operator.is_, checked, given)):
             return rows
@@ -119,7 +139,7 @@ class Model:
         """Puts inputs given by name where the network takes them."""
         if not isinstance(x, Mapping):
             rows = Rows.of(x, later=later)
-            if rows.kwargs or len(rows.args) == self.positional:
+            if rows.kwargs or self.positional in (len(rows.args), len(self.inputs)):
                 return rows
             raise InputError(f"the network takes inputs by name: {self._names()}; got {len(rows.args)} without names")
         names = [spec.name for spec in self.inputs]
@@ -132,6 +152,18 @@ class Model:
 
     def _names(self) -> str:
         return ", ".join(spec.name for spec in self.inputs)
+
+
+def check_model(model: object) -> None:
+    """Refuses what is not a model, such as a network that was not wrapped.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(model, Model):
+        raise InputError(
+            f"a model is needed, got {type(model).__name__}; wrap a network first: mcdrop.wrap(network, example=rows)"
+        )
 
 
 def _fit(leaf: Any, spec: InputSpec) -> Any:

@@ -39,8 +39,7 @@ def check_precision(module: nn.Module, precision: str) -> None:
     Raises:
         InputError: it is unknown, the network is not float32, or tf32 is asked for on a CPU.
     """
-    if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
+    UnknownName.check("precision", precision, PRECISIONS)
     if precision == "fp32":
         return
     device, dtype = place_of([*module.parameters(), *module.buffers()])

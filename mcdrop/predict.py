@@ -15,9 +15,9 @@ from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan, PassResult
 from mcdrop.errors import InputError
 from mcdrop.intervals import INTERVALS, interval_of
-from mcdrop.model import Model, Options
-from mcdrop.sampling import fingerprint, sample, scores_under
-from mcdrop.screening import SCORES, Screen, check_fpr, p_values, score_of
+from mcdrop.model import Model, Options, check_model
+from mcdrop.sampling import fingerprint, reference_scores, sample
+from mcdrop.screening import Screen, check_fpr, p_values, score_of
 from mcdrop.summaries import TASKS, Summary
 from mcdrop.wrapping import wrap
 
@@ -29,7 +29,6 @@ __all__ = ["Prediction", "interpret", "predict"]
 Array = NDArray[np.float64]
 
 _MAX_PASSES = 2000
-_REFERENCES_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -80,16 +79,19 @@ def interpret(
     """Reads passes: intervals at the asked level, and what the model's calibration and screen (or those given) add.
 
     Raises:
-        InputError: too few passes for the interval, a calibration of another model or plan, or an ``fpr`` that the
-            screen's reference rows cannot resolve.
+        InputError: passes of another task, too few or not kept for the interval, without the hidden features that the
+            screen compares, a calibration of another model or plan, or an ``fpr`` that the screen's reference rows
+            cannot resolve.
     """
+    check_model(model)
     _check_fitted(screen, calibration)
-    summary = TASKS[model.task].read(result)
+    summary = _summary(model, result)
     flags = _flags(model, summary, result, screen, fpr)
     calibration = _binding(model, result.plan, options, calibration)
     if calibration is not None:
         summary = calibration.applied(summary)
     interval = interval_of(options.interval, summary, options.level, calibration)
+    bound = calibration is not None
     classes = vars(summary.classes) if summary.classes is not None else {}
     if calibration is not None and summary.classes is not None:
         classes = classes | {
@@ -111,11 +113,18 @@ def interpret(
         level=options.level,
         interval=interval.name,
         interval_kind=interval.kind,
-        audit=model.audit,
+        audit=model.audit if model.audit.calibrated == bound else replace(model.audit, calibrated=bound),
         samples=summary.samples if options.keep_samples else None,
         **flags,
         **classes,
     )
+
+
+def _summary(model: Model, result: PassResult) -> Summary:
+    """Reads the passes, which must be those of a model for the same task."""
+    if result.task not in ("", model.task):
+        raise InputError(f"these passes are of a model for {result.task} and cannot be read as {model.task}")
+    return TASKS[model.task].read(result)
 
 
 def _check_fitted(screen: object, calibration: object) -> None:
@@ -141,7 +150,8 @@ def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration 
             "ask for the same passes, or calibrate again"
         )
     raise InputError(
-        "the calibration belongs to another model, or the weights or live sites have changed since; calibrate again"
+        "the calibration belongs to another model or output, or the weights or live sites have changed since; "
+        "calibrate again"
     )
 
 
@@ -159,40 +169,16 @@ def _flags(
         if fpr is not None:
             raise InputError("fpr needs a fitted screen; fit one with mcdrop.fit_screen(model, reference_rows)")
         return {"screen_note": "no screen is fitted: fit one on inlier rows with mcdrop.fit_screen"}
-    if fpr is not None:
-        check_fpr(fpr, len(screen.scores))
-    rate = screen.fpr if fpr is None else fpr
-    score = score_of(screen.score, summary, features=result.features, bank=screen.bank)
-    p = p_values(score, _reference(model, screen, result.plan))
-    return {"score": score, "p_value": p, "is_anomaly": p <= rate, "fpr": rate}
-
-
-def _reference(model: Model, screen: Screen, plan: PassPlan) -> Array:
-    """The scores of the screen's rows under the plan of a request and today's weights: same passes, same masks.
-
-    Raises:
-        InputError: the screen compares hidden features, and the weights that made them have changed.
-    """
-    wanted, weights = replace(plan, keep_samples=False), model.backend.digest()
-    if weights != screen.weights and screen.bank is not None:
+    rate = screen.fpr if fpr is None else check_fpr(fpr, len(screen.scores))
+    bank = screen.bank
+    if bank is not None and (result.features is None or result.layer != bank.layer):
         raise InputError(
-            "the screen compares hidden features, and the weights have changed since it was fitted; "
-            "fit it again with mcdrop.fit_screen"
+            "the screen compares hidden features that were not read with these passes; give it to mcdrop.sample too: "
+            "mcdrop.sample(model, x, plan, screen=screen)"
         )
-    if weights == screen.weights and (wanted == screen.plan or not SCORES[screen.score].needs_passes):
-        return screen.scores
-    key = (id(screen), wanted, weights)
-    with model.lock:
-        held = model.references.get(key)
-    if held is None:
-        # the screen is held too: were it freed, another could get its id, and these scores
-        held = screen, scores_under(model, screen.rows, wanted, screen.score, screen.bank)
-        with model.lock:
-            while len(model.references) >= _REFERENCES_KEPT:
-                model.references.pop(next(iter(model.references)))
-            model.references[key] = held
-    scores: Array = held[1]
-    return scores
+    score = score_of(screen.score, summary, features=result.features, bank=bank)
+    p = p_values(score, reference_scores(model, screen, result.plan))
+    return {"score": score, "p_value": p, "is_anomaly": p <= rate, "fpr": rate}
 
 
 def predict(
@@ -203,7 +189,7 @@ def predict(
     level: float | None = None,
     interval: str | None = None,
     seed: int | None = None,
-    keep_samples: bool = False,
+    keep_samples: bool | None = None,
     tolerance: float | None = None,
     max_passes: int | None = None,
     sampler: str | None = None,
@@ -226,7 +212,7 @@ def predict(
         tolerance: end each row as soon as the standard error of its mean is at most this, for every output; the error
             is looked at every 64 passes, and the answer after T passes is the one that T passes always give. Goes with
             ``max_passes``, not with ``passes``.
-        max_passes: where a row with a tolerance ends at the latest (2000).
+        max_passes: where a row with a tolerance, given or the model's default, ends at the latest (2000).
         sampler: "balanced" (default) or "iid" passes.
         exact_last: whether the last dropout is averaged over in closed form, where its output goes through a linear
             layer to a regression's output: the same mean and variance with less Monte Carlo error (see ``exact``).
@@ -247,7 +233,7 @@ def predict(
     if calibration is not None:
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
         defaults = _bound(defaults, calibration)
-    passes = _most_passes(passes, tolerance, max_passes)
+    passes = _most_passes(passes, tolerance, max_passes, usual=defaults.tolerance)
     asked: dict[str, Any] = {
         "passes": passes, "level": level, "interval": interval, "seed": seed, "tolerance": tolerance,
         "sampler": sampler, "keep_samples": keep_samples, "exact_last": exact_last,
@@ -269,15 +255,17 @@ def _bound(defaults: Options, calibration: Calibration) -> Options:
     return replace(defaults, **{name: getattr(calibration.plan, name) for name in names})
 
 
-def _most_passes(passes: int | None, tolerance: float | None, max_passes: int | None) -> int | None:
-    """The passes to plan for: with a tolerance, where a row ends at the latest."""
-    if tolerance is not None and passes is not None:
+def _most_passes(
+    passes: int | None, tolerance: float | None, max_passes: int | None, *, usual: float | None
+) -> int | None:
+    """The passes to plan for: with a tolerance, where a row ends at the latest. ``usual`` is the default tolerance."""
+    if passes is not None and (tolerance is not None or (max_passes is not None and usual is not None)):
         raise InputError(
             f"with a tolerance each row has its own number of passes; give max_passes={passes!r} instead of passes, if "
             "rows should end there at the latest"
         )
-    if tolerance is not None:
-        return _MAX_PASSES if max_passes is None else max_passes
-    if max_passes is not None:
+    if max_passes is None:
+        return passes if tolerance is None else _MAX_PASSES
+    if tolerance is None and usual is None:
         raise InputError("max_passes goes with tolerance; without one every row gets the same number of passes")
-    return passes
+    return max_passes

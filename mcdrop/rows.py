@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 
-__all__ = ["Rows", "by_name", "numbers"]
+__all__ = ["Rows", "by_name", "check_dense", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,24 @@ def by_name(x: Any, names: Sequence[str] | None) -> Any:
     return x[list(names)]
 
 
+def check_dense(value: Any, name: str) -> None:
+    """Checks a single tensor.
+
+    Raises:
+        InputError: it is a sparse one.
+    """
+    layout = str(getattr(value, "layout", "torch.strided"))
+    if layout.startswith("torch.sparse"):
+        raise InputError(f"{name} must be dense, got a tensor of layout {layout}; give to_dense() of it")
+
+
 def numbers(value: Any, name: str) -> NDArray[Any]:
     """Gives finite numbers as an array: of a tensor on any device, or of what ``Rows.of`` reads.
 
     Raises:
-        InputError: text, ragged rows, a single number, or one that is not finite.
+        InputError: text, ragged rows, a single number, one that is not finite, or a sparse tensor.
     """
+    check_dense(value, name)
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()

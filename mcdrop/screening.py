@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.bank import Bank
-from mcdrop.engine import PassPlan
+from mcdrop.engine import PassPlan, plain
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.rows import Rows
 from mcdrop.summaries import Summary
@@ -60,8 +60,8 @@ class Screen:
 
     The rows travel along, so the reference can be scored again with another seed or number of passes: the scores of
     reference and request then come from the same masks, and the p-values stay exact. ``weights`` is the digest of the
-    weights that the scores belong to: under others the rows are scored again too. ``bank`` holds other typical rows for
-    the scores that read hidden features.
+    model that the scores belong to: with other weights or another output the rows are scored again too. ``bank`` holds
+    other typical rows for the scores that read hidden features.
     """
 
     score: str
@@ -74,35 +74,37 @@ class Screen:
 
     def __post_init__(self) -> None:
         """Checks that the rate can be reached with this many reference rows."""
-        check_fpr(self.fpr, len(self.scores))
+        object.__setattr__(self, "fpr", check_fpr(self.fpr, len(self.scores)))
 
 
-def check_fpr(fpr: float, count: int) -> None:
-    """Refuses a false-positive rate that ``count`` reference rows cannot resolve.
+def check_fpr(fpr: float, count: int) -> float:
+    """Gives a false-positive rate as a plain number, if ``count`` reference rows can resolve it.
 
     Raises:
         InputError: the rate is outside (0, 1), or below the smallest p-value, 1 / (count + 1).
     """
-    _check_rate("fpr", fpr, count)
+    return _check_rate("fpr", fpr, count)
 
 
-def check_fdr(fdr: float, count: int) -> None:
-    """Refuses a false-discovery rate at which not even a batch of anomalies alone could be flagged.
+def check_fdr(fdr: float, count: int) -> float:
+    """Gives a false-discovery rate as a plain number, if a batch of anomalies alone could be flagged at it.
 
     Raises:
         InputError: the rate is outside (0, 1), or below 1 / (count + 1).
     """
-    _check_rate("fdr", fdr, count)
+    return _check_rate("fdr", fdr, count)
 
 
-def _check_rate(name: str, rate: float, count: int) -> None:
+def _check_rate(name: str, rate: float, count: int) -> float:
     if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 0 < rate < 1:
         raise InputError(f"{name} must be a number between 0 and 1, got {rate!r}")
+    rate = plain(rate)
     if rate < 1 / (count + 1):
         raise InputError(
             f"{name} {rate:g} is below the smallest p-value that {count} reference rows can give, "
             f"{1 / (count + 1):.2g}; raise {name} or fit the screen on at least {math.ceil(1 / rate) - 1} rows"
         )
+    return rate
 
 
 def score_of(

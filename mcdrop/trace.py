@@ -142,10 +142,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
             raise UncontrolledDraw("how many random numbers a pass draws depends on the number of rows")
         shapes = [source.draws[i].shape if f"site{i}" in unclear else shape for i, shape in enumerate(shapes)]
     found = Trace(
-        sites=tuple(
-            Site(f"site{i}", shapes[i], draw.p, "uniform" if i in rates else draw.kind, draw.path)
-            for i, draw in enumerate(few)
-        ),
+        sites=_sites(few, shapes, rates),
         layouts=tuple(layout for layout, _ in told),
         rates=rates,
         unclear=unclear,
@@ -158,6 +155,11 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         **_memory(spy, larger, given.count),
     )
     return found if found.unclear else _ordered(module, given, pick, found)
+
+
+def _sites(draws: Sequence[Draw], shapes: Sequence[tuple[int, ...]], rates: frozenset[int]) -> tuple[Site, ...]:
+    kinds = ["uniform" if i in rates else draw.kind for i, draw in enumerate(draws)]
+    return tuple(Site(f"site{i}", shapes[i], draw.p, kinds[i], draw.path) for i, draw in enumerate(draws))
 
 
 def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:

@@ -1,6 +1,8 @@
 """A network becomes a model: its draws are discovered, proved and audited, once."""
 
+import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,14 +11,15 @@ import numpy as np
 
 from mcdrop.audit import Audit
 from mcdrop.errors import InputError, MissingExtra, UnknownName
+from mcdrop.masks import is_whole
 from mcdrop.model import InputSpec, Model
-from mcdrop.rows import Rows
+from mcdrop.rows import Rows, check_dense
 from mcdrop.summaries import TASKS
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["devices_of", "wrap", "wrap_graph"]
+__all__ = ["devices_of", "each_once", "wrap", "wrap_graph"]
 
 _EXAMPLE_ROWS = 8
 
@@ -27,8 +30,8 @@ def wrap(
     example: Any,
     task: str = "regression",
     output: str | int | Callable[[Any], Any] | None = None,
-    include: Sequence[str | type] = (),
-    exclude: Sequence[str | type] = (),
+    include: str | type | Sequence[str | type] = (),
+    exclude: str | type | Sequence[str | type] = (),
     force_literal: bool = False,
     strict: bool = True,
     memory: int | str = "auto",
@@ -79,8 +82,11 @@ def wrap(
     from mcdrop.outputs import picker
 
     _check(module, task, precision)
-    rows, pick = Rows.of(example).take(slice(0, _EXAMPLE_ROWS)), picker(output)
-    overrules = Overrules(tuple(include), tuple(exclude), force_literal, strict)
+    rows, pick = Rows.of(example), picker(output)
+    for leaf in rows.leaves:
+        check_dense(leaf, "an example")
+    rows = rows.take(slice(0, _EXAMPLE_ROWS))
+    overrules = Overrules(each_once(include, "include"), each_once(exclude, "exclude"), force_literal, strict)
     rows, seen = _discovered(module, rows, pick, overrules)
     backend = _backend(seen, pick, memory, precision, compile, _tuning(tuning))
     audit = diagnose(backend, rows, seen.audit)
@@ -89,7 +95,7 @@ def wrap(
     asked = _unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}, audit)
     return Model(
         module=module, backend=backend, audit=replace(audit, devices=backend.devices), task=task, asked=asked,
-        inputs=_specs(module, rows), positional=len(rows.args), example=rows,
+        inputs=_specs(module, rows), positional=len(rows.args), example=rows, reads=_said(output),
     )  # fmt: skip
 
 
@@ -120,18 +126,48 @@ def devices_of(devices: Any) -> tuple[Any, ...]:
     return (devices,) if single else tuple(devices)
 
 
+def each_once(given: Any, name: str, kinds: tuple[type, ...] = (str, type)) -> tuple[Any, ...]:
+    """Gives several paths, or paths and types, each once; a single one too.
+
+    Raises:
+        InputError: one of them is something else.
+    """
+    several = tuple(given) if isinstance(given, Iterable) and not isinstance(given, kinds) else (given,)
+    wrong = [one for one in several if not isinstance(one, kinds)]
+    if wrong:
+        types = " or types of modules" if type in kinds else ""
+        raise InputError(f"{name} takes paths as in named_modules(){types}, got {wrong[0]!r}")
+    return tuple(dict.fromkeys(several))
+
+
 def _check(module: Any, task: str, precision: str) -> None:
     from mcdrop.planning import check_precision  # here, because a graph needs no torch
 
-    if task not in TASKS:
-        raise UnknownName("task", task, TASKS)
+    UnknownName.check("task", task, TASKS)
     check_precision(module, precision)
 
 
 def _tuning(given: Mapping[str, Any] | None) -> Any:
     from mcdrop.plan import Tuning  # here, because a graph needs no torch
 
+    if not isinstance(given, Mapping | None):
+        raise InputError(f"tuning must be a dict such as {{}} or an audit's {{'chunk': 1.0}}, got {given!r}")
     return None if given is None else Tuning.of(given)
+
+
+def _said(output: Any) -> str:
+    """What was asked for as output, as a text that is the same in every process, "" for the only one.
+
+    A function's name alone would not tell one lambda from another: what it does is in it too.
+    """
+    if not callable(output):
+        return "" if output is None else str(output)
+    code, whole = getattr(output, "__code__", None), [output]
+    if code is not None:
+        held = [cell.cell_contents for cell in output.__closure__ or ()]
+        whole += [output.__module__, code.co_code, code.co_names, code.co_consts, output.__defaults__, held]
+    text = re.sub(" at 0x[0-9a-fA-F]+", "", repr(whole))
+    return f"{getattr(output, '__qualname__', type(output).__qualname__)} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _unusual(asked: dict[str, Any], audit: Audit) -> dict[str, Any]:
@@ -192,8 +228,7 @@ def wrap_graph(
         from mcdrop.onnx_discover import discover_graph
     except ImportError as error:
         raise MissingExtra(error.name or "onnx", "onnx") from None
-    if task not in TASKS:
-        raise UnknownName("task", task, TASKS)
+    UnknownName.check("task", task, TASKS)
     rows = None if example is None else Rows.of(example).take(slice(0, _EXAMPLE_ROWS))
     found = discover_graph(source, rows, output=output, inject=inject, digest=digest)
     TASKS[task].statistics.of(found.backend.deterministic(found.rows).astype(np.float64)[None])
@@ -202,14 +237,14 @@ def wrap_graph(
     inputs = (InputSpec(one.name, one.dtype, (-1, *leaf.shape[1:])) for one, leaf in pairs)
     return Model(
         module=found.graph, backend=found.backend, audit=found.audit, task=task,
-        inputs=tuple(inputs), positional=len(leaves), example=found.rows,
+        inputs=tuple(inputs), positional=len(leaves), example=found.rows, reads=_said(output),
     )  # fmt: skip
 
 
 def _bytes(memory: int | str) -> int:
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+    if not is_whole(memory) or int(memory) < 1:
         raise InputError(f"memory must be 'auto' or a whole number of bytes above 0, got {memory!r}")
-    return memory
+    return int(memory)
 
 
 def _all_whole(rows: Rows) -> bool:
@@ -227,7 +262,8 @@ def _specs(module: Any, rows: Rows) -> tuple[InputSpec, ...]:
     specs = []
     for index, (name, leaf) in enumerate(rows.named()):
         label = parameters[index] if index < len(rows.args) and index < len(parameters) else name
-        dtype = str(leaf.dtype).removeprefix("torch.")
+        # the name of a numpy type says nothing of the order of its bytes, which is the example's alone
+        dtype = leaf.dtype.name if isinstance(leaf, np.ndarray) else str(leaf.dtype).removeprefix("torch.")
         if "float" in dtype:
             dtype = "float64" if double else "float32"
         specs.append(InputSpec(label, dtype, (-1, *leaf.shape[1:])))

@@ -4,6 +4,7 @@ import logging
 import threading
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mcdrop.drift import Drift, DriftMonitor
 from mcdrop.predict import Prediction
@@ -26,7 +27,7 @@ class Watch:
     def __init__(self, name: str, screen: Screen) -> None:
         """Takes the name of the model, for the log, and its screen."""
         self._name, self._plan = name, screen.plan
-        self._monitor = DriftMonitor(screen.scores)
+        self._monitor = DriftMonitor(_finite(screen.scores))
         self._lock = threading.Lock()
 
     def see(self, prediction: Prediction) -> None:
@@ -38,9 +39,7 @@ class Watch:
             before = self._monitor.state
             if before.rows >= MOST_ROWS and not before.alarm:
                 self._monitor.reset()
-            # the score of an output that overflowed is no number; nothing is stranger
-            scores = np.nan_to_num(prediction.score[:ROWS_OF_A_REQUEST], nan=np.finfo(np.float64).max)
-            after = self._monitor.update(scores)
+            after = self._monitor.update(_finite(prediction.score[:ROWS_OF_A_REQUEST]))
         if after.alarm and not before.alarm:
             logger.warning("model %s: its inputs have drifted from the reference rows of its screen", self._name)
 
@@ -49,3 +48,8 @@ class Watch:
         """How the monitor stands."""
         with self._lock:
             return self._monitor.state
+
+
+def _finite(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The score of an output that overflowed is no number; nothing is stranger."""
+    return np.nan_to_num(scores, nan=np.finfo(np.float64).max)

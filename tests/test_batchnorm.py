@@ -1,11 +1,14 @@
 """Batch norm's running statistics, fitted to a network under its own dropout."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from made import Frame
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import mcdrop
 from mcdrop.errors import InputError
@@ -50,9 +53,31 @@ def test_batches_may_come_one_by_one() -> None:
     net, x = shifted()
     model = mcdrop.wrap(net, example=x[:8])
     whole = mcdrop.recalibrate_batchnorm(model, x, passes=3, batch_rows=1000)
-    by_batch = mcdrop.recalibrate_batchnorm(model, iter(x.split(1000)), passes=3)
-    for ours, theirs in zip(whole.buffers(), by_batch.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    labelled = DataLoader(TensorDataset(x, torch.zeros(len(x))), 1000)
+    for batches in (iter(x.split(1000)), labelled):
+        by_batch = mcdrop.recalibrate_batchnorm(model, batches, passes=3)
+        for ours, theirs in zip(whole.buffers(), by_batch.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_of_a_list_or_of_a_frame_are_those_of_the_array() -> None:
+    net, x = shifted()
+    names = list("abcdef")
+    model = replace(mcdrop.wrap(net, example=x[:8]), features=names)
+    few = x[:50] * torch.arange(1, 7)
+    whole = mcdrop.recalibrate_batchnorm(model, few, passes=2)
+    other = Frame(names[::-1], few.numpy()[:, ::-1])
+    for rows in (few.tolist(), [tuple(row) for row in few.tolist()], other):
+        again = mcdrop.recalibrate_batchnorm(model, rows, passes=2)
+        for ours, theirs in zip(whole.buffers(), again.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("asked", [{"passes": 0}, {"passes": 1.5}, {"batch_rows": 0}])
+def test_counts_must_be_above_0(asked: dict[str, Any]) -> None:
+    net, x = shifted()
+    with pytest.raises(InputError, match=f"{next(iter(asked))} must be a whole number above 0"):
+        mcdrop.recalibrate_batchnorm(mcdrop.wrap(net, example=x[:8]), x, **asked)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +85,8 @@ def test_batches_may_come_one_by_one() -> None:
     [
         (nn.Sequential(nn.Dropout(0.3), nn.Linear(6, 1)), torch.ones(9, 6), "no norm layer"),
         (shifted()[0], [torch.ones(1, 6)], "batch of one row"),
+        (shifted()[0], iter(()), "hold no batches"),
+        (shifted()[0], [], "hold no rows"),
     ],
 )
 def test_what_cannot_be_recalibrated_is_said(net: nn.Module, data: Any, said: str) -> None:

@@ -1,5 +1,7 @@
 import json
+import re
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from made import classes, net, summary
 from scipy import optimize, stats
 
 import mcdrop
-from mcdrop.calibration import Calibration, calibration_curve, fit_calibration
+from mcdrop.calibration import Calibration, calibration_curve, fit_calibration, targets_of
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError
 from mcdrop.fits import fit_noise, fit_scale, fit_temperature, tempered
@@ -225,12 +227,80 @@ def test_targets_that_do_not_fit_are_refused() -> None:
         mcdrop.calibrate(model, X, Y, method="lac")
     with pytest.raises(InputError, match="unknown calibration method 'nope'"):
         mcdrop.calibrate(model, X, Y, method="nope")
-    with pytest.raises(InputError, match="noise must be a variance above 0"):
-        mcdrop.calibrate(model, X, Y, noise=-1.0)
+    with pytest.raises(InputError, match=r"unknown calibration method \['lac'\]; choose one of"):
+        mcdrop.calibrate(model, X, Y, method=["lac"])  # type: ignore[arg-type]
     made = classes([[0.5, 0.5], [0.1, 0.9]])
     for labels in ([0, 2], [0.5, 1]):
         with pytest.raises(InputError, match="from 0 to 1"):
             fit_calibration(made, labels, task="classification", plan=PassPlan(), fingerprint="")
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [
+        (-1.0, "noise must be a variance above 0"),
+        ([0.1, 0.2, 0.3], r"noise must be a number or of the shape \(2,\), one row's; got \(3,\)"),
+        ("a", "noise must be numbers, got the text 'a'"),
+        (np.inf, "noise must be finite numbers"),
+    ],
+)
+def test_noise_that_is_no_variance_of_the_outputs_is_refused(noise: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        fit_calibration(
+            summary(np.zeros((9, 2))), np.ones((9, 2)), task="regression", plan=PassPlan(), fingerprint="", noise=noise
+        )
+
+
+@pytest.mark.parametrize("noise", [0.25, np.float32(0.25), torch.tensor(0.25, requires_grad=True), [0.25, 0.25]])
+def test_known_noise_may_be_any_number_or_one_an_output(noise: Any) -> None:
+    made = summary(np.zeros((9, 2)))
+    found = fit_calibration(made, np.ones((9, 2)), task="regression", plan=PassPlan(), fingerprint="", noise=noise)
+    assert found.noise is not None
+    assert found.noise.tolist() == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("levels", [[], 0.9, "0.9", [90]])
+def test_a_method_by_level_needs_levels(levels: Any) -> None:
+    made = summary(np.zeros((9, 1)), samples=np.zeros((8, 9, 1)))
+    with pytest.raises(InputError, match="level"):
+        fit_calibration(
+            made, np.ones(9), task="regression", plan=PassPlan(), fingerprint="", method="cqr", levels=levels
+        )
+
+
+def test_a_level_of_fewer_digits_is_the_one_that_is_written() -> None:
+    made = summary(np.zeros((30, 1)), samples=np.random.default_rng(0).normal(size=(8, 30, 1)))
+    asked: dict[str, Any] = {"task": "regression", "plan": PassPlan(), "fingerprint": "", "method": "cqr"}
+    y, short = np.random.default_rng(1).normal(size=30), cast(float, np.float32(0.9))
+    ours, theirs = (fit_calibration(made, y, levels=[level], **asked) for level in (short, 0.9))
+    assert ours.levels == (0.9,)
+    np.testing.assert_array_equal(ours.bounds(made, 0.9), theirs.bounds(made, short))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "given", "fits"),
+    [
+        ((6, 1), (6,), True),
+        ((6,), (6, 1), True),
+        ((6, 1, 2, 3), (6, 2, 3), True),
+        ((6, 2, 3, 4), (6, 3, 4, 2), False),
+        ((6, 2, 3), (6, 6), False),
+        ((6, 2), (2, 6), False),
+        ((1, 3), (3, 1), False),
+    ],
+)
+def test_targets_are_not_put_into_another_layout(outputs: tuple[int, ...], given: tuple[int, ...], fits: bool) -> None:
+    y = np.arange(np.prod(given), dtype=np.float64).reshape(given)
+    if fits:
+        np.testing.assert_array_equal(targets_of(y, np.zeros(outputs)).ravel(), y.ravel())
+        return
+    with pytest.raises(InputError, match=f"targets must have the shape {re.escape(str(outputs))} of the outputs"):
+        targets_of(y, np.zeros(outputs))
+
+
+def test_sparse_targets_are_refused() -> None:
+    with pytest.raises(InputError, match=r"targets must be dense, got a tensor of layout torch\.sparse_coo"):
+        targets_of(torch.eye(3).to_sparse(), np.zeros((3, 3)))
 
 
 def test_a_folder_keeps_its_calibration(tmp_path: Path) -> None:

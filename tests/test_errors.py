@@ -44,6 +44,13 @@ def test_an_unknown_name_comes_with_all_known_ones_in_order() -> None:
     assert str(UnknownName("score", None, {"b": 1, "a": 2})) == "unknown score None; choose one of: a, b"
 
 
+@pytest.mark.parametrize("given", ["nope", None, ["b"], {"b": 1}, 1])
+def test_a_name_is_checked_whatever_it_is(given: object) -> None:
+    UnknownName.check("score", "b", {"b": 1})
+    with pytest.raises(UnknownName, match=r"unknown score .*; choose one of: b"):
+        UnknownName.check("score", given, {"b": 1})
+
+
 def test_a_missing_library_comes_with_the_command_that_installs_it() -> None:
     with pytest.raises(ImportError, match=r"ray is not installed; it comes with: pip install 'mcdrop\[ray\]'"):
         raise MissingExtra("ray", "ray")

@@ -93,13 +93,25 @@ def test_where_chooses_by_path_or_by_function() -> None:
     assert by_type.audit.live == by_path.audit.live
 
 
+@pytest.mark.parametrize("where", ["10", ["10", "10"]])
+def test_a_single_path_is_one_path_and_a_path_given_twice_drops_once(where: Any) -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    model = mcdrop.wrap(mcdrop.inject(net, where=where), example=torch.ones(2, 4))
+    assert [site.path for site in model.audit.live] == ["10"]
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
         ({"kind": "nope"}, "choose one of: dropblock"),
         ({"p": 0.0}, "between 0 and 1, got 0.0"),
         ({"p": 1.0}, "between 0 and 1, got 1.0"),
+        ({"p": "0.1"}, "p must be a number between 0 and 1, got '0.1'"),
         ({"where": ["nowhere"]}, "no module 'nowhere'"),
+        ({"where": "nowhere"}, "no module 'nowhere'"),
+        ({"where": [3]}, r"where takes paths as in named_modules\(\), got 3"),
+        ({"where": nn.Conv2d}, r"where takes no types; .* isinstance\(layer, Conv2d\)"),
+        ({"kind": ["dropout"]}, r"unknown kind of injection \['dropout'\]"),
         ({"kind": "dropout"}, "needs two of Linear"),
         ({"kind": "stochastic_depth"}, "say where"),
         ({"kind": "dropconnect", "where": [""]}, "fits Linear and Conv2d layers, not Residual"),
@@ -135,6 +147,57 @@ def test_the_likelihood_finds_the_rate_that_made_the_data() -> None:
 def test_coverage_finds_it_too() -> None:
     net, x, y = held_out()
     assert mcdrop.choose_rate(net, x, y, rates=(0.02, 0.2, 0.6), criterion="coverage")[0] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [
+        ([0, 1, 2, -1], "labels must be whole numbers from 0 to 2, got -1"),
+        ([0, 1, 2, 3], "labels must be whole numbers from 0 to 2, got 3"),
+        ([0, 1, 2, 0.5], "labels must be whole numbers from 0 to 2, got 0.5"),
+        ([0, 1], r"labels must have the shape \(4,\)"),
+    ],
+)
+def test_labels_that_do_not_fit_choose_no_rate(y: Any, said: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3))
+    with pytest.raises(InputError, match=said):
+        mcdrop.choose_rate(net, torch.ones(4, 2), y, rates=[0.1], task="classification", passes=4)
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [
+        ([[0, 1], [np.nan, 1], [2, 3]], "targets must be finite numbers; row 1 holds nan"),
+        ([[0, 1, 2], [3, 4, 5]], r"targets must have the shape \(3, 2\) of the outputs, got \(2, 3\)"),
+    ],
+)
+def test_targets_that_do_not_fit_choose_no_rate(criterion: str, y: Any, said: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
+    with pytest.raises(InputError, match=said):
+        mcdrop.choose_rate(net, torch.ones(3, 2), y, rates=[0.1], criterion=criterion, passes=4)
+
+
+def test_targets_that_say_the_same_give_the_same_likelihood() -> None:
+    net = mcdrop.inject(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3)).eval(), p=0.3)
+    x, labels = torch.eye(2).repeat(3, 1), np.array([0, 1, 2, 0, 1, 2])
+    classifier = mcdrop.wrap(net, example=x, task="classification", tuning={})
+    chances = mcdrop.predict(classifier, x, passes=4).mean
+    by_hand = np.log([row[label] for row, label in zip(chances, labels, strict=True)]).mean()
+    for y in (labels, labels[:, None], torch.tensor(labels)):
+        assert CRITERIA["likelihood"](classifier, x, y, 0.9, 4, 0) == pytest.approx(by_hand)
+    model, learnt = mcdrop.wrap(net, example=x, tuning={}), torch.arange(18.0, requires_grad=True).reshape(6, 3)
+    ours, theirs = (CRITERIA["likelihood"](model, x, y, 0.9, 4, 0) for y in (learnt, learnt.detach().numpy()))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"), [([], "holds no drop rate"), (0.1, "must be a list of drop rates"), (["0.1"], "got '0.1'")]
+)
+def test_rates_that_are_none_are_refused(rates: Any, said: str) -> None:
+    net, x, y = held_out()
+    with pytest.raises(InputError, match=said):
+        mcdrop.choose_rate(net, x, y, rates=rates)
 
 
 def test_an_unknown_criterion_is_named() -> None:

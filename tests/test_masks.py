@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,14 +278,39 @@ def test_balanced_blocks_are_independent_of_one_another() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [-1, SEED_LIMIT])
-def test_a_seed_out_of_range_is_refused(seed: int) -> None:
-    with pytest.raises(InputError, match=r"between 0 and 2\*\*64 - 1, got"):
+@pytest.mark.parametrize("seed", [-1, SEED_LIMIT, 1.5, True, "1"])
+def test_a_seed_out_of_range_is_refused(seed: Any) -> None:
+    with pytest.raises(InputError, match=r"whole number from 0 to 2\*\*64 - 1, got"):
         masks((1,), 1, seed=seed)
+
+
+@pytest.mark.parametrize("passes", [0, -1, 2.5, True])
+def test_passes_that_are_no_count_are_refused(passes: Any) -> None:
+    with pytest.raises(InputError, match=f"passes must be a whole number above 0, got {passes}"):
+        masks((1,), passes)
+
+
+@pytest.mark.parametrize("start", [-1, 0.5])
+def test_a_first_pass_below_0_is_refused(start: Any) -> None:
+    with pytest.raises(InputError, match=f"start must be a whole number from 0, got {start}"):
+        masks((1,), 1, start=start)
+
+
+@pytest.mark.parametrize("p", [1.5, -0.1, np.nan, "0.5"])
+def test_a_rate_that_is_no_share_is_refused(p: Any) -> None:
+    with pytest.raises(InputError, match="drop rate p of site 'site0' must be a number from 0 to 1, got"):
+        masks((1,), 1, p=p)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons_own() -> None:
+    ours = masks((9,), np.int64(3), seed=np.uint64(7), start=np.int32(2), p=np.float32(0.5))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(ours, masks((9,), 3, seed=7, start=2))
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="unknown sampler 'sobol'; choose one of: balanced, iid"):
         masks((1,), 1, sampler="sobol")
+    with pytest.raises(UnknownName, match=r"unknown sampler \['iid'\]; choose one of"):
+        masks((1,), 1, sampler=["iid"])  # type: ignore[arg-type]
     with pytest.raises(UnknownName, match="unknown kind of draw 'poisson'; choose one of: bernoulli, normal, uniform"):
         masks((1,), 1, kind="poisson")

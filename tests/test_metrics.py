@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -99,5 +101,23 @@ def test_shapes_must_agree() -> None:
         picp([0, 1], [0, 0, 0], [1, 1])
     with pytest.raises(InputError, match="bins"):
         ence([1.0], [0.0], [1.0], bins=2)
-    with pytest.raises(InputError, match="samples must have the shape"):
-        crps_samples([1.0, 2.0], [[1.0], [2.0]])
+    for samples in ([[1.0], [2.0]], np.empty((0, 2))):
+        with pytest.raises(InputError, match="samples must have the shape"):
+            crps_samples([1.0, 2.0], samples)
+    with pytest.raises(InputError, match=r"one number a row \(N,\), got \(2, 2\)"):
+        aurc(np.eye(2), np.eye(2))
+
+
+def test_what_no_measure_can_count_is_refused() -> None:
+    for level in (95, 1, 0):
+        with pytest.raises(InputError, match="level must be a number between 0 and 1"):
+            interval_score([0], [0], [1], level)
+    assert interval_score([2], [0], [1], np.float32(0.9)) == interval_score([2], [0], [1], 0.9)  # type: ignore[arg-type]
+    for measure in (crps_gaussian, ence):
+        with pytest.raises(InputError, match="standard deviations must not be negative, got -1"):
+            measure([0, 0], [0, 0], [1, -1])
+    hidden: Any = np.ma.masked_array([0.0, 9.0], [False, True])
+    with pytest.raises(InputError, match="masked values"):
+        picp(hidden, [0, 0], [1, 1])
+    with pytest.raises(InputError, match="masked values"):
+        crps_samples(hidden, [[0, 0]])

@@ -1,7 +1,10 @@
 """What inputs become: numbers that a network's type cannot hold are refused, never wrapped or cut off."""
 
 import copy
+import pickle
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,3 +127,35 @@ def test_sparse_rows_are_taken_as_dense_ones_are() -> None:
     np.testing.assert_allclose(sparse.mean, mcdrop.predict(model, x, passes=20).mean, rtol=1e-6)
     with pytest.raises(InputError, match="too large for float32"):
         mcdrop.predict(model, (x * 1e39).to_sparse(), passes=20)
+
+
+def test_a_model_is_copied_but_not_pickled() -> None:
+    model = mcdrop.wrap(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), example=torch.randn(4, 3))
+    assert copy.copy(model).backend is model.backend
+    for one in (model, mcdrop.Detector(model)):
+        with pytest.raises(InputError, match=r"cannot be pickled; write it with mcdrop\.save\(model, folder\)"):
+            pickle.dumps(one)
+
+
+NETWORK, ROWS = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), np.ones((20, 3))
+DOORS: dict[str, Callable[[Any, Path], object]] = {
+    "calibrate": lambda net, _: mcdrop.calibrate(net, ROWS, ROWS[:, :2]),
+    "export_onnx": lambda net, folder: mcdrop.export_onnx(net, folder / "net.onnx"),
+    "export_torch": lambda net, folder: mcdrop.export_torch(net, folder / "net.pt2"),
+    "fit": lambda net, _: mcdrop.Detector(net).fit(ROWS),
+    "fit_screen": lambda net, _: mcdrop.fit_screen(net, ROWS),
+    "interpret": lambda net, _: mcdrop.interpret(net, None, mcdrop.Options()),  # type: ignore[arg-type]
+    "recalibrate_batchnorm": lambda net, _: mcdrop.recalibrate_batchnorm(net, ROWS),
+    "sample": lambda net, _: mcdrop.sample(net, ROWS, mcdrop.PassPlan()),
+    "save": lambda net, folder: mcdrop.save(net, folder / "net" / "1"),
+    "screen": lambda net, _: mcdrop.screen(net, ROWS),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_network_that_was_not_wrapped_is_told_so(door: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"got Sequential; wrap a network first: mcdrop\.wrap\(network, example=rows\)"
+    ):
+        DOORS[door](NETWORK, tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -71,6 +71,54 @@ def test_an_excluded_module_does_not_draw(which: str | type) -> None:
     np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-5)
 
 
+def test_a_single_path_or_type_is_one_path_or_type() -> None:
+    net = chain(nn.Dropout(0.3), *(nn.Identity() for _ in range(9)), nn.AlphaDropout(0.3))
+    for which in ("11", nn.AlphaDropout, ["11", "11"]):
+        kept = mcdrop.wrap(net, example=rows(), exclude=which, tuning={}).audit
+        assert [site.path for site in kept.live] == ["1"]
+    assert "11" in mcdrop.wrap(net, example=rows(), include="11", tuning={}).audit.stochastic
+
+
+@pytest.mark.parametrize("which", [3, None, [nn.Dropout(0.3)], [["1"]]])
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_an_overrule_that_is_neither_path_nor_type_is_an_error(name: str, which: Any) -> None:
+    with pytest.raises(InputError, match=rf"{name} takes paths as in named_modules\(\) or types of modules, got"):
+        mcdrop.wrap(chain(nn.Dropout(0.3)), example=rows(), **{name: which})
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"tuning": 3}, "tuning must be a dict .*, got 3"),
+        ({"task": ["regression"]}, r"unknown task \['regression'\]; choose one of"),
+        ({"precision": ["fp32"]}, r"unknown precision \['fp32'\]; choose one of"),
+        ({"example": rows().to_sparse()}, "an example must be dense, got a tensor of layout torch.sparse_coo"),
+        ({"example": {"input": rows().to_sparse()}}, "an example must be dense, got a tensor of layout"),
+        ({"memory": np.float64(9)}, "memory must be 'auto' or a whole number"),
+    ],
+)
+def test_what_wrap_cannot_read_is_said(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        mcdrop.wrap(chain(nn.Dropout(0.3)), **{"example": rows(), "tuning": {}, **asked})
+
+
+def test_memory_may_be_a_whole_number_of_numpy() -> None:
+    model = mcdrop.wrap(chain(nn.Dropout(0.3)), example=rows(), memory=np.int64(10**6), tuning={})  # type: ignore[arg-type]
+    assert model.backend.chunk_bytes == 10**6
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f2", ">i8"])
+def test_the_order_of_an_examples_bytes_is_not_the_models(dtype: str) -> None:
+    whole = np.arange(8).reshape(2, 4)
+    swapped, native = (
+        mcdrop.wrap(chain(nn.Dropout(0.3)), example=whole.astype(kind), tuning={})
+        for kind in (dtype, np.dtype(dtype).newbyteorder("="))
+    )
+    assert swapped.inputs == native.inputs
+    ours, theirs = (mcdrop.predict(model, whole.astype(dtype), passes=4).mean for model in (swapped, native))
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_an_included_module_is_in_training_whatever_the_probe_says() -> None:
     net = chain(nn.BatchNorm1d(32), nn.Dropout(0.3))
     model = mcdrop.wrap(net, example=rows(), include=["1"], strict=False)

@@ -178,7 +178,7 @@ def test_with_a_tolerance_each_row_ends_on_its_own(model: mcdrop.Model) -> None:
         ([[1.0, None]], "must be numbers, got a missing value (null)"),
         ([[1.0, 2.0], [3.0]], "row 0 has 2 values and row 1 has 1"),
         (3.0, "must have rows as its first dimension, got a single number"),
-        ((X, X), "the network takes inputs by name: input; got 2 without names"),
+        ((X, X), "the network takes 1 input (input), got 2"),
         ({"nope": X}, "inputs must be named input; got nope"),
         ({}, "inputs must be named input; got none"),
         (torch.ones(3, 5), "must have the shape (N, 2), got (N, 5)"),
@@ -259,6 +259,18 @@ def test_a_model_knows_its_own_task(model: mcdrop.Model) -> None:
         mcdrop.predict(model, X, task="gaussian")
     with pytest.raises(UnknownName, match="unknown task 'nope'; choose one of: classification, gaussian, regression"):
         mcdrop.wrap(net(), example=X, task="nope")
+
+
+def test_options_left_out_are_the_models_own(model: mcdrop.Model) -> None:
+    keeping = replace(model, defaults=Options(passes=8, keep_samples=True))
+    assert (found := mcdrop.predict(keeping, X).samples) is not None
+    assert found.shape == (8, 12, 1)
+    assert mcdrop.predict(keeping, X, keep_samples=False).samples is None
+    ending = replace(model, defaults=Options(tolerance=1e-9))  # too small to be reached
+    for asked, passes in (({}, 100), ({"passes": 70}, 70), ({"max_passes": 64}, 64), ({"tolerance": 1e-9}, 2000)):
+        assert set(mcdrop.predict(ending, X[:1], **asked).passes) == {passes}
+    with pytest.raises(InputError, match="give max_passes=64 instead of passes"):
+        mcdrop.predict(ending, X, passes=64, max_passes=128)
 
 
 def test_passes_that_would_not_fit_in_memory_are_refused_before_they_run(model: mcdrop.Model) -> None:

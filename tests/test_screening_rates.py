@@ -210,7 +210,17 @@ def test_screening_reads_batches_and_loaders_alike() -> None:
     screen = mcdrop.fit_screen(model, X, fpr=0.1)
     whole = mcdrop.screen(model, X, screen=screen, fdr=0.2)
     pairs = torch.utils.data.TensorDataset(torch.as_tensor(X, dtype=torch.float32), torch.zeros(300))
-    for data in ([X[:100], X[100:]], iter([X[:100], X[100:]]), torch.utils.data.DataLoader(pairs, batch_size=64)):
+    labelled = [{"input": X[:100], "labels": np.zeros(100)}, {"input": X[100:], "labels": np.zeros(200)}]
+    loader = torch.utils.data.DataLoader(pairs, batch_size=64)
+    rows = [
+        [*X],
+        [torch.tensor(row) for row in X],
+        X.tolist(),
+        [tuple(row) for row in X.tolist()],
+        [[*row] for row in X],
+    ]
+    batches = [[X[:100], X[100:]], iter([X[:100], X[100:]]), loader, [*loader], labelled, [(X.tolist(), [0] * 300)]]
+    for data in (*rows, *batches):
         found = mcdrop.screen(model, data, screen=screen, fdr=0.2)
         np.testing.assert_allclose(found.score, whole.score, rtol=1e-4)
         assert found.p_value.shape == (300,)
@@ -321,6 +331,8 @@ def test_a_stream_may_come_in_any_pieces() -> None:
     assert pieces.state == DriftMonitor(reference).update(stream)
     with pytest.raises(InputError, match="reference rows"):
         DriftMonitor([])
+    with pytest.raises(InputError, match="finite number, got nan"):  # sorted nowhere, it would make ranks of nothing
+        DriftMonitor([0.0, np.nan, 1.0])
 
 
 def test_a_screen_follows_the_weights() -> None:

@@ -19,9 +19,11 @@ from serving import PATIENCE, Server, running, start
 
 import mcdrop
 from mcdrop.artifact import load
+from mcdrop.errors import ArtifactError
 from mcdrop.intervals import INTERVALS
 from mcdrop.predict import predict
 from service import Settings, create_app
+from service.registry import Registry
 from service.schemas import PredictRequest, PredictResponse
 
 ROWS = [[-0.5], [0.0], [3.0]]
@@ -312,6 +314,13 @@ def test_a_store_without_models_is_named_at_start(tmp_path: Path) -> None:
     assert f"the model in {tmp_path}/line/1 cannot be served: it has no model.toml" in failed(
         tmp_path, tmp_path / "log"
     )
+
+
+def test_a_model_in_place_of_a_store_gets_the_folder_to_give(store: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"holds no model as NAME/VERSION; .* give the folder above: {store}$"):
+        Registry(store / "line").entries()
+    with pytest.raises(ArtifactError, match="is a model, not a store; give the folder above its name"):
+        Registry(store / "line" / "1").entries()
 
 
 def test_a_busy_port_is_one_line(store: Path, tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ BAD: dict[str, tuple[bytes, int, str]] = {
         "unknown field 'tolerance', 'deadline_ms'; known fields:",
     ),
     "lone surrogate": (b'{"model": "\\ud800", "inputs": [[1]]}', 404, "unknown model"),
+    "field that is no text": (
+        b'{"inputs": [[1]], "bogus\\ud800": 1}',
+        422,
+        "unknown field 'bogus\\ud800'; known fields: model, version, inputs",
+    ),
+    "input that is no text": (line(inputs={"\ud800": [[1]]}), 422, "inputs must be named input; got "),
     "too many rows": (line(inputs=[[0]] * 10_001), 422, "one request may have 10000 rows, got 10001"),
     "too much work": (line(inputs=[[0]] * 5000, passes=10_000), 422, "rows times passes may be 10000000"),
     "too much kept": (line(inputs=[[0]] * 5000, passes=500, samples=True), 422, "1000000 where every pass is kept"),

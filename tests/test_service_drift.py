@@ -1,6 +1,7 @@
 """The drift alarm of a served model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,4 +75,15 @@ def test_a_monitor_starts_anew_before_it_grows_without_end(store: Path, monkeypa
     prediction = predict(model, np.random.default_rng(1).uniform(-1, 1, (60, 1)))
     for _ in range(3):
         watch.see(prediction)
+    assert watch.state.rows == 60
+
+
+def test_a_model_whose_reference_overflows_is_watched_too(store: Path) -> None:
+    """The score of such a row is no number, as that of a request may be."""
+    model = load(store / "line")
+    assert model.screen is not None
+    scores = model.screen.scores.copy()
+    scores[3] = np.nan
+    watch = Watch("line", replace(model.screen, scores=scores))
+    watch.see(predict(model, np.random.default_rng(1).uniform(-1, 1, (60, 1))))
     assert watch.state.rows == 60
