@@ -19,11 +19,11 @@ from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
 from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, positional
-from mcdrop.model import Model, Options
+from mcdrop.model import Model, Options, check_model
 from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
-from mcdrop.store import FORMAT, MANIFEST, check_name, read_manifest, resolve, swap, verify
+from mcdrop.store import FORMAT, MANIFEST, check_name, check_replaceable, read_manifest, resolve, swap, verify
 from mcdrop.store import sha256 as hash_of
 from mcdrop.wrapping import devices_of
 
@@ -68,19 +68,18 @@ def save(
         version: of the model.
         description: one line for people.
         features: names of the columns of a single (N, F) input.
-        overwrite: whether a folder that is there may be replaced.
+        overwrite: whether a saved model that is there, or an empty folder, may be replaced.
 
     Raises:
-        ArtifactError: the folder is there, or what was written does not load, answer and screen as the model does.
+        ArtifactError: the folder is there, or holds more than a model, or what was written does not load, answer and
+            screen as the model does.
     """
-    target = Path(folder)
-    if target.exists() and not overwrite:
-        raise ArtifactError(f"{target} exists; choose another version or give overwrite=True")
+    check_model(model)
+    target = _target(folder, overwrite)
     format = format or default_format(model, factory)
-    if format not in FORMATS:
-        raise UnknownName("format", format, FORMATS)
-    name = name or target.parent.name
-    check_name(name)
+    UnknownName.check("format", format, FORMATS)
+    name = name or target.parent.name or target.resolve().parent.name
+    check_name(name, "; give another as name=")
     check_name(version)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
@@ -97,6 +96,14 @@ def save(
         swap(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def _target(folder: str | Path, overwrite: bool) -> Path:
+    target = Path(folder)
+    if target.exists() and not overwrite:
+        raise ArtifactError(f"{target} exists; choose another version or give overwrite=True")
+    check_replaceable(target)
     return target
 
 
@@ -127,6 +134,7 @@ def _write_manifest(
         "format": FORMAT,
         **head,
         "task": model.task,
+        **({"reads": model.reads} if model.reads else {}),
         "weights": weights,
         "sites": [{"name": site.name, "path": site.path, "kind": site.kind} for site in model.audit.live],
         "inputs": [
@@ -137,7 +145,7 @@ def _write_manifest(
     }
     if screen is not None:
         plan = {"passes": screen.plan.passes, "seed": screen.plan.seed, "sampler": screen.plan.sampler}
-        manifest["screen"] = {"score": screen.score, "fpr": float(screen.fpr), "weights": screen.weights, **plan}
+        manifest["screen"] = {"score": screen.score, "fpr": screen.fpr, "weights": screen.weights, **plan}
         if screen.bank is not None:
             # TOML knows no null: a default layer is left out
             layer = {} if screen.bank.layer is None else {"layer": screen.bank.layer}
@@ -222,8 +230,7 @@ def load(
 
 def _build(place: Path, manifest: Mapping[str, Any], devices: tuple[str, ...]) -> Model:
     weights = manifest["weights"]
-    if weights["format"] not in FORMATS:
-        raise UnknownName("format", weights["format"], FORMATS)
+    UnknownName.check("format", weights["format"], FORMATS)
     form = FORMATS[weights["format"]]
     positional = sum(bool(spec["positional"]) for spec in manifest["inputs"])
     example, _ = read_rows(place / EXAMPLE, positional)
@@ -240,6 +247,7 @@ def _build(place: Path, manifest: Mapping[str, Any], devices: tuple[str, ...]) -
     model = replace(
         model, name=manifest["name"], version=manifest["version"], description=manifest.get("description", ""),
         features=manifest.get("features") or None, defaults=Options(**manifest["defaults"]),
+        reads=str(manifest.get("reads", "")),  # "" in older folders, whose fits knew nothing of it
     )  # fmt: skip
     screen = _read_screen(place, manifest.get("screen"), positional)
     check_features(model, weights["format"], screen)
@@ -269,8 +277,7 @@ def _read_screen(place: Path, head: Mapping[str, Any] | None, positional: int) -
     if head is None:
         return None
     rows, more = read_rows(place / SCREEN, positional)
-    if head["score"] not in SCORES:
-        raise UnknownName("score", head["score"], SCORES)
+    UnknownName.check("score", head["score"], SCORES)
     plan = PassPlan(head["passes"], head["seed"], head["sampler"])
     bank = None
     if "distance" in head:

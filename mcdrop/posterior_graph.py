@@ -34,8 +34,8 @@ class Builder:
     """Nodes and constants that are added to a graph, each under a name of its own."""
 
     def __init__(self, model: Any) -> None:
-        """Takes the model that grows."""
-        self.model = model
+        """Takes the model that grows; its numbers are of float32 until ``dtype`` says otherwise."""
+        self.model, self.dtype = model, np.dtype(np.float32)
         self._count = 0
 
     def fresh(self) -> str:
@@ -43,10 +43,10 @@ class Builder:
         self._count += 1
         return f"mcdrop.{self._count}"
 
-    def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """Gives the name of a constant."""
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        """Gives the name of a constant; None is the type of the graph's numbers."""
         name = self.fresh()
-        array = np.ascontiguousarray(np.asarray(value, dtype)).reshape(np.shape(value))
+        array = np.ascontiguousarray(np.asarray(value, dtype or self.dtype)).reshape(np.shape(value))
         self.model.graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
@@ -59,6 +59,10 @@ class Builder:
         output = output or self.fresh()
         self.model.graph.node.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
+
+    def real(self, value: str) -> str:
+        """Gives a value in the type of the graph's numbers."""
+        return self.node("Cast", value, to=helper.np_dtype_to_tensor_dtype(self.dtype))
 
     def reshaped(self, value: str, *shape: int) -> str:
         """Gives a value in another shape; -1 is what is left."""
@@ -84,7 +88,7 @@ class Builder:
         self.model.graph.CopyFrom(part.graph)
         del self.model.graph.output[:]
         for name, shape in outputs.items():
-            kind = TensorProto.INT64 if name == LABEL else TensorProto.FLOAT
+            kind = TensorProto.INT64 if name == LABEL else helper.np_dtype_to_tensor_dtype(self.dtype)
             self.model.graph.output.append(helper.make_tensor_value_info(name, kind, ["rows", *shape]))
         onnx.checker.check_model(self.model)
 

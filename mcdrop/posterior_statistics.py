@@ -1,6 +1,8 @@
 """Mean, variance and bounds of all passes in ONNX operators: the formulas of moments, summaries and intervals.
 
-What an operator does is up to the ``Operators``: they write nodes of a graph, or compute with tensors.
+What an operator does is up to the ``Operators``: they write nodes of a graph, or compute with tensors. Numbers are in
+the network's own type, or in float32 where that is narrower. Moments are of differences from the first pass, as those
+of ``moments`` are, because a spread loses its digits beside a large mean.
 
 To let a graph hold another interval, add one function and one line to ``BOUNDS``; for another task, one to ``READERS``.
 """
@@ -27,8 +29,11 @@ _TINY = float(np.finfo(np.float32).tiny)
 class Operators(Protocol):
     """ONNX operators by name, on values that are names or tensors."""
 
-    def constant(self, value: Any, dtype: Any = ...) -> Any:
-        """Gives a constant."""
+    def constant(self, value: Any, dtype: Any = None) -> Any:
+        """Gives a constant; None is the type of the numbers."""
+
+    def real(self, value: Any) -> Any:
+        """Gives a value in the type of the numbers."""
 
     def whole(self, *numbers: int) -> Any:
         """Gives a list of whole numbers, as shapes and axes are."""
@@ -89,13 +94,17 @@ def statistics(
 
 def _gather(builder: Operators, values: Any, shape: tuple[int, ...], passes: int, blocks: Blocks) -> _Gathered:
     """Moments over the passes as ``moments.Gathered`` has them, for such blocks."""
-    mean = _mean_of(builder, values, 0)
-    squares = builder.node("ReduceSumSquare", builder.node("Sub", values, mean), builder.whole(0), keepdims=0)
+    axis = builder.whole(0)
+    first = builder.node("Slice", values, axis, builder.whole(1), axis)
+    apart = builder.node("Sub", values, first)
+    off = _mean_of(builder, apart, 0)
+    mean = builder.node("Add", builder.reshaped(first, -1, *shape), off)
+    squares = builder.node("ReduceSumSquare", builder.node("Sub", apart, off), axis, keepdims=0)
     told, left = shares(passes, blocks)
     errors = [
         _times(
             builder,
-            _spread(builder, values, shape, share),
+            _spread(builder, apart, shape, share),
             share.number / (share.whole - 1) * (share.size / passes) ** 2,
         )
         for share in told
@@ -161,11 +170,11 @@ def _classification(builder: Operators, values: Any, shape: tuple[int, ...], pas
     gathered = _gather(builder, chances, shape, passes, blocks)
     entropy = _entropy(builder, gathered.mean)
     expected = _mean_of(builder, _entropy(builder, chances), 0)
-    votes = builder.node(
+    votes = builder.node(  # in float32, the only type of them that onnxruntime has
         "OneHot", builder.node("ArgMax", chances, axis=-1, keepdims=0), builder.whole(shape[-1]),
-        builder.constant([0.0, 1.0]), axis=-1,
+        builder.constant([0.0, 1.0], np.float32), axis=-1,
     )  # fmt: skip
-    share = builder.node("ReduceMax", _mean_of(builder, votes, 0), builder.whole(-1), keepdims=0)
+    share = builder.node("ReduceMax", _mean_of(builder, builder.real(votes), 0), builder.whole(-1), keepdims=0)
     information = builder.node("Relu", builder.node("Sub", entropy, expected))
     more = {
         "label": builder.node("ArgMax", gathered.mean, axis=-1, keepdims=0),

@@ -52,10 +52,16 @@ _OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 
 class _Tensors:
-    """ONNX operators on tensors."""
+    """ONNX operators on tensors, numbers of one type."""
 
-    def constant(self, value: Any, dtype: Any = np.float32) -> Tensor:
-        return torch.as_tensor(np.asarray(value, dtype))
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def constant(self, value: Any, dtype: Any = None) -> Tensor:
+        return torch.as_tensor(np.asarray(value, dtype or np.float64), dtype=None if dtype else self.dtype)
+
+    def real(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype)
 
     def whole(self, *numbers: int) -> tuple[int, ...]:
         return numbers
@@ -96,7 +102,8 @@ class _Posterior(nn.Module):
             each = ([None if mask is None else mask[t] for mask in masks] for t in range(passes))
             rows = self._placed([*leaves])
             output = torch.stack([one_pass(self.live, rows, self._backend.pick, self._found, one) for one in each])
-        return statistics(_Tensors(), output.float(), tuple(output.shape[2:]), **self._asked)
+        by_type = _Tensors(torch.promote_types(output.dtype, torch.float32))
+        return statistics(by_type, by_type.real(output), tuple(output.shape[2:]), **self._asked)
 
     def _placed(self, leaves: list[Tensor]) -> Rows:
         left = iter(leaves)

@@ -48,28 +48,36 @@ _SAME: dict[Any, Any] = {  # the same arguments, by a function that masks or a c
     _aten.baddbmm.default: torch.baddbmm,
     _aten.bernoulli.default: torch.bernoulli,
     _aten.bernoulli.p: torch.bernoulli,
+    _aten.bernoulli_.Tensor: Tensor.bernoulli_,
+    _aten.bernoulli_.float: Tensor.bernoulli_,
     _aten.bmm.default: torch.bmm,
     _aten.cat.default: torch.cat,
     _aten.conv1d.default: torch.conv1d,
     _aten.conv2d.default: torch.conv2d,
     _aten.conv3d.default: torch.conv3d,
     _aten.cosine_similarity.default: F.cosine_similarity,
+    _aten.exponential_.default: Tensor.exponential_,
     _aten.gru_cell.default: torch.gru_cell,
     _aten.linear.default: F.linear,
     _aten.lstm_cell.default: torch.lstm_cell,
     _aten.matmul.default: torch.matmul,
     _aten.normal.Tensor_Tensor: torch.normal,
     _aten.normal.Tensor_float: torch.normal,
+    _aten.normal.float_Tensor: torch.normal,
+    _aten.normal.float_float: torch.normal,
+    _aten.normal_.default: Tensor.normal_,
     _aten.rand.default: torch.rand,
     _aten.rand_like.default: torch.rand_like,
+    _aten.randint.default: torch.randint,
+    _aten.randint.low: torch.randint,
     _aten.randn.default: torch.randn,
     _aten.randn_like.default: torch.randn_like,
     _aten.rnn_relu_cell.default: torch.rnn_relu_cell,
     _aten.rnn_tanh_cell.default: torch.rnn_tanh_cell,
     _aten.rrelu.default: F.rrelu,
     _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+    _aten.uniform_.default: Tensor.uniform_,
 }
-_DRAWS = {torch.bernoulli, torch.normal, torch.rand, torch.rand_like, torch.randn, torch.randn_like, F.rrelu}
 _TRAIN = 6  # position of the flag among the arguments of a recurrent layer
 _ROWS = 3
 _RECIPE = (
@@ -175,14 +183,19 @@ def _retargeted(module: Any) -> int:
             node.target, node.args = F.instance_norm, (x, mean, variance, weight, bias, *rest[:3])
         elif node.target in _NORMS:
             node.target, node.args = _NORMS[node.target], node.args[:5]
-        elif node.target in _SAME:
-            node.target = _SAME[node.target]
-            draws += node.target in _DRAWS or bool(
-                node.target is F.scaled_dot_product_attention and _attention_rate(node)
-            )
+        else:
+            draws += _is_draw(node)
+            node.target = _SAME.get(node.target, node.target)
     graph.set_codegen(torch.fx.graph.CodeGen())
     graph.lint()
     return draws
+
+
+def _is_draw(node: Any) -> bool:
+    """Whether a call draws; a draw that no mask reaches counts too, and is named where the network is wrapped."""
+    if node.target is _aten.scaled_dot_product_attention.default:
+        return _attention_rate(node) > 0
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _attention_rate(node: Any) -> float:

@@ -1,6 +1,7 @@
 """A store of model folders, ``STORE/NAME/VERSION``: manifests, hashes and what may lie in a folder. Needs no torch."""
 
 import hashlib
+import os
 import re
 import shutil
 import stat
@@ -18,6 +19,7 @@ __all__ = [
     "MANIFEST",
     "Entry",
     "check_name",
+    "check_replaceable",
     "list_models",
     "put_file",
     "read_manifest",
@@ -45,14 +47,14 @@ class Entry:
     manifest: dict[str, Any]
 
 
-def check_name(name: str) -> None:
-    """Refuses a name or version that could not be a folder, or a part of an address.
+def check_name(name: str, advice: str = "") -> None:
+    """Refuses a name or version that could not be a folder, or a part of an address; ``advice`` ends what is said.
 
     Raises:
         ArtifactError: it holds anything but letters, digits, '.', '_' and '-', or does not begin with the first two.
     """
     if not _NAME.fullmatch(name):
-        raise ArtifactError(f"{name!r} cannot be a name or version: use letters, digits, '.', '_' and '-'")
+        raise ArtifactError(f"{name!r} cannot be a name or version: use letters, digits, '.', '_' and '-'{advice}")
 
 
 def list_models(store: str | Path) -> list[Entry]:
@@ -159,6 +161,7 @@ def put_file(folder: Path, name: str, content: bytes) -> None:
     """
     import tomli_w
 
+    folder = folder.resolve()  # a link to a version stays one, and no folder can be moved under the name "."
     manifest = read_manifest(folder)
     verify(folder, manifest)
     beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
@@ -172,21 +175,55 @@ def put_file(folder: Path, name: str, content: bytes) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def check_replaceable(target: Path) -> None:
+    """Refuses a place where something would be lost that is no model: all that lies there is deleted for the new one.
+
+    Raises:
+        ArtifactError: it is neither free, nor an empty folder, nor a saved model with its own files alone.
+    """
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise ArtifactError(f"{target} is a file, no folder of a model, and is not replaced; choose another place")
+    there = {path.name for path in target.iterdir()}
+    listed = read_manifest(target)["sha256"] if MANIFEST in there else {}
+    own = set(listed) if isinstance(listed, dict) else set()
+    more = sorted(name for name in there - {MANIFEST} if name not in own or (target / name).is_dir())
+    if more:
+        what = ", ".join(map(repr, more[:5])) + ", ..." * (len(more) > 5)
+        raise ArtifactError(
+            f"{target} holds {what}, which a saved model does not, and which would be lost; give the folder of one "
+            "version, STORE/NAME/VERSION, or move that away"
+        )
+
+
 def swap(beside: Path, target: Path) -> None:
-    """Renames a new folder into place; an old one is moved aside first, and back if that fails."""
-    beside.chmod(0o755)  # a temporary folder and its files are their owner's alone; a model is for whoever serves it
+    """Renames a new folder into place; an old model is moved aside first, and back if that fails.
+
+    Raises:
+        ArtifactError: what is there is no model.
+    """
+    check_replaceable(target)
+    # a temporary folder and its files are their owner's alone; a model is for whoever serves it, or as it was before
+    usual = _mode(target / MANIFEST, 0o644)
     for path in beside.iterdir():
-        path.chmod(0o644)
+        path.chmod(_mode(target / path.name, usual))
+    beside.chmod(_mode(target, 0o755))
     if not target.exists():
         beside.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent)) / "old"
     try:
         target.rename(old)
-        try:
-            beside.rename(target)
-        except BaseException:  # Ctrl-C too
+        beside.rename(target)
+    except BaseException:  # Ctrl-C too
+        if old.exists():
             old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        old.parent.rmdir()
+        raise
+    shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _mode(path: Path, usual: int) -> int:
+    """The mode of what is there, else the usual one."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else usual

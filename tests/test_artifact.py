@@ -91,6 +91,38 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(tmp_path: Path) -> N
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
 
 
+@pytest.mark.parametrize("place", ["store/net", "store", "store/notes", "store/net/1", "store/own"])
+def test_what_is_no_model_is_never_replaced(tmp_path: Path, place: str) -> None:
+    model, folder = saved(tmp_path / "store")
+    mcdrop.save(model, folder.parent / "2", factory="factories:plain")
+    (tmp_path / "store" / "notes").write_text("mine")
+    (tmp_path / "store" / "own").mkdir()
+    for mine in (folder / "mine.txt", tmp_path / "store" / "own" / "model.txt"):
+        mine.write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ArtifactError, match=r"'net'|'1', '2'|'mine.txt'|'model.txt'|notes is a file"):
+        mcdrop.save(model, tmp_path / place, factory="factories:plain", name="net", overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    model, _ = saved(tmp_path)
+    (tmp_path / "net" / "2").mkdir(parents=True)
+    assert mcdrop.load(mcdrop.save(model, tmp_path / "net" / "2", factory="factories:plain", overwrite=True))
+
+
+def test_a_model_s_name_is_that_of_the_folder_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = saved(tmp_path)
+    for name in ("net", "a b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        if name == "net":
+            assert mcdrop.load(mcdrop.save(model, "one", factory="factories:plain")).name == "net"
+        else:
+            with pytest.raises(ArtifactError, match=r"'a b' cannot be a name .* name="):
+                mcdrop.save(model, "one", factory="factories:plain")
+
+
 class Breaks(nn.Linear):
     """A layer whose weights cannot be written."""
 

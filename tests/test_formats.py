@@ -14,7 +14,7 @@ from zoo.specimen import Specimen
 
 import mcdrop
 from mcdrop.audit import Audit
-from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
+from mcdrop.errors import ArtifactError, InputError, MCDropError, UncontrolledDraw, UnknownName
 from mcdrop.formats import FORMATS
 from mcdrop.screening import SCORES
 from mcdrop.store import MANIFEST
@@ -184,3 +184,49 @@ def test_a_bare_program_needs_an_example(tmp_path: Path) -> None:
     assert bare.task == "classification"
     with pytest.raises(InputError, match="are for bare files"):
         mcdrop.load(folder, task="regression")
+
+
+class _Draws(torch.nn.Module):
+    """Draws in every way but by dropout; in eval each draw is its expectation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        if not self.training:
+            return 4 * y + torch.softmax(y, dim=-1)
+        like = torch.empty_like
+        parts = [
+            torch.nn.functional.gumbel_softmax(y),
+            y * like(y).exponential_(),
+            y * like(y).bernoulli_(0.5) * 2 + like(y).normal_(0, 0.1),
+            y * like(y).uniform_(0.5, 1.5) + torch.randint(0, 5, y.shape) + torch.randint(5, y.shape) - 4,
+            y * like(y).bernoulli_(torch.full_like(y, 0.5)) * 2 + torch.normal(0.0, 0.1, y.shape),
+        ]
+        return torch.stack(parts).sum(0)
+
+
+def test_draws_in_place_are_draws_of_a_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = mcdrop.wrap(_Draws().eval(), example=x)
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1"))
+    assert len(model.audit.live) == 9
+    assert [site.kind for site in loaded.audit.live] == [site.kind for site in model.audit.live]
+    ours, theirs = (mcdrop.predict(one, x, passes=20) for one in (model, loaded))
+    np.testing.assert_allclose(theirs.mean, ours.mean, atol=1e-5)
+    np.testing.assert_allclose(theirs.std, ours.std, atol=1e-5)
+
+
+class _Cauchy(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.empty_like(x).cauchy_()
+
+
+def test_a_program_whose_only_draw_no_mask_reaches_says_which(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    torch.export.save(torch.export.export(_Cauchy(), (x,)), tmp_path / "net.pt2")
+    with pytest.raises(UncontrolledDraw, match="cauchy_"):
+        mcdrop.load(tmp_path / "net.pt2", example=x)

@@ -20,6 +20,7 @@ from zoo import mlp
 import mcdrop
 from mcdrop.cli import app
 from mcdrop.errors import InputError, ModelRefused
+from mcdrop.posterior import _worst
 from mcdrop.posterior_statistics import BOUNDS, READERS
 from mcdrop.quiet import quiet
 from mcdrop.summaries import TASKS
@@ -266,3 +267,58 @@ def test_a_network_of_another_precision_is_written_too(dtype: torch.dtype, tmp_p
     if dtype != torch.bfloat16:  # which onnxruntime does not multiply
         found = _run(mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=20), x.astype(str(dtype)[6:]))
         np.testing.assert_allclose(found["mean"], expected.mean, atol=1e-2)
+
+
+class _Far(torch.nn.Module):
+    """A network whose output lies far from zero."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        layers = torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Dropout(0.25), torch.nn.Linear(16, 2)
+        self.net, self.offset = torch.nn.Sequential(*layers), offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        near: torch.Tensor = self.net(x)
+        return near + self.offset
+
+
+def _far(dtype: torch.dtype, offset: float, task: str = "regression") -> mcdrop.Model:
+    torch.manual_seed(0)
+    net, x = _Far(offset).to(dtype).eval(), torch.randn(5, 6, dtype=dtype)
+    return mcdrop.wrap(net, example=x, task=task)
+
+
+@pytest.mark.parametrize(("dtype", "offset", "task"), [
+    (torch.float64, 1e7, "regression"),
+    (torch.float64, 1e7, "classification"),
+    (torch.float32, 1e5, "regression"),
+])  # fmt: skip
+def test_a_spread_keeps_its_digits_beside_a_large_mean(
+    dtype: torch.dtype, offset: float, task: str, tmp_path: Path
+) -> None:
+    model = _far(dtype, offset, task)
+    asked: dict[str, Any] = {"passes": 40, "sampler": "iid"}
+    x = model.example.args[0]
+    samples = mcdrop.predict(model, x, keep_samples=True, **asked).samples
+    assert samples is not None
+    samples = samples.astype(np.float64)
+    variance = samples.var(axis=0, ddof=1)
+    with quiet(), torch.no_grad():
+        program = torch.export.load(mcdrop.export_torch(model, tmp_path / "posterior.pt2", **asked)).module()(x)
+    by_torch = {name: value.numpy() for name, value in program.items()}
+    for found in (_run(mcdrop.export_onnx(model, tmp_path / "posterior.onnx", **asked), x.numpy()), by_torch):
+        assert {str(v.dtype) for name, v in found.items() if name != "label"} == {str(dtype)[6:]}
+        rounded = 1e-6 if dtype == torch.float64 else 1e-2  # of float32 a last digit is a tenth of this spread
+        np.testing.assert_allclose(found["variance"], variance, rtol=rounded)
+        np.testing.assert_allclose(found["standard_error"], np.sqrt(variance / 40), rtol=rounded)
+        np.testing.assert_allclose(found["mean"], samples.mean(axis=0), rtol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float64, 1e7), (torch.float32, 100.0)])
+def test_a_wrong_spread_is_seen_beside_a_large_mean(dtype: torch.dtype, offset: float) -> None:
+    model = _far(dtype, offset)
+    p = mcdrop.predict(model, model.example, passes=20)
+    found = {name: getattr(p, name).astype(str(dtype)[6:]) for name in ("mean", "variance", "standard_error")}
+    assert _worst(found, p, 1e-5) <= 1e-5
+    for name in ("variance", "standard_error"):
+        assert _worst({**found, name: found[name] * 1.02}, p, 1e-5) > 1e-5
