@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mcdrop.console import check_output, note, note_not_finite, progress, terminable
-from mcdrop.errors import InputError, MCDropError, MissingExtra
-from mcdrop.streams import STANDARD_STREAM, check_place
+from mcdrop.console import check_output, checked, note, note_not_finite, progress, terminable
+from mcdrop.errors import MCDropError, MissingExtra
+from mcdrop.streams import STANDARD_STREAM, check_place, check_stays
 
 if TYPE_CHECKING:
     from mcdrop.model import Model
@@ -67,20 +67,6 @@ def main() -> None:
     app(prog_name="mcdrop")
 
 
-def _option(name: str) -> Callable[[Any], Any]:
-    """Gives a check of one option that calls a bad value wrong usage, before any work is done."""
-
-    def check(value: Any) -> Any:
-        from mcdrop.model import Options
-
-        try:
-            return value if value is None else getattr(Options(**{name: value}), name)
-        except InputError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return check
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"mcdrop {importlib.import_module('mcdrop').__version__}")
@@ -122,10 +108,10 @@ def predict(
     model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
     rows: Annotated[str, typer.Argument(help="CSV file with the rows; - is standard input.")],
     output: Annotated[str, typer.Option("--output", "-o", help="CSV file to write; - is standard output.")] = "-",
-    passes: Annotated[int | None, typer.Option(callback=_option("passes"), help="Stochastic passes.")] = None,
-    level: Annotated[float | None, typer.Option(callback=_option("level"), help="Such as 0.95.")] = None,
-    interval: Annotated[str | None, typer.Option(callback=_option("interval"), help="Kind of interval.")] = None,
-    seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
+    passes: Annotated[int | None, checked("passes", "Stochastic passes.")] = None,
+    level: Annotated[float | None, checked("level", "Such as 0.95.")] = None,
+    interval: Annotated[str | None, checked("interval", "Kind of interval.")] = None,
+    seed: Annotated[int | None, checked("seed", "Same seed, same answer.")] = None,
     prefix: Annotated[str, typer.Option(help="Put before the name of every new column.")] = "",
     device: _Devices = None,
 ) -> None:
@@ -145,11 +131,11 @@ def predict(
 @app.command()
 def calibrate(
     model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
-    rows: Annotated[Path, typer.Argument(help="CSV or Parquet file of rows that the model was not trained on.")],
+    rows: Annotated[Path, typer.Argument(help="CSV or Parquet file of rows not used in training; it is read twice.")],
     target: Annotated[list[str], typer.Option(help="Column with the true value; once for each output.")],
-    method: Annotated[str | None, typer.Option(help="Such as standardised, absolute, cqr; lac, aps, raps.")] = None,
-    passes: Annotated[int | None, typer.Option(callback=_option("passes"), help="Stochastic passes.")] = None,
-    seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
+    method: Annotated[str | None, checked("method", "Such as standardised, absolute, cqr; lac, aps, raps.")] = None,
+    passes: Annotated[int | None, checked("passes", "Stochastic passes.")] = None,
+    seed: Annotated[int | None, checked("seed", "Same seed, same answer.")] = None,
     device: _Devices = None,
 ) -> None:
     """Fit intervals for future values on held-out rows, and keep them in the model's folder."""
@@ -160,15 +146,19 @@ def calibrate(
     from mcdrop.fitting import calibrate as fit
     from mcdrop.store import put_file, resolve
 
-    loaded = load(model, devices=device or ())
+    check_stays(rows)
+    folder = resolve(model)  # once: a version that is added meanwhile is another model
+    loaded = load(folder, devices=device or ())
+    if loaded.task == "classification" and len(target) > 1:
+        raise typer.BadParameter("a classifier has one column of labels, so give it once", param_hint="--target")
     y = read_targets(rows, target)
     with progress(str(rows), "", "reading") as advance:
         x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])
     labels = y[:, 0] if loaded.task == "classification" else y
     fitted = fit(loaded, {loaded.inputs[0].name: x}, labels, method=method, passes=passes, seed=seed)
-    put_file(resolve(model), CALIBRATION, json.dumps(fitted.to_dict(), allow_nan=False).encode())
+    put_file(folder, CALIBRATION, json.dumps(fitted.to_dict(), allow_nan=False).encode())
     known = f"passes={fitted.plan.passes} seed={fitted.plan.seed}"
-    typer.echo(f"{fitted.method} calibration of {fitted.rows} rows kept in {resolve(model)}; it holds for {known}")
+    typer.echo(f"{fitted.method} calibration of {fitted.rows} rows kept in {folder}; it holds for {known}")
 
 
 @app.command()
@@ -176,10 +166,10 @@ def screen(
     model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
     rows: Annotated[Path, typer.Argument(help="CSV or Parquet file with the rows; it is read twice.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, of the same format.")],
-    fdr: Annotated[float | None, typer.Option(help="Share of false flags among all flags, such as 0.05.")] = None,
-    fpr: Annotated[float | None, typer.Option(help="Share of flagged inliers; by default the screen's own.")] = None,
+    fdr: Annotated[float | None, checked("fdr", "Share of false flags among all flags, such as 0.05.")] = None,
+    fpr: Annotated[float | None, checked("fpr", "Share of flagged inliers; by default the screen's own.")] = None,
     reference: Annotated[Path | None, typer.Option(help="File of inliers; by default the model's own screen.")] = None,
-    score: Annotated[str, typer.Option(help="With --reference: what is compared.")] = "variance",
+    score: Annotated[str | None, checked("score", "Of --reference: what is compared.", show_default="variance")] = None,
     prefix: Annotated[str, typer.Option(help="Put before the name of every new column.")] = "",
     device: _Devices = None,
 ) -> None:
@@ -192,13 +182,16 @@ def screen(
 
     if fdr is not None and fpr is not None:
         raise typer.BadParameter("give --fdr or --fpr, not both", param_hint="--fdr")
+    if score is not None and reference is None:
+        raise typer.BadParameter("it is used with --reference; the model's screen has its own", param_hint="--score")
     check_output(output, suffixes=_TABLES, inputs=[rows, model, *([reference] if reference else [])])
+    check_stays(rows)
     columns = {prefix + column: column for column in ("score", "p_value", "is_anomaly")}
     check_target(rows, output, [*columns])
     loaded, since = load(model, devices=device or ()), state_of(rows)
     # a screen that is fitted for a false-discovery rate alone flags no single rows: any rate of theirs will do
     rate = fpr if fpr is not None else 0.01 if fdr is None else 0.5
-    fitted = None if reference is None else _fitted_screen(loaded, reference, score, rate)
+    fitted = None if reference is None else _fitted_screen(loaded, reference, score or "variance", rate)
     name = loaded.inputs[0].name
     with progress(str(rows), str(output), "screening") as advance:
         blocks = read_inputs(loaded, rows, advance=advance, note=note)
@@ -212,10 +205,10 @@ def screen(
 def export(
     model: Annotated[Path, typer.Argument(help="Model folder, or an ONNX file.")],
     output: Annotated[Path, typer.Argument(help="File to write, .onnx or .pt2: gives mean, variance and bounds.")],
-    passes: Annotated[int, typer.Option(callback=_option("passes"), help="Stochastic passes baked in.")] = 50,
-    level: Annotated[float, typer.Option(callback=_option("level"), help="Such as 0.95.")] = 0.95,
-    interval: Annotated[str, typer.Option(callback=_option("interval"), help="Kind of interval.")] = "student_t",
-    seed: Annotated[int | None, typer.Option(callback=_option("seed"), help="Same seed, same answer.")] = None,
+    passes: Annotated[int, checked("passes", "Stochastic passes baked in.")] = 50,
+    level: Annotated[float, checked("level", "Such as 0.95.")] = 0.95,
+    interval: Annotated[str, checked("interval", "Kind of interval.")] = "student_t",
+    seed: Annotated[int | None, checked("seed", "Same seed, same answer.")] = None,
 ) -> None:
     """Write the posterior as one plain graph that needs no mcdrop to run."""
     from mcdrop.artifact import load

@@ -4,16 +4,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
 
+from mcdrop.errors import InputError, UnknownName
 from mcdrop.store import MANIFEST
 from mcdrop.streams import STANDARD_STREAM
 
-__all__ = ["check_output", "note", "note_not_finite", "progress", "terminable"]
+__all__ = ["check_output", "checked", "note", "note_not_finite", "progress", "terminable"]
 
 _OF_TABLES = (".arrow", ".csv", ".feather", ".json", ".jsonl", ".parquet", ".pq", ".tsv", ".txt", ".xls", ".xlsx")
 _OF_NETWORKS = (".onnx", ".pt", ".pt2", ".pth", ".safetensors")
@@ -53,6 +55,38 @@ def _same_file(source: Path, target: Path) -> bool:
     return source.exists() and target.exists() and source.samefile(target)
 
 
+def checked(name: str, help: str, **more: Any) -> Any:
+    """Gives an option whose bad values are wrong usage, before any work is done."""
+
+    def check(value: Any) -> Any:
+        try:
+            return value if value is None else _checked(name, value)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Option(callback=check, help=help, **more)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Gives what the library makes of an option; what is heavy is imported when there is one."""
+    from mcdrop.conformal import CONFORMAL
+    from mcdrop.model import Options
+    from mcdrop.screening import SCORES, check_fdr, check_fpr
+
+    tables: dict[str, tuple[str, Iterable[str]]] = {
+        "method": ("calibration method", CONFORMAL),
+        "score": ("score", SCORES),
+    }
+    rates = {"fdr": check_fdr, "fpr": check_fpr}
+    if name in tables:
+        what, known = tables[name]
+        UnknownName.check(what, value, known)
+        return value
+    if name in rates:
+        return rates[name](value, sys.maxsize)  # what the rows resolve is checked where they are counted
+    return getattr(Options(**{name: value}), name)
+
+
 def note(text: str) -> None:
     """Prints a line that is no error on stderr."""
     typer.echo(f"note: {text}", err=True)
@@ -66,20 +100,22 @@ def note_not_finite(lost: int, rows: int, what: str) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Lets SIGTERM end what runs as Ctrl-C does, so that no half-written file is left; the exit code is 143."""
-    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what others do on a signal stays theirs
-    if not ours or threading.current_thread() is not threading.main_thread():  # another thread cannot take signals
+    """Lets SIGTERM and SIGHUP, which comes when a terminal is closed, end what runs as Ctrl-C does.
+
+    So no half-written file is left. The exit code is 128 and the signal's number: 143 and 129.
+    """
+    if threading.current_thread() is not threading.main_thread():  # another thread cannot take signals
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
+    with ExitStack() as undo:
+        for one in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+            if signal.getsignal(one) is signal.SIG_DFL:  # what others do on a signal, such as nohup, stays theirs
+                undo.callback(signal.signal, one, signal.signal(one, end))
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from mcdrop.barefile import read_plain
@@ -23,7 +23,7 @@ def convert(source: str | Path, target: str | Path, *, sha256: str | None = None
     """Writes the weights of a ``.pth`` file as safetensors, and gives their number; tied weights are written twice.
 
     Raises:
-        ArtifactError: the file holds more than tensors, or none at all; the message names what.
+        ArtifactError: the file holds more than tensors, none at all, or one that safetensors cannot hold.
         InputError: the target cannot be written.
     """
     data = read_plain(Path(source), sha256=sha256)
@@ -34,15 +34,36 @@ def convert(source: str | Path, target: str | Path, *, sha256: str | None = None
         raise ArtifactError(f"{source} is not a plain state dict: {reason}") from None
     inner = next((read[name] for name in _NESTED if isinstance(read, Mapping) and name in read), read)
     weights = inner if isinstance(inner, Mapping) else {}
-    tensors = {str(name): value.detach().clone() for name, value in weights.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value.detach() for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) != len(weights):
         raise ArtifactError(f"{source} does not hold a state dict, that is, tensors by name")
+    for name, tensor in tensors.items():
+        if reason := _unfit(name, tensor):
+            raise ArtifactError(f"{source} cannot be written as safetensors: the tensor {name!a} {reason}")
     try:
         with whole(target) as beside:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(beside))
+            save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, str(beside))
     except SafetensorError as error:
         raise InputError(f"cannot write {target}: {error}") from None
     return len(tensors)
+
+
+def _unfit(name: str, tensor: Tensor) -> str:
+    """Why safetensors cannot hold a tensor under its name; nothing where it can."""
+    if name == "__metadata__":
+        return "has the one name that the format keeps for itself; rename it"
+    if tensor.is_meta:
+        return "is on the device meta, so it has no values; save the network with its weights"
+    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"of {tensor.layout}"
+        return f"is {kind}; save it dense"
+    try:
+        save({name: torch.empty(0, dtype=tensor.dtype)})
+    except UnicodeEncodeError:
+        return "has a name that is not text; rename it"
+    except KeyError:
+        return f"is of {tensor.dtype}; save it as another type"
+    return ""
 
 
 def _unsafe(data: bytes) -> str:

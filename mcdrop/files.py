@@ -161,7 +161,10 @@ def _header(source: str | Path) -> list[str]:
 def _features(model: "Model", source: str | Path, without: Sequence[str]) -> list[str] | None:
     if model.features is not None or not without:
         return model.features
-    return [name for name in _header(source) if name not in without]
+    left = [name for name in _header(source) if name not in without]
+    if not left:
+        raise InputError(f"{source} has no columns beside {', '.join(without)}; the model needs some to read")
+    return left
 
 
 # -- CSV ---------------------------------------------------------------------------------------------------------------

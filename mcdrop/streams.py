@@ -13,7 +13,7 @@ from typing import BinaryIO, TextIO
 
 from mcdrop.errors import InputError
 
-__all__ = ["STANDARD_STREAM", "check_place", "explained", "reading", "whole", "writing"]
+__all__ = ["STANDARD_STREAM", "check_place", "check_stays", "explained", "reading", "whole", "writing"]
 
 STANDARD_STREAM = "-"
 
@@ -57,6 +57,20 @@ def writing(target: str | Path) -> Iterator[TextIO]:
             yield opened
 
 
+def check_stays(source: str | Path) -> None:
+    """Checks that what is to be read twice is still there after the first time, without reading it.
+
+    Raises:
+        InputError: it is a pipe, a device or standard input, or it is not there.
+    """
+    if str(source) != STANDARD_STREAM:
+        with explained("read", source):
+            mode = Path(source).stat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # why a folder cannot be read is told when it is opened
+            return
+    raise InputError(f"{source} is no file, and it is read twice; save the rows to a file first")
+
+
 @contextmanager
 def whole(target: str | Path) -> Iterator[Path]:
     """Gives the place beside a file where it is to be written; renames it when all is done, and else removes it.
@@ -64,17 +78,17 @@ def whole(target: str | Path) -> Iterator[Path]:
     Raises:
         InputError: it cannot be written.
     """
-    place = Path(target).resolve()  # a link stays a link, to the new file
-    in_place = place.exists() and not place.is_file()  # a device is not replaced; a folder cannot be opened
     with explained("write", target):
-        beside = place if in_place else _beside(place)
+        if _is_written_in_place(Path(target)):
+            yield Path(target)
+            return
+        place = Path(target).resolve()  # a link stays a link, to the new file
+        beside = _beside(place)
         try:
             yield beside
-            if not in_place:
-                beside.replace(place)
+            beside.replace(place)
         finally:
-            if not in_place:
-                beside.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
 
 
 def check_place(target: str | Path) -> None:
@@ -83,12 +97,19 @@ def check_place(target: str | Path) -> None:
     Raises:
         InputError: it cannot.
     """
-    place = Path(target).resolve()
     with explained("write", target):
-        if place.is_dir():
+        if Path(target).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not place.exists() or place.is_file():
-            _beside(place).unlink()
+        if not _is_written_in_place(Path(target)):
+            _beside(Path(target).resolve()).unlink()
+
+
+def _is_written_in_place(target: Path) -> bool:
+    """Whether it is a pipe or a device, which is not replaced; a folder is one too, and cannot be opened.
+
+    The path is taken as it is given: where ``/dev/stdout`` is a pipe, it leads to no path that could be resolved.
+    """
+    return target.exists() and not target.is_file()
 
 
 def _beside(place: Path) -> Path:

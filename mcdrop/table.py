@@ -23,6 +23,7 @@ __all__ = ["Block", "Table", "check_spelling", "read_rows", "with_prediction", "
 
 CELLS_PER_BLOCK = 1 << 16  # a block of rows holds about this many cells, whatever the width of the table
 MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no table
+csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # of the process; Python's own is smaller than some texts
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def _layout(first: list[str], width: int, features: Sequence[str] | None, name: 
     if wanted and not missing:
         if twice := [feature for feature in wanted if titles.count(feature) > 1]:
             raise InputError(f"{name}: the header has {twice[0]!r} more than once, so it is not clear which one to use")
+        if len(wanted) != width:
+            raise InputError(f"{name} must have {width} columns that the model reads, got {len(wanted)}")
         return _Layout(first, [titles.index(feature) for feature in wanted], named=True)
     check_spelling(missing, [title for title in titles if title not in wanted], name)
     named = all(_number(title) is None for title in titles)

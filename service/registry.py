@@ -107,7 +107,9 @@ class Registry:
         entries = list_models(self.store)
         _check_layout(self.store)
         if not entries:
-            raise ArtifactError(f"{self.store} holds no model; save one there with mcdrop.save, as NAME/VERSION")
+            above = self.store.resolve().parent if any(self.store.glob(f"[!.]*/{MANIFEST}")) else None
+            remedy = f"it is one, so give the folder above: {above}" if above else "save one there with mcdrop.save"
+            raise ArtifactError(f"{self.store} holds no model as NAME/VERSION; {remedy}")
         names = dict.fromkeys(entry.name for entry in entries)
         if self.default is not None and self.default not in names:
             raise ArtifactError(

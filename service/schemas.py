@@ -151,7 +151,7 @@ def read_request(body: dict[str, Any]) -> PredictRequest:
     try:
         request = PredictRequest.model_validate(body)
     except ValidationError as error:
-        raise InputError("; ".join(_sentences(error.errors(include_url=False)))) from None
+        raise InputError("; ".join(_sentences(body, error.errors(include_url=False)))) from None
     if not isinstance(request.inputs, list | dict):
         raise InputError(
             f"inputs must be a list of rows or an object of named inputs, got {reprlib.repr(request.inputs)}"
@@ -195,11 +195,13 @@ def dump(body: dict[str, Any]) -> bytes:
     return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def _sentences(problems: Sequence[Any]) -> Iterator[str]:
-    unknown = [reprlib.repr(str(problem["loc"][0])) for problem in problems if problem["type"] == "extra_forbidden"]
+def _sentences(body: dict[str, Any], problems: Sequence[Any]) -> Iterator[str]:
+    unknown = [reprlib.repr(name) for name in body if name not in PredictRequest.model_fields]
     if unknown:
         yield f"unknown field {', '.join(unknown[:5])}; known fields: {', '.join(PredictRequest.model_fields)}"
     for problem in problems:
+        if not problem["loc"]:  # a name that is no text, which is among the unknown
+            continue
         name = problem["loc"][0]
         if problem["type"] == "missing":
             yield f"the field {name!r} is missing"

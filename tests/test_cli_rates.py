@@ -84,6 +84,50 @@ def test_columns_of_a_model_without_names_are_those_that_are_no_targets(store: P
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_calibrate_refuses_columns_and_targets_that_do_not_fit(store: Path, tmp_path: Path, suffix: str) -> None:
+    """The classifier reads four columns and names none."""
+    model, y = Path(shutil.copytree(store / "classes" / "1", tmp_path / "m" / "1")), np.zeros(120)
+    few = table(tmp_path / f"few.{suffix}", a=X, y=y)
+    result = run("calibrate", model, few, "--target", "y")
+    assert (result.exit_code, result.stderr) == (
+        1, f"error: {few} must have 4 columns that the model reads, got 1\n",
+    )  # fmt: skip
+    result = run("calibrate", model, few, "--target", "y", "--target", "a")
+    assert result.exit_code == 2
+    assert "a classifier has one column of labels" in result.stderr
+    bare = table(tmp_path / f"bare.{suffix}", y=y)
+    assert "has no columns beside y" in run("calibrate", store / "line" / "1", bare, "--target", "y").stderr
+    assert mcdrop.load(model).calibration is None
+
+
+def test_calibrate_keeps_it_where_a_link_and_a_dot_lead(
+    line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, link = table(tmp_path / "held.csv", x=X, y=Y), tmp_path / "store" / "line" / "newest"
+    link.symlink_to(line)
+    assert run("calibrate", link, held, "--target", "y", "--seed", "1").exit_code == 0
+    assert link.is_symlink()
+    monkeypatch.chdir(line)
+    result = run("calibrate", ".", held, "--target", "y", "--seed", "2")
+    assert result.exit_code == 0, result.stderr
+    found = mcdrop.load(line).calibration
+    assert found is not None
+    assert found.plan.seed == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_what_is_read_twice_is_no_pipe(tmp_path: Path, suffix: str) -> None:
+    """Nobody writes into it, so opening it would wait for ever; there is no model to load either."""
+    pipe, model = tmp_path / f"rows.{suffix}", tmp_path / "no model"
+    os.mkfifo(pipe)
+    for source in (pipe, "-"):
+        for command in (("calibrate", model, source, "--target", "y"), ("screen", model, source, "-o", tmp_path / "o")):
+            result = run(*command)
+            assert result.exit_code == 1
+            assert result.stderr == f"error: {source} is no file, and it is read twice; save the rows to a file first\n"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_screen_writes_what_the_library_finds(line: Path, tmp_path: Path, suffix: str) -> None:
     rows = np.concatenate([X, np.full(20, 50, np.float32)])
     source = table(tmp_path / f"rows.{suffix}", id=np.arange(140), x=rows)
@@ -159,6 +203,25 @@ def test_screen_refuses_what_cannot_be_right(line: Path, tmp_path: Path) -> None
     assert "already has a column 'score'" in run("screen", line, taken, "-o", target).stderr
     assert "fdr 0.001 is below" in run("screen", line, rows, "-o", target, "--fdr", "0.001").stderr
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("screen", ["--fdr", "2"], "fdr must be a number between 0 and 1, got 2.0"),
+        ("screen", ["--fpr", "0"], "fpr must be a number between 0 and 1, got 0.0"),
+        ("screen", ["--fpr", "nan"], "fpr must be a number between 0 and 1, got nan"),
+        ("screen", ["--score", "nope"], "unknown score 'nope'; choose one of: "),
+        ("screen", ["--score", "variance"], "it is used with --reference"),
+        ("calibrate", ["--target", "y", "--method", "nope"], "unknown calibration method 'nope'; choose one of: "),
+    ],
+)
+def test_wrong_options_are_wrong_usage(tmp_path: Path, command: str, options: list[str], said: str) -> None:
+    """There is neither a model nor a table, and the option is what is complained about."""
+    output: list[str | Path] = ["-o", tmp_path / "out.csv"] if command == "screen" else []
+    result = run(command, tmp_path / "no", tmp_path / "no.csv", *output, *options)
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 def test_parquet_is_read_as_strictly_as_csv(line: Path, tmp_path: Path) -> None:

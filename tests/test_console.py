@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mcdrop.artifact import save
 from mcdrop.cli import app
+from mcdrop.console import terminable
 from mcdrop.wrapping import wrap
 
 
@@ -133,3 +134,26 @@ def test_a_run_that_is_terminated_leaves_no_file(store: Path, tmp_path: Path) ->
     _, said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (128 + signal.SIGTERM, "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_where_nobody_else_takes_it(number: signal.Signals) -> None:
+    """A terminal that is closed sends SIGHUP; after ``nohup`` a command goes on all the same."""
+
+    def work() -> None:
+        with terminable():
+            assert signal.getsignal(number) is not signal.SIG_DFL  # or it would end the tests
+            signal.raise_signal(number)
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            work()
+        assert caught.value.code == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        with terminable():
+            signal.raise_signal(number)
+            assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -20,6 +20,7 @@ from mcdrop.store import (
     read_manifest,
     resolve,
     sha256,
+    swap,
     verify,
 )
 
@@ -251,3 +252,36 @@ def test_a_file_can_be_put_into_a_folder_that_is_whole(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="sha256"):
         put_file(folder, "more.json", b"{}")
     assert (folder / "more.json").read_bytes() == b"[]"
+
+
+def test_a_model_that_cannot_be_moved_back_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, beside = written(tmp_path / "net" / "1"), written(tmp_path / "net" / ".writing")
+    rename = Path.rename
+
+    def only_aside(self: Path, target: Path) -> Path:
+        if self != folder:
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", only_aside)
+    with pytest.raises(PermissionError):
+        swap(beside, folder)
+    (kept,) = folder.parent.glob(".replaced-*/old")
+    verified(kept)
+
+
+def test_what_is_no_model_is_not_swapped_out(tmp_path: Path) -> None:
+    beside, store = written(tmp_path / ".writing"), written(tmp_path / "store" / "net" / "1").parents[1]
+    for target in (store, store / "net", store / "net" / "1" / "weights.bin"):
+        with pytest.raises(ArtifactError, match=r"'net'|'1'|weights.bin is a file"):
+            swap(beside, target)
+    verified(store / "net" / "1")
+
+
+def test_a_folder_that_is_written_again_keeps_its_modes(tmp_path: Path) -> None:
+    folder = written(tmp_path / "net" / "1")
+    for path, mode in ((folder / "weights.bin", 0o640), (folder / MANIFEST, 0o600), (folder, 0o700)):
+        path.chmod(mode)
+    put_file(folder, "more.json", b"{}")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())}
+    assert modes == {"1": 0o700, "weights.bin": 0o640, MANIFEST: 0o600, "more.json": 0o600}

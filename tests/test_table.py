@@ -15,6 +15,7 @@ import pytest
 from mcdrop.audit import Audit
 from mcdrop.errors import InputError
 from mcdrop.predict import Prediction
+from mcdrop.streams import check_place
 from mcdrop.table import Block, Table, read_rows, with_prediction, write_rows
 
 
@@ -133,7 +134,10 @@ def test_other_columns_may_share_a_name_but_the_models_may_not(tmp_path: Path) -
         ("a,b\n1,2\n\n3,4\n", "rows.csv, line 3 is blank but rows follow it"),
         ('a,b\n1,"2\n', "rows.csv, line 2: unexpected end of data"),
         (b"a,b\n1,2\n\xff\xfe,3\n", "is not UTF-8 text"),
-        ("a,b\n" + "1" * 200_000 + ",2\n", "field larger than field limit"),
+        (
+            "a,b\n1,2\n" + "1" * 200_000 + ",2\n",
+            "line 3, column 'a' holds '" + "1" * 40 + "...', which is not a finite",
+        ),
         ("a,b\n1," + "y" * 100 + "\n", "'" + "y" * 40 + "...'"),
     ],
 )
@@ -149,6 +153,13 @@ def test_quoted_line_breaks_do_not_shift_the_line_number(tmp_path: Path) -> None
 def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcdrop.table.MAX_LINE", 1000)
     assert "line 2 is longer than 1000 characters" in message(write(tmp_path, "x\n" + "1," * 600), width=1)
+
+
+def test_a_cell_of_text_may_be_as_long_as_a_line(tmp_path: Path) -> None:
+    """Python's own reader stops at 131072 characters."""
+    note = "y" * 200_000
+    block = only(write(tmp_path, f'note,a\n"{note}\nand more",1\n'), width=1, features=["a"])
+    assert (block.cells, block.values.tolist()) == ([[f"{note}\nand more", "1"]], [[1]])
 
 
 def test_whole_numbers_for_a_model_that_takes_them(tmp_path: Path) -> None:
@@ -278,6 +289,16 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path: Path) -> None:
     assert (tmp_path / "real.csv").read_text() == "x\n1\n"
     write_rows("/dev/null", [Table(["x"], [["1"]])])
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_pipe_is_written_where_it_is() -> None:
+    """As the shell gives it: ``-o /dev/stdout | ...`` and ``-o >(gzip > out.gz)`` lead to no path of a file."""
+    reader, writer = os.pipe()
+    check_place(f"/dev/fd/{writer}")
+    write_rows(f"/dev/fd/{writer}", [Table(["x"], [["1"]])])
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        assert stream.read() == "x\n1\n"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
