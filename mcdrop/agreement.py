@@ -1,12 +1,15 @@
 """Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "identical", "largest", "told_apart", "told_orders"]
+__all__ = ["difference", "identical", "largest", "telling_rows", "told_apart", "told_orders"]
+
+_FEWEST_TELLING, _MOST_TELLING = 3, 64  # rows
 
 _Draw = TypeVar("_Draw")
 
@@ -38,6 +41,18 @@ def largest(values: Any) -> float:
     array = np.abs(_array(values))
     top = float(array.max(initial=0.0))
     return max(top if np.isfinite(top) else float(array[np.isfinite(array)].max(initial=0.0)), 1e-30)
+
+
+def telling_rows(multiples: Iterable[int]) -> int:
+    """Gives a number of rows that tells the orders of their entries apart, also where all of a row are added up.
+
+    With a number that has no factor in common with theirs, a wrong order only swaps the masks of a row's entries.
+    """
+    factors = {next(k for k in range(2, multiple + 1) if multiple % k == 0) for multiple in multiples if multiple > 1}
+    count = math.lcm(*factors)
+    while count < _FEWEST_TELLING:
+        count *= 2
+    return count if count <= _MOST_TELLING else _FEWEST_TELLING
 
 
 def told_apart(

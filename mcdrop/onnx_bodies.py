@@ -7,13 +7,27 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mcdrop.onnx_graph import Chain
+from mcdrop.onnx_graph import Chain, Graph, bodies, reads
 
-__all__ = ["ABSENT", "LOOPS", "OF_STEP", "into_loop", "of_steps", "shape_outside"]
+__all__ = [
+    "ABSENT",
+    "IN_BRANCH",
+    "LOOPS",
+    "NO_AXIS",
+    "OF_STEP",
+    "into_branch",
+    "into_loop",
+    "none_drawn",
+    "of_steps",
+    "shape_outside",
+    "varying_loops",
+]
 
 LOOPS = ("Loop", "Scan")
 OF_STEP = ".of_step"  # how the names of nodes end that take the masks of a step
-ABSENT = -1  # what stands for the shape of a draw in a branch that does not run
+IN_BRANCH = ".in_branch"  # and of those that end the run of a branch that was fed no masks
+ABSENT, NO_AXIS = -1, -2  # what stands for a shape in a branch that does not run, and for what is no axis
+_AXES = 16  # more than any value has
 
 
 def into_loop(chain: Chain, mask: str, new: list[Any]) -> tuple[str, str]:
@@ -28,8 +42,10 @@ def into_loop(chain: Chain, mask: str, new: list[Any]) -> tuple[str, str]:
             continue
         body = next(attribute.g for attribute in node.attribute if attribute.name == taken)
         step = f"{mask}.step"
-        if node.op_type == "Loop":
-            new.extend(_gather(mask, body.input[0].name, step))
+        if node.op_type == "Loop":  # which may count its steps in a number or in a list of one
+            plain = _constant(new, f"{step}.plain", ())
+            new.append(helper.make_node("Reshape", [body.input[0].name, plain], [f"{step}.number"]))
+            new.extend(_gather(mask, f"{step}.number", step))
         else:
             outside = _gather(mask, f"{mask}.range", f"{mask}.steps", steps_of=(node, body))
             at = list(graph.node).index(node)
@@ -42,39 +58,82 @@ def into_loop(chain: Chain, mask: str, new: list[Any]) -> tuple[str, str]:
                     attribute.i += 1
                 elif attribute.name in ("scan_input_axes", "scan_input_directions"):
                     attribute.ints.append(0)
-        return step, node.name or node.output[0]
+        return step, _loop_name(node)
     return mask, ""
+
+
+def _loop_name(node: Any) -> str:
+    return str(node.name or node.output[0])
+
+
+def varying_loops(graph: Graph) -> set[str]:
+    """Names the loops that may take another number of steps on other rows of the same shape."""
+    moving, found = {info.name for info in graph.input}, set[str]()
+    _vary(graph, moving, found)
+    return found
+
+
+def _vary(graph: Graph, moving: set[str], found: set[str]) -> None:
+    """Adds the values that follow from other values, not from their sizes alone, and the loops that end by them."""
+    for node in graph.node:
+        if node.op_type in ("Shape", "Size") or not reads(node) & moving:
+            continue
+        loop = node.op_type == "Loop"
+        for _, body in bodies(node):
+            moving |= {info.name for info in body.input[2 * loop :]}
+            _vary(body, moving, found)
+            if loop and {*node.input[:2], body.output[0].name} & moving:
+                found.add(_loop_name(node))
+        moving |= set(node.output) - {""}
 
 
 def _gather(mask: str, index: str, output: str, steps_of: tuple[Any, Any] | None = None) -> list[Any]:
     """Nodes that take the masks of steps; of all steps of a Scan, counted on its first scanned input."""
-    nodes = []
-
-    def number(name: str, value: int) -> str:
-        scalar = helper.make_tensor(name, TensorProto.INT64, [], [value])
-        nodes.append(helper.make_node("Constant", [], [name], value=scalar))
-        return name
-
-    zero = number(f"{output}.zero", 0)
+    nodes = list[Any]()
+    zero = _constant(nodes, f"{output}.zero", 0)
     if steps_of is not None:
         node, body = steps_of
         given = {attribute.name: attribute for attribute in node.attribute}
         scanned = node.input[len(body.input) - given["num_scan_inputs"].i]
         axis = given["scan_input_axes"].ints[0] if "scan_input_axes" in given else 0
         nodes.append(helper.make_node("Shape", [scanned], [f"{index}.shape"]))
-        at = number(f"{index}.axis", axis)
+        at = _constant(nodes, f"{index}.axis", axis)
         nodes.append(helper.make_node("Gather", [f"{index}.shape", at], [f"{index}.steps"], axis=0))
-        one = number(f"{index}.one", 1)
+        one = _constant(nodes, f"{index}.one", 1)
         nodes.append(helper.make_node("Range", [zero, f"{index}.steps", one], [index]))
     nodes.append(helper.make_node("Shape", [mask], [f"{output}.shape"]))
     nodes.append(helper.make_node("Gather", [f"{output}.shape", zero], [f"{output}.count"], axis=0))
-    first = number(f"{output}.first", 1)
+    first = _constant(nodes, f"{output}.first", 1)
     nodes.append(helper.make_node("Sub", [f"{output}.count", first], [f"{output}.masks"]))
     nodes.append(helper.make_node("Sign", [f"{output}.masks"], [f"{output}.several"]))
     nodes.append(helper.make_node("Add", [index, first], [f"{output}.next"]))
     nodes.append(helper.make_node("Mul", [f"{output}.next", f"{output}.several"], [f"{output}.index"]))
     nodes.append(helper.make_node("Gather", [mask, f"{output}.index"], [output], axis=0, name=f"{mask}{OF_STEP}"))
     return nodes
+
+
+def into_branch(mask: str, new: list[Any]) -> str:
+    """Takes a mask inside a branch; gives it unchanged, but ends the run where ``none_drawn`` was fed.
+
+    The error names a node ``...IN_BRANCH``. It cannot be lost on its way to the output, as NaN is by comparisons, casts
+    and maxima.
+    """
+
+    def node(operator: str, *inputs: str, **given: Any) -> str:
+        new.append(helper.make_node(operator, inputs, [f"{mask}.{operator.lower()}{len(new)}"], **given))
+        return str(new[-1].output[0])
+
+    some = node("Cast", node("Cast", node("Size", mask), to=TensorProto.BOOL), to=TensorProto.INT64)
+    missing = node("Sub", _constant(new, f"{mask}.one", [1]), some)
+    # one number has the shape (), but not the shape (2,); runtimes check shapes wherever they compute
+    shape = node("Tile", _constant(new, f"{mask}.two", [2]), missing)
+    gate = node("Reshape", _constant(new, f"{mask}.gate", 1.0, TensorProto.FLOAT), shape, name=f"{mask}{IN_BRANCH}")
+    return node("Mul", mask, gate)
+
+
+def none_drawn(loop: bool) -> NDArray[Any]:
+    """Gives what is fed for the mask of a draw in a branch that did not run: nothing, for all steps of a loop."""
+    return np.empty((1, 0) if loop else (0,), np.float32)
 
 
 def of_steps(masks: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -86,21 +145,36 @@ def of_steps(masks: Sequence[NDArray[Any]]) -> NDArray[Any]:
 def shape_outside(chain: Chain, like: str, mask: str, new: list[Any]) -> str:
     """Carries the shape of a value in a body out to the top; gives the value that holds it there.
 
-    A loop gives the shapes of all its steps, a branch that does not run gives ``ABSENT``.
+    A loop gives the shapes of all its steps. Where there is a branch, shapes end with ``NO_AXIS`` so that all are of
+    one length, as old versions of If and all loops demand; a branch that does not run gives nothing but ``ABSENT``.
     """
     name = f"{mask}.shape"
     new.append(helper.make_node("Shape", [like], [name]))
+    if any(node.op_type == "If" for _, node, _ in chain):
+        rest, places = _constant(new, f"{name}.rest", [NO_AXIS] * _AXES), _constant(new, f"{name}.places", range(_AXES))
+        new.append(helper.make_node("Concat", [name, rest], [f"{name}.long"], axis=0))
+        new.append(helper.make_node("Gather", [f"{name}.long", places], [f"{name}.padded"], axis=0))
+        name = f"{name}.padded"
+    axes = 1  # a loop adds that of its steps
     for level, (_, node, taken) in reversed([*enumerate(chain)]):
         outer = f"{mask}.shape.{level}"
         for attribute in node.attribute:
+            if attribute.name in ("scan_output_axes", "scan_output_directions"):
+                attribute.ints.append(0)
             if not attribute.HasField("g"):
                 continue
-            value = name
+            value, nodes = name, attribute.g.node
             if attribute.name != taken:  # the other branch of an If
-                value = f"{mask}.absent.{level}"
-                none = helper.make_tensor(value, TensorProto.INT64, [1], [ABSENT])
-                attribute.g.node.append(helper.make_node("Constant", [], [value], value=none))
-            attribute.g.output.append(helper.make_tensor_value_info(value, TensorProto.INT64, [None]))
+                value = _constant(nodes, f"{mask}.absent.{level}", np.full([1] * (axes - 1) + [_AXES], ABSENT))
+            attribute.g.output.append(helper.make_tensor_value_info(value, TensorProto.INT64, [None] * axes))
         node.output.append(outer)
-        name = outer
+        name, axes = outer, axes + (node.op_type in LOOPS)
+    return name
+
+
+def _constant(nodes: Any, name: str, value: Any, kind: int = TensorProto.INT64) -> str:
+    """Puts a constant into nodes; gives its name."""
+    array = np.asarray(value)
+    tensor = helper.make_tensor(name, kind, array.shape, array.reshape(-1).tolist())
+    nodes.append(helper.make_node("Constant", [], [name], value=tensor))
     return name

@@ -18,7 +18,7 @@ from mcdrop.errors import NoStochasticSite
 from mcdrop.masks import Site, sample_masks
 from mcdrop.moments import mean_gap, moments_of, total_variance
 from mcdrop.onnx_draws import masks_as_inputs
-from mcdrop.onnx_graph import depends_on, drop_norm_training, drop_own_inputs, read_graph, walk
+from mcdrop.onnx_graph import depends_on, drop_norm_training, drop_own_inputs, drop_unread_inputs, read_graph, walk
 from mcdrop.onnx_inputs import GraphInput, graph_inputs, made_up, picked, placed
 from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
@@ -95,6 +95,8 @@ def discover_graph(
             f"{name} has no live stochastic site: every variance would be 0. Looked at {len(nodes)} nodes and found no "
             f"Dropout and no random operator, as in exports in eval mode, which drop them; {_RECIPE}"
         )
+    if rows is None or len(rows.leaves) + len(slots) < len(model.graph.input):
+        drop_unread_inputs(model)  # which may be given, but need not
     _free_rows(model, slots)
     backend = OnnxBackend(model, slots, picked(model, output), digest=digest, layers=layers)
     inputs = graph_inputs(backend.inputs)

@@ -13,13 +13,14 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from mcdrop.errors import InputError, UncontrolledDraw
-from mcdrop.onnx_graph import Place, reads, walk
+from mcdrop.onnx_graph import Place, drop_unread_inputs, every_graph, read_names, reads, walk
 from mcdrop.onnx_names import constants, distinct_names, number
 from mcdrop.onnx_slots import Change, Slot, told, with_sites
 
 __all__ = ["DRAWS", "masks_as_inputs"]
 
 _COMPARISONS = {"Greater": False, "GreaterOrEqual": False, "Less": True, "LessOrEqual": True}
+_EXPAND = 8  # the opset that brought Expand
 _REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
@@ -38,13 +39,16 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
     """
     inject = dict(inject or {})
     distinct_names(model)
+    read = read_names(model)
     try:
         inferred = shape_inference.infer_shapes(model).graph
     except Exception:  # of operators that it does not know; types are then asked of the graph itself
         inferred = model.graph
-    infos = (*inferred.value_info, *inferred.input, *inferred.output)
-    types = {info.name: info.type.tensor_type.elem_type for info in infos}
-    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    types = dict[str, int]()
+    for graph in every_graph(inferred):
+        infos = (*graph.value_info, *graph.input, *graph.output)
+        types |= {info.name: info.type.tensor_type.elem_type for info in infos}
+        types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     change = Change(model, constants(model), types, [])
     for place in [*walk(model.graph)]:
         if place.operator in DRAWS:
@@ -54,7 +58,7 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
     if inject:
         names = ", ".join(place.path for place in walk(model.graph) if place.operator in ("Gemm", "MatMul", "Softmax"))
         raise InputError(f"inject names no node of the graph: {', '.join(map(repr, inject))}; it has {names[:500]}")
-    _drop_unused_inputs(model)
+    drop_unread_inputs(model, read)  # such as a training flag
     return with_sites(model, tuple(change.slots))
 
 
@@ -105,7 +109,7 @@ def _dropout(change: Change, place: Place) -> None:
     mask = change.add(place, new, at=x, **_drop_facts(_shortest(ratio)))
     new.append(helper.make_node("Mul", [x, change.typed(mask, x, new)], [node.output[0]], name=place.path))
     if len(node.output) > 1 and node.output[1]:  # which units are kept, as booleans of the whole shape
-        whole = _expanded(mask, x, new)
+        whole = _expanded(change, mask, x, new)
         new.append(helper.make_node("Cast", [whole], [node.output[1]], to=TensorProto.BOOL))
     _replace(place, new)
 
@@ -124,7 +128,8 @@ def _inject(change: Change, place: Place, p: float) -> None:
     _replace(place, new, after=True)
 
 
-def _expanded(mask: str, like: str, new: list[Any]) -> str:
+def _expanded(change: Change, mask: str, like: str, new: list[Any]) -> str:
+    change.needs(_EXPAND, change.slots[-1].path)
     shape, whole = f"{mask}.of{len(new)}", f"{mask}.whole{len(new)}"
     new.append(helper.make_node("Shape", [like], [shape]))
     new.append(helper.make_node("Expand", [mask, shape], [whole]))
@@ -149,9 +154,9 @@ def _numbers(kind: str) -> Callable[[Change, Place], None]:
         facts = {"scale": float(scale), "shift": float(shift), "p": 0.0}
         expected = (low + high) / 2 if kind == "uniform" else float(shift)
         mask = change.add(place, new, at=like, kind=kind, expected=expected, **facts)
-        whole = _expanded(mask, like, new)
-        wanted = given.get("dtype") or (change.types.get(like, TensorProto.FLOAT) if node.input else TensorProto.FLOAT)
-        new.append(helper.make_node("Cast", [whole], [node.output[0]], to=wanted))
+        whole = _expanded(change, mask, like, new)
+        wanted = given.get("dtype") or (0 if node.input else TensorProto.FLOAT)
+        new.append(change.cast(whole, like, node.output[0], wanted))
         _replace(place, new)
 
     return rule
@@ -180,7 +185,7 @@ def _coin(change: Change, place: Place, like: str, new: list[Any]) -> bool:
         "channels": True,
     }
     mask = change.add(place, new, at=like, **facts)
-    whole = _expanded(mask, like, new)
+    whole = _expanded(change, mask, like, new)
     if reals:  # straight to numbers, so that the expectation need not be a truth
         for node in reals:
             node.input[0] = whole
@@ -226,21 +231,12 @@ def _bernoulli(change: Change, place: Place) -> None:
     hit = f"{mask}.hit"
     new.append(helper.make_node("Less", [change.typed(mask, chance, new), chance], [hit]))
     wanted = next((attribute.i for attribute in node.attribute if attribute.name == "dtype"), 0)
-    wanted = wanted or change.types.get(chance, TensorProto.FLOAT)
-    new.append(helper.make_node("Cast", [hit], [node.output[0]], to=wanted))
+    new.append(change.cast(hit, chance, node.output[0], wanted))
     _replace(place, new)
 
 
 def _refuse(change: Change, place: Place) -> None:
     raise UncontrolledDraw(f"{place.path} ({place.operator}) draws random numbers that no mask can stand for")
-
-
-def _drop_unused_inputs(model: Any) -> None:
-    """Takes away inputs that nothing reads any more, such as a training flag."""
-    used = {name for node in model.graph.node for name in reads(node)} | {out.name for out in model.graph.output}
-    kept = [info for info in model.graph.input if info.name in used]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
 
 
 DRAWS: dict[str, Callable[[Change, Place], None]] = {

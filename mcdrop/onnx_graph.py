@@ -3,7 +3,7 @@
 Nothing here draws, and nothing here knows onnxruntime.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ __all__ = [
     "depends_on",
     "drop_norm_training",
     "drop_own_inputs",
+    "drop_unread_inputs",
     "every_graph",
     "opset",
     "pruned",
     "read_graph",
+    "read_names",
     "reads",
     "split",
     "walk",
@@ -192,6 +194,21 @@ def drop_own_inputs(model: Any) -> None:
     del graph.input[:]
     graph.input.extend(kept)
     model.ir_version = max(model.ir_version, _OWN_CONSTANTS)
+
+
+def read_names(model: Any) -> set[str]:
+    """The values of a model's graph that something reads, its outputs included."""
+    return {name for node in model.graph.node for name in reads(node)} | {out.name for out in model.graph.output}
+
+
+def drop_unread_inputs(model: Any, names: Collection[str] | None = None) -> None:
+    """Takes away inputs that nothing reads: those of some names and those that hold no rows, or (None) all."""
+    read = read_names(model)
+    if names is not None:
+        read |= {one.name for one in model.graph.input if one.name not in names and one.type.tensor_type.shape.dim}
+    kept = [info for info in model.graph.input if info.name in read]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
 
 
 def drop_norm_training(model: Any) -> list[str]:

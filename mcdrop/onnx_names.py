@@ -5,12 +5,13 @@ dropouts. After ``distinct_names`` a name says which value is meant, wherever it
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from mcdrop.errors import ArtifactError, ModelRefused
 from mcdrop.onnx_graph import Graph, bodies, every_graph, walk
@@ -19,7 +20,20 @@ __all__ = ["MASK", "Constants", "constants", "distinct_names", "number"]
 
 MASK = "mcdrop.mask"  # what names of inputs for masks begin with
 
+_WHOLE = (
+    *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL),
+    *(TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64),
+)
+
 Constants = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A constant that is cast to whole numbers: a rate of 0.9 is 0 then. Casts to real numbers keep what was meant."""
+
+    of: Any
+    to: int
 
 
 def distinct_names(model: Any) -> None:
@@ -66,7 +80,8 @@ def constants(model: Any) -> Constants:
         if node.op_type == "Constant" and node.attribute:
             known[node.output[0]] = helper.get_attribute_value(node.attribute[0])
         elif node.op_type in ("Identity", "Cast") and node.input[0] in known:
-            known[node.output[0]] = known[node.input[0]]
+            to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
+            known[node.output[0]] = _Whole(known[node.input[0]], to) if to in _WHOLE else known[node.input[0]]
     return known
 
 
@@ -76,10 +91,16 @@ def number(known: Constants, name: str) -> NDArray[Any] | None:
     Raises:
         ArtifactError: it is damaged.
     """
-    value = known.get(name)
+    value, casts = known.get(name), list[int]()
+    while isinstance(value, _Whole):
+        value, casts = value.of, [value.to, *casts]
     if value is None:
         return None
     try:
-        return np.asarray(numpy_helper.to_array(value) if hasattr(value, "dims") else value)
+        found = np.asarray(numpy_helper.to_array(value) if hasattr(value, "dims") else value)
+        for to in casts:
+            with np.errstate(invalid="ignore"):
+                found = found.astype(helper.tensor_dtype_to_np_dtype(to))
+        return found.astype(np.uint8) if found.dtype.kind == "b" else found
     except Exception as error:  # whatever a tensor's type and bytes make of each other
         raise ArtifactError(f"the constant {name!r} of the graph is damaged: {error}") from error

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, ModelRefused
-from mcdrop.onnx_bodies import OF_STEP
+from mcdrop.onnx_bodies import IN_BRANCH, OF_STEP
 from mcdrop.quiet import first_line
 
 __all__ = ["attempted", "described", "ended", "providers", "run_plain", "session"]
@@ -62,10 +62,15 @@ def attempted(one: Any, names: list[str], feeds: Feeds, *, loops: bool) -> list[
 
     Raises:
         InputError: it does not take them.
+        ModelRefused: a branch with draws runs that did not run on the example.
     """
     try:
         values: list[Any] = ended(one, names, feeds) if loops else one.run(names, feeds)
     except Exception as error:  # the runtime's own errors share no base
+        if IN_BRANCH in str(error):
+            raise ModelRefused(
+                "a branch with draws ran that did not run on the example; wrap the graph with example rows that take it"
+            ) from error
         if OF_STEP in str(error):
             raise InputError(
                 "a loop with draws takes more steps on these rows than on those that it was first seen with; wrap the "

@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.onnx_bodies import LOOPS, into_loop, shape_outside
+from mcdrop.onnx_bodies import LOOPS, into_branch, into_loop, shape_outside
 from mcdrop.onnx_graph import Place, opset
 from mcdrop.onnx_names import MASK, Constants
 
 __all__ = ["SITES", "Change", "Slot", "told", "with_sites"]
 
 SITES = "mcdrop.sites"  # metadata of a graph: number and module of each of its draws, in order
+
+_RANGE = 11  # the opset that brought Range
+_CAST_LIKE = 15  # from here on a value can be given the type of another that is not known
 
 
 @dataclass(frozen=True)
@@ -68,25 +71,36 @@ class Change:
             )
         if sum(operator in LOOPS for operator in around) > 1:
             raise UncontrolledDraw(f"{place.path} draws in a loop inside a loop, where its masks cannot be numbered")
+        if "Scan" in around:
+            self.needs(_RANGE, place.path)
         self.model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
         mask, loop = into_loop(place.chain, name, new)
+        mask = into_branch(mask, new) if "If" in around else mask
         shape = shape_outside(place.chain, at, name, new) if place.chain else ""
         self.slots.append(Slot(name, place.path, like=at, shape=shape, loop=loop, **facts))
         return mask
 
+    def needs(self, version: int, path: str) -> None:
+        """Refuses a draw whose masks need newer operators than the graph has."""
+        if opset(self.model) < version:
+            raise UncontrolledDraw(
+                f"{path} draws in a graph of opset {opset(self.model)}, whose operators are too old for its masks; "
+                f"bring the graph up to opset {version} or later with onnx.version_converter"
+            )
+
     def typed(self, mask: str, like: str, new: list[Any]) -> str:
         """The mask in the type of another value."""
-        kind = self.types.get(like, 0)
-        if kind == TensorProto.FLOAT:
+        if self.types.get(like, 0) == TensorProto.FLOAT:
             return mask
-        cast = f"{mask}.typed{len(new)}.{len(self.slots)}"
-        if kind:
-            new.append(helper.make_node("Cast", [mask], [cast], to=kind))
-        elif opset(self.model) >= 15:
-            new.append(helper.make_node("CastLike", [mask, like], [cast]))
-        else:
-            return mask
-        return cast
+        new.append(self.cast(mask, like, f"{mask}.typed{len(new)}.{len(self.slots)}"))
+        return str(new[-1].output[0])
+
+    def cast(self, value: str, like: str, output: str, to: int = 0) -> Any:
+        """The node that gives a value in a type, or else in that of another value."""
+        to = to or self.types.get(like, 0)
+        if not to and opset(self.model) >= _CAST_LIKE:
+            return helper.make_node("CastLike", [value, like], [output])
+        return helper.make_node("Cast", [value], [output], to=to or TensorProto.FLOAT)
 
 
 def told(model: Any) -> str:

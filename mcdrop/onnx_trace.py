@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.agreement import difference, identical, told_apart
+from mcdrop.agreement import difference, identical, telling_rows, told_apart
 from mcdrop.errors import InputError, ModelRefused
 from mcdrop.masks import Site, sample_masks
-from mcdrop.onnx_bodies import ABSENT, of_steps
+from mcdrop.onnx_bodies import ABSENT, NO_AXIS, varying_loops
 from mcdrop.onnx_graph import depends_on, pruned
 from mcdrop.onnx_mixing import united
 from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
 
-__all__ = ["Axis", "Observer", "Trace", "fold_rows", "mask_feed", "ordered"]
+__all__ = ["Axis", "Observer", "Trace", "ordered"]
 
 _FEW, _MORE = 3, 5
 _TOLD_BY = 8  # passes whose masks are not all the same at two entries
@@ -96,8 +96,8 @@ class Observer:
     ) -> None:  # fmt: skip
         """Takes a graph that ``masks_as_inputs`` changed, its slots, what makes a session, and what runs it."""
         self._run = run
-        self._graph = graph = model.graph
-        self._slots = slots
+        self._model, graph = model, model.graph
+        self._slots, self._varying = slots, varying_loops(graph)
         self._initial = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         inputs = [info.name for info in graph.input if info.name not in self._initial]
         moving = depends_on(graph, inputs)
@@ -148,7 +148,7 @@ class Observer:
         shared = [slot.path for slot in self._slots if layouts[slot.mask] is None and slot.mask not in absent]
         if shared:
             trouble = trouble or f"the draw of {shared[0]} is shared by all rows"
-        trouble = trouble or united(self._graph, [slot.mask for slot in self._slots], few, more)
+        trouble = trouble or united(self._model, [slot.mask for slot in self._slots], few, more)
         row_bytes = max(_grows(value, more.get(name)) for name, value in few.items())
         dtype = str(few[output].dtype)
         return Trace(sites, of_slot, layouts, units, kinds, trouble, row_bytes, dtype, frozenset(absent))
@@ -168,27 +168,47 @@ class Observer:
             return self._initial.get(slot.like) or tuple(values[slot.like].shape)
         found = values[slot.shape]
         if slot.loop:
-            if found.ndim != 2 or not len(found) or (found != found[0]).any():
-                raise ModelRefused(f"the draw of {slot.path} changes its shape from step to step of its loop")
+            if not len(found):
+                raise ModelRefused(f"the loop of {slot.path} takes no step on the example; give rows that it steps for")
+            if (found != found[0]).any():
+                raise ModelRefused(
+                    f"{slot.path} draws at some steps of its loop only, or in another shape at some, so its masks "
+                    "cannot be numbered"
+                )
             found = found[0]
-        return tuple(int(size) for size in found.reshape(-1))
+        return tuple(int(size) for size in found if size != NO_AXIS)
 
     def _numbered(
         self, units: Mapping[str, tuple[int, ...]], values: Feeds
     ) -> tuple[tuple[Site, ...], dict[str, tuple[str, ...]]]:
-        """Numbers the draws in the order in which they happen, those of a loop step by step."""
+        """Numbers the draws in the order in which they happen, those of a loop step by step.
+
+        Loops that may take other numbers of steps on other rows come last and by turns, so that no number depends on
+        how many steps were seen.
+        """
         sites: list[Site] = []
         of_slot: dict[str, tuple[str, ...]] = {slot.mask: () for slot in self._slots}
-        for loop, group in groupby(self._slots, key=lambda slot: slot.loop):
+
+        def add(slot: Slot, number: int) -> None:
+            shape = units[slot.mask]
+            while slot.channels and shape[-1:] == (1,):
+                shape = shape[:-1]
+            name = f"site{number if slot.site is None else slot.site}"
+            sites.append(Site(name, shape, slot.p, slot.kind, slot.path))
+            of_slot[slot.mask] = (*of_slot[slot.mask], name)
+
+        steps = {slot.mask: len(values[slot.shape]) if slot.loop else 1 for slot in self._slots}
+        varying = [slot for slot in self._slots if slot.loop in self._varying]
+        for _, group in groupby([slot for slot in self._slots if slot not in varying], key=lambda slot: slot.loop):
             members = list(group)
-            for _ in range(len(values[members[0].shape]) if loop else 1):
+            for _ in range(steps[members[0].mask]):
                 for slot in members:
-                    shape = units[slot.mask]
-                    while slot.channels and shape[-1:] == (1,):
-                        shape = shape[:-1]
-                    number = len(sites) if slot.site is None else slot.site
-                    sites.append(Site(f"site{number}", shape, slot.p, slot.kind, slot.path))
-                    of_slot[slot.mask] = (*of_slot[slot.mask], sites[-1].name)
+                    add(slot, len(sites))
+        first = len(sites)
+        for step in range(max((steps[slot.mask] for slot in varying), default=0)):
+            for place, slot in enumerate(varying):
+                if step < steps[slot.mask]:
+                    add(slot, first + step * len(varying) + place)
         return tuple(sites), of_slot
 
 
@@ -196,7 +216,8 @@ def ordered(trace: Trace, rows: Rows, run: Callable[..., Array], tolerance: floa
     """Tells how the entries of a row stand, where a draw has several for each: by what a row alone answers."""
     if not trace.several:
         return trace
-    few, drawn = rows.take(np.arange(_FEW) % rows.count), sample_masks(trace.sites, _TOLD_BY, seed=0)
+    count = telling_rows(axis.multiple for axis in trace.layouts.values() if axis is not None)
+    few, drawn = rows.take(np.arange(count) % rows.count), sample_masks(trace.sites, _TOLD_BY, seed=0)
 
     def differs(apart: frozenset[str], on: frozenset[str]) -> bool:
         some = {name: drawn[name] for mask in on for name in trace.of_slot[mask]}
@@ -252,46 +273,3 @@ def _follows(few: Array, more: Array) -> tuple[Axis | None, str]:
     if rest.any():
         return None, "holds numbers that are not linear in the rows"
     return Axis(None, base=(few - _FEW * step).astype(few.dtype), rank=few.ndim), ""
-
-
-def fold_rows(value: Array, kind: Axis | None, passes: int) -> Array:
-    """Repeats a value for the passes: all rows of the first pass, then all rows of the second."""
-    if kind is None:
-        return value
-    if kind.axis is None:
-        return np.asarray(kind.base + passes * (value - kind.base), value.dtype)
-    return np.concatenate([value] * passes, axis=kind.axis)
-
-
-def mask_feed(slot: Slot, trace: Trace, drawn: Mapping[str, Array], rows: int, only: int | None) -> Array:
-    """Gives what a slot's input is fed: for one pass, or (``only`` None) for all passes of repeated rows."""
-    names = trace.of_slot[slot.mask]
-    if slot.mask in trace.absent:  # it shows if its branch runs after all
-        return np.asarray(np.nan, np.float32)
-    steps = [_one_feed(slot, trace, drawn.get(name), rows, only) for name in names]
-    return of_steps(steps) if slot.loop else steps[0]
-
-
-def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: int | None) -> Array:
-    if numbers is None:
-        return np.asarray(slot.expected, np.float32)
-    if only is not None:
-        numbers = numbers[only : only + 1]
-    values, layout = slot.values(numbers).reshape(-1, *trace.units[slot.mask]), trace.layouts[slot.mask]
-    if layout is None or layout.axis is None:
-        assert only is not None, "a draw that all rows share is looped over"
-        return np.asarray(values[0])
-    axis, own = layout.axis, layout.multiple > 1
-    if only is not None:
-        place = axis + layout.apart
-        mask = np.expand_dims(values[0], place)
-        return _merged(mask, axis, place, rows, axis + 1 + own) if own else mask
-    stack = np.expand_dims(np.moveaxis(values, 0, axis), axis + 1)
-    return _merged(stack, axis, axis + 1, rows, axis + 2 + own)
-
-
-def _merged(values: Array, first: int, axis: int, rows: int, stop: int) -> Array:
-    """Repeats the axis of size 1 for the rows, and merges the axes from ``first`` up to ``stop`` into one."""
-    shape = [*values.shape]
-    shape[axis] = rows
-    return np.broadcast_to(values, shape).reshape(*shape[:first], -1, *shape[stop:])

@@ -1,7 +1,7 @@
 """What every pass of an input signature does: its draws in order, and the axis of each that follows the rows."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mcdrop.agreement import difference, told_orders
+from mcdrop.agreement import difference, telling_rows, told_orders
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
@@ -30,7 +30,6 @@ _SEEDS = (1, 2, 3)
 _ONE_SIZE = (RuntimeError, ValueError, IndexError, AssertionError)  # of a network that is built for one batch size
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
-_MOST_TELLING = 64  # rows
 _FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
 
 
@@ -174,7 +173,7 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
     drawn, numbers = sample_masks(found.sites, 1, seed=0), np.random.default_rng(0)
     each = [drawn[site.name][0] * numbers.uniform(0.5, 1.5, site.shape) for site in found.sites]
     masks = [torch.as_tensor(mask, dtype=torch.float32, device=rows.leaves[0].device) for mask in each]
-    some = repeat_rows(rows, _telling(several.values()))
+    some = repeat_rows(rows, telling_rows(several.values()))
 
     def placed(outer: Mapping[int, int]) -> Trace:
         layouts = [one and replace(one, outer=outer.get(i, 1)) for i, one in enumerate(found.layouts)]
@@ -196,16 +195,6 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
 def _orders(multiple: int) -> list[int]:
     """How many of a row's entries may stand before the rows: none, all, or a part of them."""
     return [1, multiple, *(outer for outer in range(2, multiple) if multiple % outer == 0)]
-
-
-def _telling(multiples: Iterable[int]) -> int:
-    """Gives a number of rows that tells the orders apart also where all entries of a row are added up.
-
-    With a number that has no factor in common with theirs, a wrong order only swaps the masks of a row's entries.
-    """
-    factors = {next(k for k in range(2, multiple + 1) if multiple % k == 0) for multiple in multiples if multiple > 1}
-    count = math.lcm(*factors)
-    return max(_FEW, count if count > 2 else 2 * count) if count <= _MOST_TELLING else _FEW
 
 
 def _united(few: Spy, more: Spy | None, again: Callable[[], tuple[Recorder, Spy]]) -> str:

@@ -45,3 +45,29 @@ def test_the_variance_of_dropped_steps_is_that_of_independent_masks(format: str,
     alone = mcdrop.sample(model, x[3:4].numpy(), mcdrop.PassPlan(100, 0))
     among = mcdrop.sample(model, x.numpy(), mcdrop.PassPlan(100, 0))
     assert np.abs(alone.mean[0] - among.mean[3]).max() < 1e-5
+
+
+class Copies(nn.Module):
+    """Averages over copies of the rows: side by side, all copies of a row had one mask for some numbers of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(UNITS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies = F.dropout(x.repeat(STEPS, 1), RATE, self.training)
+        return self.head(copies).reshape(STEPS, -1, 1).mean(0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("format", ["module", "onnx"])
+def test_the_variance_of_averaged_copies_is_that_of_independent_masks(format: str, tmp_path: Path) -> None:
+    """That of one copy over their number; four standard errors, as above."""
+    torch.manual_seed(0)
+    net, x = Copies().eval(), torch.randn(10, UNITS)
+    model = mcdrop.wrap(net, example=x[:4])
+    if format != "module":
+        model = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format=format))
+    assert model.audit.warnings == ()
+    result = mcdrop.sample(model, x.numpy(), mcdrop.PassPlan(4000, 0, sampler="iid"))
+    expected = RATE / (1 - RATE) * (x * net.head.weight.detach()[0]).double().square().sum(1).numpy() / STEPS
+    assert np.abs(result.variance[:, 0] / expected - 1).max() < 4 * np.sqrt(2 / 4000)

@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from mcdrop.agreement import difference
 from mcdrop.backends import Plain
 from mcdrop.drawn import Drawn, LatestMasks
-from mcdrop.errors import InputError, ModelRefused, UnknownName
+from mcdrop.errors import InputError, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_bodies import LOOPS
+from mcdrop.onnx_feeds import fold_rows, mask_feed
 from mcdrop.onnx_graph import pruned, split, walk
 from mcdrop.onnx_inputs import fed, hidden
 from mcdrop.onnx_sessions import attempted, described, ended, session
 from mcdrop.onnx_slots import Slot
-from mcdrop.onnx_trace import Observer, Trace, fold_rows, mask_feed, ordered
+from mcdrop.onnx_trace import Observer, Trace, ordered
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 
@@ -185,8 +186,6 @@ class OnnxBackend:
             raise InputError(
                 f"the output has {outputs.shape[1]} rows for {rows.count}; its first axis must be the rows"
             )
-        if any(slot.shape for slot in self.slots) and np.isnan(outputs).any():
-            raise ModelRefused("a branch with draws ran that did not run on the example, or the output is not a number")
         exact = np.can_cast(outputs.dtype, np.float32)  # else it would round outputs
         found: Outputs = outputs.astype(np.float32 if exact else np.float64)
         return found[..., None] if found.ndim == 2 else found
