@@ -1,13 +1,13 @@
 """Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "identical", "largest", "telling_rows", "told_apart", "told_orders"]
+__all__ = ["difference", "identical", "largest", "orders", "telling_rows", "told_orders"]
 
 _FEWEST_TELLING, _MOST_TELLING = 3, 64  # rows
 
@@ -43,34 +43,34 @@ def largest(values: Any) -> float:
     return max(top if np.isfinite(top) else float(array[np.isfinite(array)].max(initial=0.0)), 1e-30)
 
 
-def telling_rows(multiples: Iterable[int]) -> int:
-    """Gives a number of rows that tells the orders of their entries apart, also where all of a row are added up.
+def telling_rows(multiples: Sequence[int]) -> list[int]:
+    """Gives numbers of rows, to try in turn, that tell in which order the entries of a row stand in some draws.
 
-    With a number that has no factor in common with theirs, a wrong order only swaps the masks of a row's entries.
+    They do so also where all entries of a row are added up: with a number that lacks a prime factor of theirs, a wrong
+    order may only swap the masks of a row's entries. Several draws for which there is no such number give none.
     """
-    factors = {next(k for k in range(2, multiple + 1) if multiple % k == 0) for multiple in multiples if multiple > 1}
-    count = math.lcm(*factors)
+    count = math.prod({prime for multiple in multiples for prime in _primes(multiple)})
     while count < _FEWEST_TELLING:
         count *= 2
-    return count if count <= _MOST_TELLING else _FEWEST_TELLING
+    if count <= _MOST_TELLING:
+        return [count] if count == _FEWEST_TELLING else [count, _FEWEST_TELLING]
+    return [_FEWEST_TELLING] if len(multiples) == 1 else []
 
 
-def told_apart(
-    draws: Collection[_Draw], differs: Callable[[frozenset[_Draw], frozenset[_Draw]], bool]
-) -> frozenset[_Draw]:
-    """Says of which draws the entries of a row stand apart: the first ones of all rows before their second ones.
+def _primes(number: int) -> set[int]:
+    found, prime = set[int](), 2
+    while number > 1:
+        if number % prime:
+            prime += 1
+        else:
+            found.add(prime)
+            number //= prime
+    return found
 
-    Args:
-        draws: those with several entries for each row, one at least.
-        differs: whether a row alone answers otherwise than among others, where the first ones are taken to stand apart
-            and the second ones alone are on.
-    """
 
-    def ordered(orders: Mapping[_Draw, int], on: frozenset[_Draw]) -> bool:
-        return differs(frozenset(draw for draw, apart in orders.items() if apart), on)
-
-    orders = told_orders(dict.fromkeys(draws, (0, 1)), ordered)
-    return frozenset(draw for draw, apart in orders.items() if apart)
+def orders(multiple: int) -> list[int]:
+    """Gives how many of a row's entries may stand before the rows: none, all, or a part of them."""
+    return [1, multiple, *(outer for outer in range(2, multiple) if multiple % outer == 0)]
 
 
 def told_orders(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
-from mcdrop.intercept import Given, Interception, Layout, result
+from mcdrop.intercept import Given, Interception, result
+from mcdrop.layouts import Layout
 from mcdrop.outputs import Pick
 from mcdrop.registry import TAUGHT_FUNCTIONS
 from mcdrop.rows import Rows
@@ -30,7 +31,7 @@ def pass_by_pass(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks
     Raises:
         UncontrolledDraw: the network took another way than when it was traced, or drew where nobody looked.
     """
-    masks, outputs = _Masks(stacks, found), []
+    masks, outputs = _Masks(stacks, found, rows.count), []
     mode = _Ready(masks, RULES)
     with mode if _looks(module, found) else _alone(mode, rows.leaves[0].device):
         for number in range(passes_of(stacks)):
@@ -73,8 +74,8 @@ def _alone(mode: "_Ready", device: torch.device) -> Iterator[None]:
 class _Masks(Given):
     """Ready masks of many passes, of which those of one are handed out at a time."""
 
-    def __init__(self, stacks: Sequence[Tensor | None], found: Trace) -> None:
-        super().__init__(stacks, found.layouts, found.forced, found.rates, found.sites)
+    def __init__(self, stacks: Sequence[Tensor | None], found: Trace, rows: int) -> None:
+        super().__init__(stacks, found.layouts, found.forced, found.rates, found.sites, rows)
         self._number = 0
         self._ready: dict[object, tuple[Tensor, ...] | None] = {}
 

@@ -6,7 +6,6 @@ over passes with ``torch.vmap``. While any function mode is active torch leaves 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +14,11 @@ from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import ModelRefused, UncontrolledDraw
+from mcdrop.layouts import Layout
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
 
-__all__ = ["PACKED", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Layout", "Rules", "Source", "result"]
+__all__ = ["PACKED", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Rules", "Source", "result"]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -31,36 +31,6 @@ _OUT_OF_SIGHT = (
 )
 _OTHER_WAY = "the network takes another way through these rows than through its example"
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which axis of a draw follows the rows, and how many entries of it belong to one row.
-
-    These stand side by side, but for ``outer`` ones, such as steps: the first of all rows comes before the second.
-    """
-
-    axis: int
-    multiple: int = 1
-    outer: int = 1
-
-    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Gives the shape of what one row draws."""
-        own = () if self.multiple == 1 else (self.multiple,)
-        return (*shape[: self.axis], *own, *shape[self.axis + 1 :])
-
-    def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Repeats one row's mask over all rows of a draw (broadcast where that is enough)."""
-        if self.multiple == 1:
-            return mask.unsqueeze(self.axis)
-        own = (self.outer, shape[self.axis] // self.multiple, self.multiple // self.outer)
-        return self.opened(mask).expand(*shape[: self.axis], *own, *shape[self.axis + 1 :]).reshape(shape)
-
-    def opened(self, mask: Tensor, before: int = 0) -> Tensor:
-        """Gives a row's mask, with further axes ``before`` its own, with one for the rows amid the row's entries."""
-        at = self.axis + before
-        own = (self.outer, 1, self.multiple // self.outer)
-        return mask.reshape(*mask.shape[:at], *own, *mask.shape[at + (self.multiple > 1) :])
 
 
 class LargerDraw(UncontrolledDraw):
@@ -109,12 +79,13 @@ class Given:
         forced: frozenset[int] = frozenset(),
         rates: frozenset[int] = frozenset(),
         sites: Sequence[Site] = (),
+        rows: int | None = None,
     ) -> None:
-        """Takes one mask, one layout and one site a draw.
+        """Takes one mask, one layout and one site a draw, and the number of rows where it is known.
 
         A layout of None is a draw that no row owns, such as a weight's.
         """
-        self._sites = sites
+        self._sites, self._rows = sites, rows
         self._masks = masks
         self._layouts = layouts
         self._forced = forced
@@ -142,6 +113,8 @@ class Given:
             raise UncontrolledDraw(f"{_OTHER_WAY}: a draw of {kind} {shape} is one too many")
         layout = self._layouts[index]
         mask = self._masks[index]
+        if layout is not None:
+            layout.check(shape, self._rows)
         if self._sites:
             site = self._sites[index]
             unit = shape if layout is None else layout.unit_shape(shape)

@@ -44,9 +44,12 @@ def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: 
         return np.asarray(values[0])
     axis, own = layout.axis, layout.multiple > 1
     if only is not None:
-        place = axis + layout.apart
-        mask = np.expand_dims(values[0], place)
-        return _merged(mask, axis, place, rows, axis + 1 + own) if own else mask
+        if not own:
+            return np.expand_dims(values[0], axis)
+        mask = values[0]
+        split = layout.outer, 1, layout.multiple // layout.outer
+        mask = mask.reshape(*mask.shape[:axis], *split, *mask.shape[axis + 1 :])
+        return _merged(mask, axis, axis + 1, rows, axis + 3)
     stack = np.expand_dims(np.moveaxis(values, 0, axis), axis + 1)
     return _merged(stack, axis, axis + 1, rows, axis + 2 + own)
 

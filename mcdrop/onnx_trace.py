@@ -7,6 +7,7 @@ one row. Small whole numbers that differ, such as shapes, are linear in the numb
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.agreement import difference, identical, telling_rows, told_apart
+from mcdrop.agreement import difference, identical, orders, telling_rows, told_orders
 from mcdrop.errors import InputError, ModelRefused
 from mcdrop.masks import Site, sample_masks
 from mcdrop.onnx_bodies import ABSENT, NO_AXIS, varying_loops
@@ -38,14 +39,14 @@ class Axis:
     """How a value follows the rows: along an axis, ``multiple`` entries for each row; or (axis None) as numbers do.
 
     ``base`` is then what the numbers are for no rows at all. ``rank`` is the number of axes of the value. The entries
-    of a row stand side by side, or ``apart``: the first ones of all rows before their second ones.
+    of a row stand side by side, but for ``outer`` ones: the first of all rows comes before the second.
     """
 
     axis: int | None
     multiple: int = 1
     base: Any = None
     rank: int = 0
-    apart: bool = False
+    outer: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class Trace:
     absent: frozenset[str]
 
     @property
-    def several(self) -> tuple[str, ...]:
-        """Lists the slots whose draw has several entries for each row."""
-        return tuple(mask for mask, axis in self.layouts.items() if axis is not None and axis.multiple > 1)
+    def several(self) -> dict[str, int]:
+        """Gives the slots whose draw has several entries for each row, and how many."""
+        return {mask: axis.multiple for mask, axis in self.layouts.items() if axis is not None and axis.multiple > 1}
 
     @property
     def shared_bytes(self) -> int:
@@ -78,13 +79,12 @@ class Trace:
         shared = (unit for mask, unit in self.units.items() if self.layouts[mask] is None and mask not in self.absent)
         return max((4 * math.prod(unit) for unit in shared), default=0)
 
-    def placed(self, apart: frozenset[str]) -> "Trace":
-        """Gives the trace in which the entries of a row stand apart in these slots."""
-        layouts = {mask: axis and replace(axis, apart=mask in apart) for mask, axis in self.layouts.items()}
-        unfoldable = self.unfoldable or (
-            "a draw has the first entries of all rows before their second ones" * bool(apart)
-        )
-        return replace(self, layouts=layouts, unfoldable=unfoldable)
+    def placed(self, outer: Mapping[str, int]) -> "Trace":
+        """Gives the trace in which so many entries of a row stand before the rows in these slots."""
+        layouts = {mask: axis and replace(axis, outer=outer.get(mask, 1)) for mask, axis in self.layouts.items()}
+        before = any(count > 1 for count in outer.values())
+        unfoldable = "a draw has the first entries of all rows before their second ones" * before
+        return replace(self, layouts=layouts, unfoldable=self.unfoldable or unfoldable)
 
 
 class Observer:
@@ -216,20 +216,20 @@ def ordered(trace: Trace, rows: Rows, run: Callable[..., Array], tolerance: floa
     """Tells how the entries of a row stand, where a draw has several for each: by what a row alone answers."""
     if not trace.several:
         return trace
-    count = telling_rows(axis.multiple for axis in trace.layouts.values() if axis is not None)
-    few, drawn = rows.take(np.arange(count) % rows.count), sample_masks(trace.sites, _TOLD_BY, seed=0)
+    several, drawn = trace.several, sample_masks(trace.sites, _TOLD_BY, seed=0)
 
-    def differs(apart: frozenset[str], on: frozenset[str]) -> bool:
+    def differs(outer: Mapping[str, int], on: frozenset[str]) -> bool:
         some = {name: drawn[name] for mask in on for name in trace.of_slot[mask]}
-        given = some, _TOLD_BY, trace.placed(apart), "loop"
-        try:
-            together = run(few, *given)
-            alone = [run(few.take(slice(row, row + 1)), *given) for row in range(2)]
-        except Exception:  # whatever a graph does with a single row
-            return True
-        return difference(np.concatenate(alone, axis=1), together[:, :2]) > _LOOSE * tolerance
+        given = some, _TOLD_BY, trace.placed(outer), "loop"
+        for count in telling_rows([several[mask] for mask in on]):
+            few = rows.take(np.arange(count) % rows.count)
+            with suppress(Exception):  # whatever a graph does with so many rows, or with a single one
+                together = run(few, *given)
+                alone = [run(few.take(slice(row, row + 1)), *given) for row in range(2)]
+                return difference(np.concatenate(alone, axis=1), together[:, :2]) > _LOOSE * tolerance
+        return True
 
-    return trace.placed(told_apart(trace.several, differs))
+    return trace.placed(told_orders({mask: orders(multiple) for mask, multiple in several.items()}, differs))
 
 
 def _unit(shape: tuple[int, ...], layout: Axis | None) -> tuple[int, ...]:

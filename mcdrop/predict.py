@@ -234,6 +234,7 @@ def predict(
         interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
         defaults = _bound(defaults, calibration)
     passes = _most_passes(passes, tolerance, max_passes, usual=defaults.tolerance)
+    keep_samples = keep_samples or (False if tolerance or exact_last else keep_samples)  # no default goes with these
     asked: dict[str, Any] = {
         "passes": passes, "level": level, "interval": interval, "seed": seed, "tolerance": tolerance,
         "sampler": sampler, "keep_samples": keep_samples, "exact_last": exact_last,

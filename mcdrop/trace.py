@@ -1,7 +1,7 @@
 """What every pass of an input signature does: its draws in order, and the axis of each that follows the rows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mcdrop.agreement import difference, telling_rows, told_orders
+from mcdrop.agreement import difference, orders, telling_rows, told_orders
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
-from mcdrop.intercept import Given, Interception, Layout, Rules
+from mcdrop.intercept import Given, Interception, Rules
+from mcdrop.layouts import Layout
 from mcdrop.masks import Site, sample_masks
 from mcdrop.mixing import united
 from mcdrop.outputs import Pick
@@ -81,7 +82,7 @@ def one_pass(
     rules: Rules = RULES,
 ) -> Tensor:
     """Runs one pass with given masks, one for each draw, and gives the picked output, (N, ...)."""
-    given = source(masks, found.layouts, found.forced, found.rates, found.sites)
+    given = source(masks, found.layouts, found.forced, found.rates, found.sites, len(rows.leaves[0]))
     with Interception(given, rules):
         output = forward(module, rows, pick)
     given.finish()
@@ -127,13 +128,13 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     with suppress(*_ONE_SIZE):
         wide, larger = record(module, repeat_rows(rows, _MORE), pick, seed=0, force=force)
         more = wide.draws
-    counts = any(one.counted for one in spy.results)
-    told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None, counts) for i, draw in enumerate(few)]
+    told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
+    if any(one.counted for one in spy.results):
+        each = (rows.take([row] * given.count) for row in range(rows.count))
+        varying = _varying(few, each, partial(record, module, pick=pick, seed=0, force=force))
+        told = [(None, False) if i in varying else one for i, one in enumerate(told)]
     unclear = tuple(f"site{i}" for i, (_, clear) in enumerate(told) if not clear)
-    shapes = [
-        draw.shape if layout is None else layout.unit_shape(draw.shape)
-        for draw, (layout, _) in zip(few, told, strict=True)
-    ]
+    shapes = [_own_shape(draw, layout) for draw, (layout, _) in zip(few, told, strict=True)]
     if unclear and given is not rows:
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
@@ -156,6 +157,20 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     return found if found.unclear else _ordered(module, given, pick, found)
 
 
+def _own_shape(draw: Draw, layout: Layout | None) -> tuple[int, ...]:
+    return draw.shape if layout is None else layout.unit_shape(draw.shape)
+
+
+def _varying(draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]) -> set[int]:
+    """The draws that are of another size for some rows than for others, such as those for entries of a mask."""
+    found = set[int]()
+    for rows in alike:
+        with suppress(*_ONE_SIZE):
+            pairs = enumerate(zip_longest(draws, record(rows=rows)[0].draws))
+            found |= {i for i, (a, b) in pairs if a is None or b is None or a.shape != b.shape}
+    return found
+
+
 def _sites(draws: Sequence[Draw], shapes: Sequence[tuple[int, ...]], rates: frozenset[int]) -> tuple[Site, ...]:
     kinds = ["uniform" if i in rates else draw.kind for i, draw in enumerate(draws)]
     return tuple(Site(f"site{i}", shapes[i], draw.p, kinds[i], draw.path) for i, draw in enumerate(draws))
@@ -166,14 +181,12 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
 
     Masks are real numbers here, no two alike: a network may still read them as true and false.
     """
-    several = {i: layout.multiple for i, layout in enumerate(found.layouts) if layout is not None}
-    orders = {i: _orders(multiple) for i, multiple in several.items() if multiple > 1}
-    if not orders:
+    several = {i: one.multiple for i, one in enumerate(found.layouts) if one is not None and one.multiple > 1}
+    if not several:
         return found
     drawn, numbers = sample_masks(found.sites, 1, seed=0), np.random.default_rng(0)
     each = [drawn[site.name][0] * numbers.uniform(0.5, 1.5, site.shape) for site in found.sites]
     masks = [torch.as_tensor(mask, dtype=torch.float32, device=rows.leaves[0].device) for mask in each]
-    some = repeat_rows(rows, telling_rows(several.values()))
 
     def placed(outer: Mapping[int, int]) -> Trace:
         layouts = [one and replace(one, outer=outer.get(i, 1)) for i, one in enumerate(found.layouts)]
@@ -182,19 +195,15 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
     @torch.no_grad()
     def differs(outer: Mapping[int, int], on: frozenset[int]) -> bool:
         trace, given = placed(outer), [mask if i in on else None for i, mask in enumerate(masks)]
-        try:
-            together = one_pass(module, some, pick, trace, given)
-            alone = [one_pass(module, some.take(slice(row, row + 1)), pick, trace, given) for row in range(2)]
-        except (UncontrolledDraw, *_ONE_SIZE):
-            return True
-        return difference(torch.cat(alone), together[:2]) > _LOOSE * tolerance(together.dtype)
+        for count in telling_rows([several[i] for i in on]):
+            some = repeat_rows(rows, count)
+            with suppress(UncontrolledDraw, *_ONE_SIZE):
+                together = one_pass(module, some, pick, trace, given)
+                alone = [one_pass(module, some.take(slice(row, row + 1)), pick, trace, given) for row in range(2)]
+                return difference(torch.cat(alone), together[:2]) > _LOOSE * tolerance(together.dtype)
+        return True
 
-    return placed(told_orders(orders, differs))
-
-
-def _orders(multiple: int) -> list[int]:
-    """How many of a row's entries may stand before the rows: none, all, or a part of them."""
-    return [1, multiple, *(outer for outer in range(2, multiple) if multiple % outer == 0)]
+    return placed(told_orders({i: orders(multiple) for i, multiple in several.items()}, differs))
 
 
 def _united(few: Spy, more: Spy | None, again: Callable[[], tuple[Recorder, Spy]]) -> str:
@@ -243,11 +252,8 @@ def _random_rates(draws: list[Draw], others: list[Recorder]) -> frozenset[int]:
     return frozenset(rates)
 
 
-def _layout(few: tuple[int, ...], more: tuple[int, ...] | None, counts: bool) -> tuple[Layout | None, bool]:
-    """The layout of a draw from its shapes for three and five rows, and whether they tell it.
-
-    Where entries are counted, as those of a mask, other rows may have more of them or fewer.
-    """
+def _layout(few: tuple[int, ...], more: tuple[int, ...] | None) -> tuple[Layout | None, bool]:
+    """The layout of a draw from its shapes for three and five rows, and whether they tell it."""
     if more is None or len(more) != len(few):
         return None, False
     differing = [axis for axis, (a, b) in enumerate(zip(few, more, strict=True)) if a != b]
@@ -256,5 +262,4 @@ def _layout(few: tuple[int, ...], more: tuple[int, ...] | None, counts: bool) ->
     axis = differing[0]
     if len(differing) > 1 or few[axis] % _FEW or few[axis] // _FEW * _MORE != more[axis]:
         return None, False
-    multiple = few[axis] // _FEW
-    return (None, False) if counts and multiple > 1 else (Layout(axis, multiple), True)
+    return Layout(axis, few[axis] // _FEW), True

@@ -35,6 +35,7 @@ FLOORS = [
         "mcdrop.attention",
         "mcdrop.convolve",
         "mcdrop.each_pass",
+        "mcdrop.layouts",
     ],
     [
         "mcdrop.shadow",
@@ -131,6 +132,7 @@ HOMES = {
         "mcdrop.shadow",
         "mcdrop.volatile",
         "mcdrop.intercept",
+        "mcdrop.layouts",
         "mcdrop.sequences",
         "mcdrop.rules",
         "mcdrop.features",

@@ -5,7 +5,7 @@ import json
 import operator
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mcdrop.engine import PassPlan
 from mcdrop.errors import InputError
 from mcdrop.model import Options
 from mcdrop.sampling import fingerprint
+from mcdrop.wrapping import _said
 
 X = np.random.default_rng(0).normal(size=(99, 2)).astype(np.float32)
 NEW = np.random.default_rng(1).normal(size=(50, 2)).astype(np.float32)
@@ -178,12 +179,36 @@ def _at(place: int) -> Callable[[Any], Tensor]:
     return lambda outputs: outputs[place]
 
 
+class _Pick:
+    """Picks an output, as an object or by a method."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __call__(self, outputs: Any) -> Tensor:
+        return outputs[self.place]  # type: ignore[no-any-return]
+
+
+def _by_name(place: int) -> Callable[[Any], Tensor]:
+    return lambda outputs, *, place=place: outputs[place]
+
+
 def test_functions_that_pick_the_output_are_told_apart_by_what_they_do() -> None:
     """And by nothing that another process would not have, such as where they lie in memory."""
     zeroth, first = (lambda outputs, place=place: outputs[place] for place in (0, 1))
     functions = [_near, _at(0), _at(0), _at(1), operator.itemgetter(0), operator.itemgetter(0), zeroth, first]
-    reads = [head(function).reads for function in functions]
+    reads = [_said(function) for function in functions]
     assert [reads.index(one) for one in reads] == [0, 1, 1, 3, 4, 4, 6, 7]
+    assert head(_near).reads == reads[0]
+    kinds: list[Any] = [
+        _Pick,
+        lambda place: _Pick(place).__call__,
+        operator.itemgetter,
+        lambda place: partial(_at(place)),
+    ]
+    for pick in kinds:
+        assert _said(pick(0)) == _said(pick(0)) != _said(pick(1))
+    assert _said(_by_name(0)) == _said(_by_name(0)) != _said(_by_name(1))
 
 
 @pytest.mark.parametrize("form", ["pt2", "onnx", "safetensors"])

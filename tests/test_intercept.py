@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.intercept import Given, Interception, Layout
+from mcdrop.intercept import Given, Interception
+from mcdrop.layouts import Layout
 from mcdrop.rules import RULES
 
 X = torch.arange(1.0, 7.0).reshape(2, 3)

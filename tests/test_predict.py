@@ -265,10 +265,11 @@ def test_options_left_out_are_the_models_own(model: mcdrop.Model) -> None:
     keeping = replace(model, defaults=Options(passes=8, keep_samples=True))
     assert (found := mcdrop.predict(keeping, X).samples) is not None
     assert found.shape == (8, 12, 1)
-    assert mcdrop.predict(keeping, X, keep_samples=False).samples is None
+    for asked in ({"keep_samples": False}, {"tolerance": 1.0}, {"exact_last": True}):
+        assert mcdrop.predict(keeping, X, **asked).samples is None
     ending = replace(model, defaults=Options(tolerance=1e-9))  # too small to be reached
-    for asked, passes in (({}, 100), ({"passes": 70}, 70), ({"max_passes": 64}, 64), ({"tolerance": 1e-9}, 2000)):
-        assert set(mcdrop.predict(ending, X[:1], **asked).passes) == {passes}
+    for more, passes in (({}, 100), ({"passes": 70}, 70), ({"max_passes": 64}, 64), ({"tolerance": 1e-9}, 2000)):
+        assert set(mcdrop.predict(ending, X[:1], **more).passes) == {passes}
     with pytest.raises(InputError, match="give max_passes=64 instead of passes"):
         mcdrop.predict(ending, X, passes=64, max_passes=128)
 

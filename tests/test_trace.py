@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.intercept import Layout
+from mcdrop.layouts import Layout
 from mcdrop.outputs import picker
 from mcdrop.record import record
 from mcdrop.rows import Rows
@@ -68,8 +68,13 @@ def by_steps_and_heads(x: Tensor) -> Tensor:
 
 
 def averaged_copies(x: Tensor) -> Tensor:
-    """The mean over four copies: a wrong order of the masks shows only where rows get one mask twice."""
-    return F.dropout(x.repeat(4, 1), 0.5).reshape(4, -1, 4).mean(0)
+    """The mean over three copies of two steps: a wrong order of the masks shows only where rows get one mask twice."""
+    return F.dropout(x.repeat(3, 1).reshape(-1, 2), 0.5).reshape(3, -1, 2, 2).mean((0, 2))
+
+
+def beside_a_count(x: Tensor) -> Tensor:
+    """Counts entries, which has nothing to do with its draw."""
+    return by_heads(x) + x.flatten().nonzero().numel()
 
 
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], Layout | None]] = {
@@ -78,7 +83,8 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], Layout | N
     "heads merged with rows": (by_heads, (2, 2), Layout(0, 2)),
     "steps before rows": (by_steps, (2, 2), Layout(0, 2, outer=2)),
     "steps before rows, heads after": (by_steps_and_heads, (4, 1), Layout(0, 4, outer=2)),
-    "copies that are averaged": (averaged_copies, (4, 4), Layout(0, 4, outer=4)),
+    "copies that are averaged": (averaged_copies, (6, 2), Layout(0, 6, outer=3)),
+    "beside a count of entries": (beside_a_count, (2, 2), Layout(0, 2)),
     "channels": (lambda x: F.dropout2d(x[:, :, None, None], 0.5)[:, :, 0, 0], (4,), Layout(0)),
     "a weight, shared by all rows": (lambda x: x @ F.dropout(torch.eye(4), 0.5), (4, 4), None),
     "one number a row": (lambda x: x * torch.bernoulli(x[:, :1], 0.5), (1,), Layout(0)),
@@ -95,17 +101,27 @@ def test_the_axis_of_the_rows_is_told_from_two_row_counts(
     assert found.unclear == ()
 
 
-def _kept_entries(x: Tensor) -> Tensor:
-    """Drops those entries of all rows that are not 0: another row may have another number of them."""
-    there = x.flatten().nonzero().flatten()
+def of_entries(x: Tensor) -> Tensor:
+    """Drops those entries of all rows that are above -2: another row may have another number of them."""
+    there = (x.flatten() > -2).nonzero().flatten()
     return torch.zeros(x.numel()).index_put((there,), F.dropout(x.flatten()[there], 0.5)).reshape(x.shape)
 
 
 @pytest.mark.parametrize(
-    "act", [lambda x: x + torch.rand(len(x), len(x)).sum(), _kept_entries], ids=["mixed", "counted"]
+    "act", [lambda x: x + torch.rand(len(x), len(x)).sum(), lambda x: of_entries(3 * x - 1)], ids=["mixed", "counted"]
 )
 def test_a_draw_whose_rows_cannot_be_told_is_unclear(act: Callable[[Tensor], Tensor]) -> None:
     assert traced(act).unclear == ("site0",)
+
+
+def test_rows_with_another_number_of_entries_than_the_example_are_refused() -> None:
+    net = Net(of_entries)
+    net.linear.weight, net.linear.bias = nn.Parameter(torch.eye(4)), nn.Parameter(torch.zeros(4))
+    found = trace(net, ROWS, PICK)
+    assert found.layouts == (Layout(0, 4),)
+    fewer = Rows.of(ROWS.args[0] - torch.tensor([2.0, 0.0, 0.0, 0.0]))
+    with pytest.raises(UncontrolledDraw, match="draws for 7 entries of 2 rows"):
+        one_pass(net, fewer, PICK, found, [torch.ones(4)])
 
 
 def test_a_draw_for_each_row_by_itself_is_refused() -> None:

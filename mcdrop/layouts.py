@@ -1,0 +1,52 @@
+"""How the entries of a draw follow the rows."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mcdrop.errors import UncontrolledDraw
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which axis of a draw follows the rows, and how many entries of it belong to one row.
+
+    These stand side by side, but for ``outer`` ones, such as steps: the first of all rows comes before the second.
+    """
+
+    axis: int
+    multiple: int = 1
+    outer: int = 1
+
+    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Gives the shape of what one row draws."""
+        own = () if self.multiple == 1 else (self.multiple,)
+        return (*shape[: self.axis], *own, *shape[self.axis + 1 :])
+
+    def check(self, shape: tuple[int, ...], rows: int | None) -> None:
+        """Checks that a draw has as many entries for each row as it had, where the numbers are known.
+
+        Raises:
+            UncontrolledDraw: it has not, as where a network draws for those steps alone that are no padding.
+        """
+        size = shape[self.axis]
+        if isinstance(size, int) and isinstance(rows, int) and size != self.multiple * rows:
+            raise UncontrolledDraw(
+                f"the network draws for {size} entries of {rows} rows, where it drew for {self.multiple} of each row: "
+                "which are whose cannot be told; wrap it with example rows that differ in how many they have"
+            )
+
+    def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Repeats one row's mask over all rows of a draw (broadcast where that is enough)."""
+        if self.multiple == 1:
+            return mask.unsqueeze(self.axis)
+        own = (self.outer, shape[self.axis] // self.multiple, self.multiple // self.outer)
+        return self.opened(mask).expand(*shape[: self.axis], *own, *shape[self.axis + 1 :]).reshape(shape)
+
+    def opened(self, mask: Tensor, before: int = 0) -> Tensor:
+        """Gives a row's mask, with further axes ``before`` its own, with one for the rows amid the row's entries."""
+        at = self.axis + before
+        own = (self.outer, 1, self.multiple // self.outer)
+        return mask.reshape(*mask.shape[:at], *own, *mask.shape[at + (self.multiple > 1) :])
