@@ -33,6 +33,8 @@ _LOOSE = 3  # other kernels are chosen for other numbers of rows
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
 _FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
 
+_Told = tuple[Layout | None, bool]  # the layout of a draw, and whether it could be told
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -82,7 +84,7 @@ def one_pass(
     rules: Rules = RULES,
 ) -> Tensor:
     """Runs one pass with given masks, one for each draw, and gives the picked output, (N, ...)."""
-    given = source(masks, found.layouts, found.forced, found.rates, found.sites, len(rows.leaves[0]))
+    given = source(masks, found.layouts, found.forced, found.rates, found.sites, rows.leaves[0].shape[0])
     with Interception(given, rules):
         output = forward(module, rows, pick)
     given.finish()
@@ -131,8 +133,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
     if any(one.counted for one in spy.results):
         each = (rows.take([row] * given.count) for row in range(rows.count))
-        varying = _varying(few, each, partial(record, module, pick=pick, seed=0, force=force))
-        told = [(None, False) if i in varying else one for i, one in enumerate(told)]
+        told = _steady(told, few, each, partial(record, module, pick=pick, seed=0, force=force))
     unclear = tuple(f"site{i}" for i, (_, clear) in enumerate(told) if not clear)
     shapes = [_own_shape(draw, layout) for draw, (layout, _) in zip(few, told, strict=True)]
     if unclear and given is not rows:
@@ -161,14 +162,22 @@ def _own_shape(draw: Draw, layout: Layout | None) -> tuple[int, ...]:
     return draw.shape if layout is None else layout.unit_shape(draw.shape)
 
 
-def _varying(draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]) -> set[int]:
-    """The draws that are of another size for some rows than for others, such as those for entries of a mask."""
-    found = set[int]()
+def _steady(
+    told: Sequence[_Told], draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]
+) -> list[_Told]:
+    """Tells no layout of draws that have more entries for some rows than for others, such as those under a mask."""
+    steady = [*told]
     for rows in alike:
         with suppress(*_ONE_SIZE):
-            pairs = enumerate(zip_longest(draws, record(rows=rows)[0].draws))
-            found |= {i for i, (a, b) in pairs if a is None or b is None or a.shape != b.shape}
-    return found
+            for i, (draw, other) in enumerate(zip_longest(draws, record(rows=rows)[0].draws)):
+                layout = told[i][0] if i < len(told) else None
+                if layout is not None and (other is None or _sizes(draw, layout) != _sizes(other, layout)):
+                    steady[i] = None, False
+    return steady
+
+
+def _sizes(draw: Draw, layout: Layout) -> tuple[int, ...]:
+    return draw.shape[layout.axis : layout.axis + 1]
 
 
 def _sites(draws: Sequence[Draw], shapes: Sequence[tuple[int, ...]], rates: frozenset[int]) -> tuple[Site, ...]:

@@ -189,13 +189,23 @@ class _Pick:
         return outputs[self.place]  # type: ignore[no-any-return]
 
 
+def _by_default(place: int) -> Callable[[Any], Tensor]:
+    def pick(outputs: Any, place: int = place) -> Tensor:
+        return outputs[place]  # type: ignore[no-any-return]
+
+    return pick
+
+
 def _by_name(place: int) -> Callable[[Any], Tensor]:
-    return lambda outputs, *, place=place: outputs[place]
+    def pick(outputs: Any, *, place: int = place) -> Tensor:
+        return outputs[place]  # type: ignore[no-any-return]
+
+    return pick
 
 
 def test_functions_that_pick_the_output_are_told_apart_by_what_they_do() -> None:
     """And by nothing that another process would not have, such as where they lie in memory."""
-    zeroth, first = (lambda outputs, place=place: outputs[place] for place in (0, 1))
+    zeroth, first = (_by_default(place) for place in (0, 1))
     functions = [_near, _at(0), _at(0), _at(1), operator.itemgetter(0), operator.itemgetter(0), zeroth, first]
     reads = [_said(function) for function in functions]
     assert [reads.index(one) for one in reads] == [0, 1, 1, 3, 4, 4, 6, 7]
