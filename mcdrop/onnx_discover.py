@@ -198,9 +198,10 @@ def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Si
     for seed in range(_TRIES):
         drawn = sample_masks(even, 2, seed=seed, sampler="iid")
         still = {name: values if name == site.name else values[[0, 0]] for name, values in drawn.items()}
-        first, second = backend.run(rows, still, 2, trace, "loop")
-        if not identical(first, second):
-            return "live", "changes the output"
+        # and with the others at their expectation: of many in a row, often no unit passes all
+        for masks in (still, {site.name: drawn[site.name]}):
+            if not identical(*backend.run(rows, masks, 2, trace, "loop")):
+                return "live", "changes the output"
     return "idle", "no mask on it changes the output"
 
 

@@ -17,7 +17,7 @@ __all__ = ["SITES", "Change", "Slot", "told", "with_sites"]
 
 SITES = "mcdrop.sites"  # metadata of a graph: number and module of each of its draws, in order
 
-_RANGE = 11  # the opset that brought Range
+_SIGN, _RANGE = 9, 11  # the opsets that brought these operators
 _CAST_LIKE = 15  # from here on a value can be given the type of another that is not known
 
 
@@ -71,8 +71,8 @@ class Change:
             )
         if sum(operator in LOOPS for operator in around) > 1:
             raise UncontrolledDraw(f"{place.path} draws in a loop inside a loop, where its masks cannot be numbered")
-        if "Scan" in around:
-            self.needs(_RANGE, place.path)
+        if not {*around}.isdisjoint(LOOPS):
+            self.needs(_RANGE if "Scan" in around else _SIGN, place.path)
         self.model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
         mask, loop = into_loop(place.chain, name, new)
         mask = into_branch(mask, new) if "If" in around else mask

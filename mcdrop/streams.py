@@ -82,6 +82,7 @@ def whole(target: str | Path) -> Iterator[Path]:
         if _is_written_in_place(Path(target)):
             yield Path(target)
             return
+        _check_own(target)
         place = Path(target).resolve()  # a link stays a link, to the new file
         beside = _beside(place)
         try:
@@ -101,6 +102,7 @@ def check_place(target: str | Path) -> None:
         if Path(target).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not _is_written_in_place(Path(target)):
+            _check_own(target)
             _beside(Path(target).resolve()).unlink()
 
 
@@ -110,6 +112,12 @@ def _is_written_in_place(target: Path) -> bool:
     The path is taken as it is given: where ``/dev/stdout`` is a pipe, it leads to no path that could be resolved.
     """
     return target.exists() and not target.is_file()
+
+
+def _check_own(target: str | Path) -> None:
+    """Refuses a file that somebody else has open under a number: what they wrote to it would be lost."""
+    if str(target).startswith(("/dev/fd/", "/dev/std", "/proc/")):
+        raise InputError(f"{target} leads to a file that is open already, and would be replaced; give the file's name")
 
 
 def _beside(place: Path) -> Path:

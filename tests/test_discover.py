@@ -4,6 +4,7 @@ import random
 import re
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -356,3 +357,12 @@ def test_a_draw_of_few_numbers_is_seen_to_be_live(answer: Callable[[Tensor], Ten
     torch.manual_seed(seed)
     model = mcdrop.wrap(FewNumbers(answer), example=torch.randn(4, 4))
     assert [site.verdict for site in model.audit.sites] == ["live"] * len(model.audit.sites)
+
+
+def test_each_of_many_draws_in_a_row_is_live_though_no_unit_passes_all(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Dropout(0.8) for _ in range(12)), nn.Linear(4, 1)).eval()
+    model = mcdrop.wrap(net, example=torch.randn(4, 4))
+    graph = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="onnx"))
+    for one in (model, graph):
+        assert [site.verdict for site in one.audit.sites] == ["live"] * 12

@@ -282,6 +282,28 @@ class _Far(torch.nn.Module):
         return near + self.offset
 
 
+def test_a_noise_without_a_finite_variance_is_no_difference(tmp_path: Path) -> None:
+    """All is told apart on the scale of the mean's own spread then."""
+
+    class Noiseless(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = (torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(16, 1))
+            self.body = torch.nn.Sequential(*layers)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mean = self.body(x)
+            return torch.cat([mean, mean * 0 + torch.nan], 1)
+
+    torch.manual_seed(0)
+    model = mcdrop.wrap(Noiseless().double().eval(), example=torch.randn(5, 4).double(), task="gaussian")
+    path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx")
+    x = model.example.args[0].numpy()
+    found, expected = _run(path, x), mcdrop.predict(model, x, passes=50)
+    np.testing.assert_allclose(found["epistemic"], expected.epistemic, rtol=1e-6)
+    assert np.isnan(found["variance"]).all()
+
+
 def _far(dtype: torch.dtype, offset: float, task: str = "regression") -> mcdrop.Model:
     torch.manual_seed(0)
     net, x = _Far(offset).to(dtype).eval(), torch.randn(5, 6, dtype=dtype)

@@ -301,6 +301,17 @@ def test_a_pipe_is_written_where_it_is() -> None:
         assert stream.read() == "x\n1\n"
 
 
+def test_a_file_that_somebody_has_open_is_not_replaced(tmp_path: Path) -> None:
+    """As in ``-o /dev/stdout >> all.csv``: what stands in it, and what others write to it, would be lost."""
+    (tmp_path / "all.csv").write_text("old\n")
+    with (tmp_path / "all.csv").open("a") as opened:
+        place = f"/dev/fd/{opened.fileno()}"
+        for write in (check_place, lambda target: write_rows(target, [])):
+            with pytest.raises(InputError, match="is open already, and would be replaced"):
+                write(place)
+    assert (tmp_path / "all.csv").read_text() == "old\n"
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot write .*no/out.csv: No such file"):
         write_rows(tmp_path / "no" / "out.csv", [])
