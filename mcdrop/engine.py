@@ -107,7 +107,7 @@ class PassResult:
 
     ``passes`` and ``degrees`` (of freedom of the standard error) are (N,), ``samples`` (T, N, ..., K) where kept.
     ``features`` (N, F) are hidden features read at ``layer`` (None: the default), where a screen compares them.
-    ``task`` is that of the model that was sampled, "" where it is not known.
+    ``statistics`` says what was gathered, None where it is not known.
     """
 
     passes: NDArray[np.int64]
@@ -120,10 +120,13 @@ class PassResult:
     plan: PassPlan
     features: NDArray[np.float32] | None = None
     layer: str | None = None
-    task: str = ""
+    statistics: Statistics | None = None
 
     @classmethod
-    def of(cls, gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan) -> "PassResult":
+    def of(
+        cls, gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan,
+        statistics: Statistics | None = None,
+    ) -> "PassResult":  # fmt: skip
         """Reads what was gathered for rows that all had the same passes."""
         found = gathered.read()
         zeros = np.zeros(len(found.mean), np.int64)
@@ -136,6 +139,7 @@ class PassResult:
             deterministic=deterministic,
             samples=samples,
             plan=plan,
+            statistics=statistics,
         )
 
     @classmethod
@@ -149,7 +153,8 @@ class PassResult:
             name: np.concatenate([getattr(part, name) for part in parts])[which] for name in fields
         }
         kept = [part.samples for part in parts if part.samples is not None]
-        return cls(**joined, samples=np.concatenate(kept, axis=1)[:, which] if kept else None, plan=parts[0].plan)
+        joined["samples"] = np.concatenate(kept, axis=1)[:, which] if kept else None
+        return cls(**joined, plan=parts[0].plan, statistics=parts[0].statistics)
 
 
 def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Statistics) -> PassResult:
@@ -164,9 +169,11 @@ def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Stat
         return PassResult.join([run(backend, block, plan, statistics) for block in rows.split(size)])
 
 
-def _of(gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan) -> PassResult:
+def _of(
+    gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan, statistics: Statistics
+) -> PassResult:
     """Reads what was gathered; a closed form gathers conditional means and variances, whose total is the variance."""
-    result = PassResult.of(gathered, deterministic, samples, plan)
+    result = PassResult.of(gathered, deterministic, samples, plan, statistics)
     if not plan.exact_last:
         return result
     width = deterministic.shape[-1]
@@ -188,7 +195,7 @@ def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics)
     gathered = Gathered(BLOCKS[plan.sampler])
     _gather(gathered, block, plan, statistics, (0, plan.passes), kept)
     samples = np.concatenate(kept) if kept else None
-    return _of(gathered, _deterministic(block, statistics), samples, plan)
+    return _of(gathered, _deterministic(block, statistics), samples, plan, statistics)
 
 
 def _gather(
@@ -237,7 +244,7 @@ def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statisti
         error = wide * np.sqrt(found.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)
         finished = (error <= plan.tolerance) | (stop == plan.passes)
         if finished.any():
-            done.append(_of(gathered.take(finished), deterministic[active[finished]], None, plan))
+            done.append(_of(gathered.take(finished), deterministic[active[finished]], None, plan, statistics))
             order.append(active[finished])
             if finished.all():
                 break

@@ -122,9 +122,11 @@ def interpret(
 
 def _summary(model: Model, result: PassResult) -> Summary:
     """Reads the passes, which must be those of a model for the same task."""
-    if result.task not in ("", model.task):
-        raise InputError(f"these passes are of a model for {result.task} and cannot be read as {model.task}")
-    return TASKS[model.task].read(result)
+    task = TASKS[model.task]
+    if result.statistics not in (None, task.statistics):
+        made = next((name for name, one in TASKS.items() if one.statistics == result.statistics), "another task")
+        raise InputError(f"these passes are of a model for {made} and cannot be read as {model.task}")
+    return task.read(result)
 
 
 def _check_fitted(screen: object, calibration: object) -> None:

@@ -91,7 +91,7 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
                 f"{plan.passes} passes of {rows.count} rows need {needed / 2**30:.1f} GiB to keep every pass; "
                 "give fewer rows or passes, or an interval that does not need them all, such as 'student_t'"
             )
-    result = replace(run_passes(model.backend, rows, plan, statistics=task.statistics), task=model.task)
+    result = run_passes(model.backend, rows, plan, statistics=task.statistics)
     rows.look()
     bank = screen.bank if screen is not None else model.screen.bank if model.screen is not None else None
     if bank is None:
