@@ -104,7 +104,7 @@ def _write_graph(model: Model, path: Path, said: Mapping[str, Any]) -> dict[str,
     """A graph as it was given, or a torch network as a graph that still draws; both keep the name of their weights."""
     graph = graph_of(model)
     path.write_bytes(graph.data)
-    return {"digest": model.backend.digest(), "output": graph.output, "inject": dict(graph.inject)}
+    return {"digest": model.weights, "output": graph.output, "inject": dict(graph.inject)}
 
 
 def _read_graph(source: Source, example: Any, task: str) -> Model:
@@ -124,13 +124,15 @@ def _write_program(model: Model, path: Path, said: Mapping[str, Any]) -> dict[st
 
     path.write_bytes(exported(model.backend, model.example))
     running = {name: model.asked[name] for name in _RUNNING if name in model.asked}
-    return {"wrap": running} if running else {}
+    return {"digest": model.weights, **({"wrap": running} if running else {})}
 
 
 def _read_program(source: Source, example: Any, task: str) -> Model:
     data, asked = read_plain(source.path, sha256=source.sha256), source.said.get("wrap", {})
     running = {name: asked[name] for name in _RUNNING if name in asked}
-    return _wrap_program(data, str(source.path), example, task, source.devices, running)
+    model = _wrap_program(data, str(source.path), example, task, source.devices, running)
+    # a program holds as weights what a network may keep beside its own; older folders have no digest
+    return replace(model, saved_as={model.backend.digest(): str(source.said.get("digest", model.backend.digest()))})
 
 
 def _wrap_program(

@@ -67,7 +67,8 @@ class Model:
     """A network whose every random draw is a mask; made by ``wrap`` or ``load``, safe to share between threads.
 
     ``features`` names the columns of a single (N, F) input, or is None. ``module`` is the user's own, untouched.
-    ``reads`` says which of the network's outputs was asked for, "" for the only one.
+    ``reads`` says which of the network's outputs was asked for, "" for the only one. ``saved_as`` gives the digest of
+    the weights that were saved for that of those that were read, where a format holds them in another form.
     """
 
     module: Any
@@ -86,6 +87,7 @@ class Model:
     description: str = ""
     features: list[str] | None = None
     reads: str = ""
+    saved_as: Mapping[str, str] = field(default_factory=dict)
     references: dict[Any, Any] = field(default_factory=dict, repr=False)  # scores of the screen's rows, by plan
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -106,8 +108,13 @@ class Model:
     @property
     def digest(self) -> str:
         """What names the weights and the output that is read: whatever is fitted holds for these alone."""
-        weights = self.backend.digest()
-        return f"{weights} {self.reads}" if self.reads else weights
+        return f"{self.weights} {self.reads}" if self.reads else self.weights
+
+    @property
+    def weights(self) -> str:
+        """What names the weights, also after they were saved and read."""
+        digest = self.backend.digest()
+        return self.saved_as.get(digest, digest)
 
     def with_screen(self, screen: Screen | None) -> "Model":
         """Gives the same model with a fitted screen."""

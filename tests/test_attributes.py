@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,7 +213,7 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("buffer", [True, False], ids=["a buffer", "an attribute"])
-def test_what_was_fitted_sees_tensors_that_no_state_dict_holds(buffer: bool) -> None:
+def test_what_was_fitted_sees_tensors_that_no_state_dict_holds(buffer: bool, tmp_path: Path) -> None:
     """Scores again where they have changed: of rows and references ten times as large p-values are the same."""
     torch.manual_seed(0)
     net, x = Scaled(buffer).eval(), torch.randn(60, 4)
@@ -225,4 +226,8 @@ def test_what_was_fitted_sees_tensors_that_no_state_dict_holds(buffer: bool) -> 
     with pytest.raises(InputError, match="calibrate again"):
         mcdrop.predict(model, x, calibration=calibration)
     net.scale.div_(10)
-    assert mcdrop.predict(model, x, calibration=calibration).interval == "conformal"
+    upper = mcdrop.predict(model, x, calibration=calibration).upper
+    loaded = mcdrop.load(mcdrop.save(model.with_calibration(calibration), tmp_path / "net" / "1"))
+    np.testing.assert_allclose(mcdrop.predict(loaded, x, interval="conformal").upper, upper, rtol=1e-5)
+    again = mcdrop.load(mcdrop.save(loaded, tmp_path / "net" / "2"))
+    assert again.digest == loaded.digest == model.digest
