@@ -83,14 +83,14 @@ def told_orders(
         differs: whether a row alone answers otherwise than among others, where they are taken to stand in some orders
             and some of the draws are on.
     """
-    usual = {draw: orders[0] for draw, orders in draws.items()}
+    usual = {draw: choices[0] for draw, choices in draws.items()}
     if not differs(usual, frozenset(draws)):
         return usual
     found = {**usual}
-    for draw, orders in draws.items():
+    for draw, choices in draws.items():
         alone = frozenset({draw})
-        fits = (order for order in orders if not differs({**usual, draw: order}, alone))
-        found[draw] = next(fits, orders[0])
+        fits = (order for order in choices if not differs({**usual, draw: order}, alone))
+        found[draw] = next(fits, choices[0])
     return found
 
 

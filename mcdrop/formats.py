@@ -131,8 +131,10 @@ def _read_program(source: Source, example: Any, task: str) -> Model:
     data, asked = read_plain(source.path, sha256=source.sha256), source.said.get("wrap", {})
     running = {name: asked[name] for name in _RUNNING if name in asked}
     model = _wrap_program(data, str(source.path), example, task, source.devices, running)
-    # a program holds as weights what a network may keep beside its own; older folders have no digest
-    return replace(model, saved_as={model.backend.digest(): str(source.said.get("digest", model.backend.digest()))})
+    if "digest" not in source.said:  # as in older folders
+        return model
+    # a program holds as weights what a network may keep beside its own
+    return replace(model, saved_as={model.backend.digest(): str(source.said["digest"])})
 
 
 def _wrap_program(
