@@ -50,8 +50,9 @@ class _Cut(NamedTuple):
 class Summing(NamedTuple):
     """How further passes are summed up where they are, such as on a GPU: see ``sums``, which does it.
 
-    ``of`` makes values of outputs there, ``first`` is the first pass of all (None: it is among these). ``levels`` says
-    of each size of blocks how many parts are left out, and how many make a block; all blocks begin anew.
+    ``of`` makes values of outputs there, in float64 or as the outputs are; ``first`` is the first pass of all (None: it
+    is among these). ``levels`` says of each size of blocks how many parts are left out, and how many make a block; all
+    blocks begin anew.
     """
 
     of: "Callable[[Tensor], Tensor]"

@@ -177,7 +177,7 @@ def _split_gaussian(outputs: Array) -> Array:
 
 def _split_gaussian_there(outputs: "Tensor") -> "Tensor":
     _check_gaussian(outputs.shape)
-    mean, log_variance = outputs.chunk(2, dim=2)
+    mean, log_variance = outputs.double().chunk(2, dim=2)
     return _beside(mean, log_variance.exp())
 
 
@@ -211,7 +211,7 @@ def _class_statistics(outputs: Array) -> Array:
 
 def _class_statistics_there(outputs: "Tensor") -> "Tensor":
     _check_classes(outputs.shape)
-    chances = outputs.movedim(2, -1).softmax(-1)
+    chances = outputs.double().movedim(2, -1).softmax(-1)
     votes = chances.new_zeros(chances.shape).scatter_(-1, chances.argmax(-1, keepdim=True), 1.0)
     return _beside(chances, votes, -chances.xlogy(chances).sum(-1, keepdim=True))
 

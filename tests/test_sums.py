@@ -3,16 +3,21 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from captures import apart, backend_of, made
+from devices import on_each_device
 from torch import nn
 
 import mcdrop
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
+from mcdrop.moments import Gathered
 from mcdrop.ready import _SUMMING, Ready
 from mcdrop.rows import Rows
+from mcdrop.samplers import BLOCKS
+from mcdrop.sums import summed_up
 
 FIELDS = ("mean", "variance", "standard_error", "deterministic")
 ASKED: list[dict[str, object]] = [
@@ -101,3 +106,27 @@ def test_every_task_has_its_statistics_there(task: str, summed: list[bool]) -> N
         expected, got = (mcdrop.predict(model, x, **one) for model in (here, other))  # type: ignore[arg-type]
         for field in FIELDS:
             assert apart(getattr(got, field), getattr(expected, field)) < 1e-9, (one, field)
+
+
+@pytest.mark.parametrize("sampler", BLOCKS)
+@on_each_device
+def test_sums_of_any_number_of_passes_are_those_of_arrays(device: str, sampler: str) -> None:
+    """In one chunk, and in one that follows whole blocks; where one output is infinite, only its own sums are."""
+    draws = np.random.default_rng(0)
+    for passes in (1, 15, 16, 17, 63, 64, 80, 100, 255, 333, 1000):
+        for shape in ((1, 1), (1, 10), (40, 3)):
+            values = draws.normal(1e3, 3, (128 + passes, *shape)).astype(np.float32)
+            values[-1, 0, 0] = np.inf
+            expected, got = Gathered(BLOCKS[sampler]), Gathered(BLOCKS[sampler])
+            expected.add(values.astype(np.float64))
+            for part in (values[:128], values[128:]):
+                summing = got.summing(lambda outputs: outputs)
+                assert summing is not None
+                got.add_sums(len(part), summed_up(torch.tensor(part, device=device), summing).cpu().numpy())
+            with np.errstate(invalid="ignore"):
+                one, other = expected.read(), got.read()
+            assert one.degrees == other.degrees
+            for field in ("mean", "variance", "error_squared"):
+                whole, sums = getattr(one, field), getattr(other, field)
+                assert not np.isfinite(sums[0, 0]), field
+                np.testing.assert_allclose(sums.ravel()[1:], whole.ravel()[1:], rtol=1e-9, err_msg=field)

@@ -145,7 +145,7 @@ def test_recurrent_layers_whose_weights_are_dropped_are_captured(name: str, devi
         assert apart(passes(model, rows, PASSES), loop(model, rows, PASSES)) < 1e-5
     found = mcdrop.sample(model, x, mcdrop.PassPlan(1000))
     with torch.no_grad():
-        each = torch.stack([net.train()(x) for _ in range(2000)]).cpu()
+        each = torch.stack([net.cpu().train()(x.cpu()) for _ in range(2000)])
     error = (each.var(0).numpy() / 2000 + found.variance / 1000) ** 0.5
     assert (np.abs(found.mean - each.mean(0).numpy()) < 4.5 * error).all()  # of 18 numbers
     assert np.abs(np.log(found.variance / each.var(0).numpy())).max() < 0.3  # 5.5 standard errors of a normal's
