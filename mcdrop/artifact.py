@@ -67,7 +67,7 @@ def save(
         name: of the model; by default the folder's parent's.
         version: of the model.
         description: one line for people.
-        features: names of the columns of a single (N, F) input.
+        features: names of the columns of a single (N, F) input; None are the model's, [] none.
         overwrite: whether a saved model that is there, or an empty folder, may be replaced.
 
     Raises:
@@ -89,7 +89,8 @@ def save(
         weights = {"format": format, **said, **FORMATS[format].write(model, beside / FORMATS[format].file, said)}
         by_name = FORMATS[format].by_name
         _write_files(model, beside, screen, calibration or model.calibration, by_name)
-        head = {"name": name, "version": version, "description": description, "features": features or []}
+        named = features if features is not None else model.features or []
+        head = {"name": name, "version": version, "description": description, "features": named}
         _write_manifest(model, beside, screen, head, weights, by_name)
         there = model.audit.devices[:1] if FORMATS[format].movable else ()
         _check_same(model, load(beside, devices=there), calibration or model.calibration, format)

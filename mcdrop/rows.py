@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 
-__all__ = ["Rows", "by_name", "check_dense", "numbers"]
+__all__ = ["Rows", "by_name", "check_dense", "column_names", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,13 @@ def by_name(x: Any, names: Sequence[str] | None) -> Any:
     if missing:
         raise InputError(f"the rows have no column {', '.join(missing)}; the model reads {', '.join(names)}")
     return x[list(names)]
+
+
+def column_names(x: Any) -> list[str] | None:
+    """Gives the names of a data frame's columns; None where they are numbered or not told apart, and of all else."""
+    columns = list(x.columns) if hasattr(x, "columns") else []
+    named = all(isinstance(column, str) for column in columns) and len({*columns}) == len(columns)
+    return [str(column) for column in columns] if columns and named else None
 
 
 def check_dense(value: Any, name: str) -> None:

@@ -16,7 +16,7 @@ from mcdrop.audit import Audit
 from mcdrop.errors import InputError, MissingExtra, UnknownName
 from mcdrop.masks import is_whole
 from mcdrop.model import InputSpec, Model
-from mcdrop.rows import Rows, check_dense
+from mcdrop.rows import Rows, check_dense, column_names
 from mcdrop.summaries import TASKS
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def wrap(
             drop rates and other settings are not: wrap it again. Or an ONNX graph: a path, a model of onnx or a session
             of onnxruntime (see ``wrap_graph``).
         example: a few real rows: an array or tensor, a tuple of positional inputs, or a dict of keyword inputs; the
-            first dimension of each is the rows.
+            first dimension of each is the rows. Of a data frame the model keeps the columns' names, and finds them in
+            later ones.
         task: one of ``TASKS``: "regression", "gaussian" (mean and log-variance) or "classification" (logits).
         output: the name or position of the output to read where the network returns several, or a function that
             picks it.
@@ -100,6 +101,7 @@ def wrap(
     return Model(
         module=module, backend=backend, audit=replace(audit, devices=backend.devices), task=task, asked=asked,
         inputs=_specs(module, rows), positional=len(rows.args), example=rows, reads=_said(output),
+        features=column_names(example),
     )  # fmt: skip
 
 
@@ -264,6 +266,7 @@ def wrap_graph(
     return Model(
         module=found.graph, backend=found.backend, audit=found.audit, task=task,
         inputs=tuple(inputs), positional=len(leaves), example=found.rows, reads=_said(output),
+        features=column_names(example),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,23 @@ def test_columns_of_a_frame_are_read_by_name_wherever_rows_are(model: mcdrop.Mod
         np.testing.assert_array_equal(found.score, mcdrop.screen(model, rows, screen=by_place).score)
     with pytest.raises(InputError, match="the rows have no column b; the model reads a, b"):
         mcdrop.predict(named, Frame(["a", "c"], rows))
+
+
+def test_a_frame_as_example_names_the_columns_of_later_frames(model: mcdrop.Model, tmp_path: Path) -> None:
+    """Its names go with the model when it is saved; numbers in place of names are none."""
+    rows = np.random.default_rng(3).normal(size=(40, 2))
+    expected = mcdrop.predict(model, rows)
+    named = mcdrop.wrap(model.module, example=Frame(["a", "b"], X))
+    assert named.features == ["a", "b"]
+    loaded = mcdrop.load(mcdrop.save(named, tmp_path / "named", format="onnx"))
+    for one, rounding in ((named, 0.0), (loaded, 1e-5)):
+        got = mcdrop.predict(one, Frame(["b", "c", "a"], rows[:, [1, 1, 0]]))
+        np.testing.assert_allclose(got.mean, expected.mean, rtol=0, atol=rounding)
+        np.testing.assert_allclose(mcdrop.predict(one, rows).mean, expected.mean, rtol=0, atol=rounding)
+    unnamed = mcdrop.load(mcdrop.save(named, tmp_path / "unnamed", format="onnx", features=[]))
+    assert unnamed.features is None
+    for columns in ([0, 1], ["a", "a"]):
+        assert mcdrop.wrap(model.module, example=Frame(columns, X)).features is None
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
