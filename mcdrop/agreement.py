@@ -1,5 +1,6 @@
 """Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -7,15 +8,20 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "identical", "largest", "orders", "telling_rows", "told_orders"]
+__all__ = ["difference", "identical", "largest", "told_orders", "uneven"]
 
+_ROUNDING = {2: 2e-2, 4: 4e-6, 8: 8e-15}  # of a number of so many bytes, after other operations on one as large
 _FEWEST_TELLING, _MOST_TELLING = 3, 64  # rows
+_TRIES = 64  # orders of several draws at once
 
 _Draw = TypeVar("_Draw")
 
 
-def difference(got: Any, expected: Any, *, scale: float | None = None) -> float:
+def difference(got: Any, expected: Any, *, scale: float | None = None, passes: Any = None) -> float:
     """The largest difference of two arrays or tensors relative to ``scale``, the largest finite value of the second.
+
+    ``passes`` (T, ...) are outputs under other masks, each like what is expected: then what masks move is relative to
+    the farthest that they move it, beyond rounding; not to what they do not move, such as masked logits.
 
     It is infinite where the shapes differ, or where one is infinite or NaN and the other is not the same.
     """
@@ -28,7 +34,20 @@ def difference(got: Any, expected: Any, *, scale: float | None = None) -> float:
     if not np.isfinite(worst):
         apart[(one == other) | (np.isnan(one) & np.isnan(other))] = 0
         worst = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
-    return worst / (scale or largest(other))
+    if passes is None or not 0 < worst < np.inf:
+        return worst / (scale or largest(other))
+    return _by_what_moves(apart, other, passes)
+
+
+def _by_what_moves(apart: NDArray[Any], expected: NDArray[Any], passes: Any) -> float:
+    values = _array(passes)
+    with np.errstate(invalid="ignore"):
+        spread = np.ptp(values, axis=0)
+    moved = np.isfinite(spread) & (spread > 0)
+    farthest = float(spread.max(where=moved, initial=0.0))
+    rounding = _ROUNDING.get(passes.itemsize, 0.0) * np.where(moved, np.abs(values).max(axis=0), 0)
+    still = float(np.where(moved, 0, apart).max()) / largest(expected)
+    return max(still, float(np.where(moved, apart - rounding, 0).max()) / max(farthest, 1e-30))
 
 
 def identical(one: Any, other: Any) -> bool:
@@ -43,18 +62,21 @@ def largest(values: Any) -> float:
     return max(top if np.isfinite(top) else float(array[np.isfinite(array)].max(initial=0.0)), 1e-30)
 
 
-def telling_rows(multiples: Sequence[int]) -> list[int]:
-    """Gives numbers of rows, to try in turn, that tell in which order the entries of a row stand in some draws.
+def uneven(passes: Any) -> float:
+    """How far rows, which are one and the same, are from the first in passes (T, N, ...), as the difference is."""
+    return difference(passes, np.broadcast_to(_array(passes)[:, :1], passes.shape), passes=passes)
+
+
+def _telling_rows(multiples: Sequence[int]) -> list[int]:
+    """Gives numbers of rows that together tell in which order the entries of a row stand in some draws.
 
     They do so also where all entries of a row are added up: with a number that lacks a prime factor of theirs, a wrong
-    order may only swap the masks of a row's entries. Several draws for which there is no such number give none.
+    order may only swap the masks of a row's entries.
     """
-    count = math.prod({prime for multiple in multiples for prime in _primes(multiple)})
-    while count < _FEWEST_TELLING:
-        count *= 2
-    if count <= _MOST_TELLING:
-        return [count] if count == _FEWEST_TELLING else [count, _FEWEST_TELLING]
-    return [_FEWEST_TELLING] if len(multiples) == 1 else []
+    primes = sorted({prime for multiple in multiples for prime in _primes(multiple)})
+    whole = math.prod(primes)
+    counts = [whole] if whole <= _MOST_TELLING else [prime for prime in primes if prime <= _MOST_TELLING]
+    return [count * -(-_FEWEST_TELLING // count) for count in counts]
 
 
 def _primes(number: int) -> set[int]:
@@ -68,30 +90,43 @@ def _primes(number: int) -> set[int]:
     return found
 
 
-def orders(multiple: int) -> list[int]:
+def _orders(multiple: int) -> list[int]:
     """Gives how many of a row's entries may stand before the rows: none, all, or a part of them."""
     return [1, multiple, *(outer for outer in range(2, multiple) if multiple % outer == 0)]
 
 
 def told_orders(
-    draws: Mapping[_Draw, Sequence[int]], differs: Callable[[Mapping[_Draw, int], frozenset[_Draw]], bool]
-) -> dict[_Draw, int]:
-    """Says of each draw in which of some orders the entries of a row stand; the first is the usual one.
+    multiples: Mapping[_Draw, int], differs: Callable[[Mapping[_Draw, int], frozenset[_Draw], int], bool | None]
+) -> dict[_Draw, int] | None:
+    """Says of each draw how many of a row's entries stand before the rows, usually none; None where nothing fits.
 
     Args:
-        draws: those with several entries for each row, one at least, and the orders that there are for each.
-        differs: whether a row alone answers otherwise than among others, where they are taken to stand in some orders
-            and some of the draws are on.
+        multiples: how many entries a row has in a draw, for each that has several.
+        differs: whether so many rows, which are one and the same, answer otherwise than one another, where the draws
+            are taken to stand in some orders and some of them are on; None where so many cannot be run.
     """
-    usual = {draw: choices[0] for draw, choices in draws.items()}
-    if not differs(usual, frozenset(draws)):
+    choices = {draw: _orders(multiple) for draw, multiple in multiples.items()}
+    everything = frozenset(multiples)
+
+    def fits(outer: Mapping[_Draw, int], on: frozenset[_Draw]) -> bool:
+        told = [differs(outer, on, count) for count in _telling_rows([multiples[draw] for draw in on])]
+        if all(one is None for one in told):
+            told = [differs(outer, on, _FEWEST_TELLING)]
+        return False in told and True not in told
+
+    usual = dict.fromkeys(multiples, 1)
+    if fits(usual, everything):
         return usual
-    found = {**usual}
-    for draw, choices in draws.items():
-        alone = frozenset({draw})
-        fits = (order for order in choices if not differs({**usual, draw: order}, alone))
-        found[draw] = next(fits, choices[0])
-    return found
+    alone: dict[_Draw, int] = {}
+    for draw, some in choices.items():
+        order = next((one for one in some if fits({**usual, draw: one}, frozenset({draw}))), None)
+        if order is None:
+            return None
+        alone[draw] = order
+    # some draws only show while others are on
+    jointly = (dict(zip(choices, some, strict=True)) for some in itertools.product(*choices.values()))
+    tries = (alone, *itertools.islice(jointly, _TRIES))
+    return next((one for one in tries if fits(one, everything)), None)
 
 
 def _array(values: Any) -> NDArray[Any]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mcdrop.agreement import difference
 from mcdrop.audit import Audit, SiteReport
-from mcdrop.checks import SAME, alone, changing, mean_preserving, seeded_anew, unrepeatable
+from mcdrop.checks import alone, changing, mean_preserving, same_again, seeded_anew, unrepeatable
 from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.forward import draws_off, to_tensors
 from mcdrop.generators import own_generator
@@ -110,7 +109,7 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
         stochastic=tuple(path for path, verdict in verdicts.items() if verdict.kind == "stochastic"),
         kept={p: v.reason for p, v in verdicts.items() if v.kind in ("norm", "refused", "excluded")},
         mean_preserving=mean_preserving(live, plain, few, pick, found),
-        injected=vars(module).get("_mcdrop_injected"),
+        injected="; ".join(text for part in module.modules() if (text := vars(part).get("_mcdrop_injected"))) or None,
         warnings=tuple(warnings),
     )
     if not audit.live:
@@ -156,7 +155,8 @@ def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
     if changed:
         try:
             again, _ = record(live, rows, keep, seed=0)
-            reads = again.draws != source.draws or not difference(*outputs) <= SAME
+            record(live, rows, keep, seed=1)
+            reads = again.draws != source.draws or not same_again(*outputs)
         except Exception:  # whatever a network does with what it has left
             reads = True
         if reads:

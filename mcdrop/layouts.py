@@ -6,7 +6,9 @@ from torch import Tensor
 
 from mcdrop.errors import UncontrolledDraw
 
-__all__ = ["Layout"]
+__all__ = ["FEW", "MORE", "Layout", "Told", "told_layout"]
+
+FEW, MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,12 @@ class Layout:
         """
         size = shape[self.axis]
         if isinstance(size, int) and isinstance(rows, int) and size != self.multiple * rows:
+            remedy = "wrap it with example rows that differ in how many they have"
+            if size < self.multiple * rows:
+                remedy += f", or give it at most {size // self.multiple} rows at a time where it cuts them into parts"
             raise UncontrolledDraw(
                 f"the network draws for {size} entries of {rows} rows, where it drew for {self.multiple} of each row: "
-                "which are whose cannot be told; wrap it with example rows that differ in how many they have"
+                f"which are whose cannot be told; {remedy}"
             )
 
     def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -50,3 +55,19 @@ class Layout:
         at = self.axis + before
         own = (self.outer, 1, self.multiple // self.outer)
         return mask.reshape(*mask.shape[:at], *own, *mask.shape[at + (self.multiple > 1) :])
+
+
+Told = tuple[Layout | None, bool]  # the layout of a draw, and whether it could be told
+
+
+def told_layout(few: tuple[int, ...], more: tuple[int, ...] | None) -> Told:
+    """Gives the layout of a draw from its shapes for few and more rows, and whether they tell it."""
+    if more is None or len(more) != len(few):
+        return None, False
+    differing = [axis for axis, (a, b) in enumerate(zip(few, more, strict=True)) if a != b]
+    if not differing:
+        return None, True
+    axis = differing[0]
+    if len(differing) > 1 or few[axis] % FEW or few[axis] // FEW * MORE != more[axis]:
+        return None, False
+    return Layout(axis, few[axis] // FEW), True

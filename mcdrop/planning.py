@@ -67,7 +67,8 @@ def make_plan(
     @torch.no_grad()
     def spread() -> float:
         passes = TIERS["loop"](live, few, pick, found, stacks_of(found, _SPREAD_PASSES))
-        return float(passes.double().var(dim=0).nanmean().sqrt())
+        variance = passes.double().var(dim=0)
+        return float(variance[variance > 0].mean().sqrt())
 
     try:
         if dtype is not None:  # in full precision first, for what few digits would hide
@@ -86,7 +87,7 @@ def make_plan(
         tier, reason = choose_tier(live, few, pick, found, stacks)
         return Plan(found, off, tier, f"{reason}; not captured: {error}")
     plan = Plan(found, off, CAPTURED, "a graph without the network's Python, equal to the loop", program)
-    plan = replace(plan, rides=_rides(plan, live, plain, few, pick, stacks), exact=_exact(captured, plan, few))
+    plan = replace(plan, rides=_rides(plan, live, plain, few, pick, stacks), exact=_exact(captured, plan, few, stacks))
     if dtype is None and not compiled:
         plan = replace(plan, kept=_kept(captured, plan, live, few, pick, stacks))
     return calibrated(plan, few, partial(stacks_of, found), tuning)
@@ -105,8 +106,9 @@ def prove(
         NotCaptured: it differs.
     """
     some = repeat_rows(rows, max(rows.count, 2))
-    cases = [(some, stacks), (some.take(slice(0, 1)), stacks)]
-    cases += [(some, [None if stack is None else stack[:1] for stack in stacks])]
+    cases = [(some, stacks), (some, [None if stack is None else stack[:1] for stack in stacks])]
+    cases += [(some.take(slice(0, 1)), stacks)]  # the last, since by its passes no other row can be measured
+    moving: Tensor | None = None
     for given, masks in cases:
         with torch.no_grad():
             try:
@@ -120,19 +122,21 @@ def prove(
                 got = straight(program, program.masks([m for m in masks if m is not None]), given, len(expected))
             except Exception as error:  # whatever a graph trips over
                 raise NotCaptured(" ".join(str(error).split())[:300] or type(error).__name__) from error
-        worst = difference(got, expected.to(got.dtype))
+        moving = expected if moving is None or len(expected) > 1 else moving
+        worst = difference(got, expected.to(got.dtype), passes=moving.to(program.dtype))
         if worst <= max(tolerance(expected.dtype), tolerance(program.dtype or expected.dtype)):
             continue
-        if spread is None or not _apart(got, expected, worst) <= LARGEST_ERROR * spread():
+        if spread is None or not _apart(got, expected, moving, worst) <= LARGEST_ERROR * spread():
             raise NotCaptured(f"the graph differs from the loop by {worst:.1e}")
 
 
-def _apart(got: Tensor, expected: Tensor, worst: float) -> float:
-    """The root mean square of a difference; infinite where the largest is, and without what is infinite in both."""
-    return float((got - expected).double().square().nanmean().sqrt()) if worst < math.inf else math.inf
+def _apart(got: Tensor, expected: Tensor, passes: Tensor, worst: float) -> float:
+    """The root mean square of a difference where passes differ; infinite where the largest of all is."""
+    moved = (passes.double().var(dim=0) > 0).expand(expected.shape)
+    return float((got - expected)[moved].double().square().mean().sqrt()) if worst < math.inf else math.inf
 
 
-def _exact(captured: Captured, plan: Plan, rows: Rows) -> Program | None:
+def _exact(captured: Captured, plan: Plan, rows: Rows, drawn: Stacks) -> Program | None:
     """The program with its last layer in closed form, where its mean is that of the expected last mask."""
     assert plan.program is not None
     try:
@@ -144,9 +148,11 @@ def _exact(captured: Captured, plan: Plan, rows: Rows) -> Program | None:
         with torch.no_grad():
             expected = straight(plan.program, plan.program.masks(stacks), rows, 1)
             mean, _ = straight(exact, exact.masks(stacks), rows, 1).tensor_split(2, dim=-1)
+            masks = plan.program.masks([stack for stack in drawn if stack is not None])
+            passes = straight(plan.program, masks, rows, CHECK_PASSES).to(plan.program.dtype)
     except Exception:  # whatever a graph trips over, such as masks that are no numbers
         return None
-    return exact if difference(mean, expected) <= tolerance(mean.dtype) else None
+    return exact if difference(mean, expected, passes=passes) <= tolerance(expected.dtype) else None
 
 
 def _kept(captured: Captured, plan: Plan, live: nn.Module, rows: Rows, pick: Pick, stacks: Stacks) -> Program | None:
@@ -168,9 +174,10 @@ def _rides(plan: Plan, live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick
     try:
         with torch.no_grad():
             off = draws_off(plain, rows, pick)
-            got = straight(program, plan.mask_values(stacks, ride=True), rows, CHECK_PASSES + 1)[-1]
+            passes = straight(program, plan.mask_values(stacks, ride=True), rows, CHECK_PASSES + 1)
+            moving = passes[:-1].to(program.dtype)
         if program.dtype is not None and not mean_preserving(live, plain, rows, pick, plan.trace):
             return False
     except Exception:  # then it is computed on its own
         return False
-    return difference(got, off) <= tolerance(program.dtype or off.dtype)
+    return difference(passes[-1], off, passes=moving) <= tolerance(program.dtype or off.dtype)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mcdrop.agreement import difference, orders, telling_rows, told_orders
+from mcdrop.agreement import told_orders, uneven
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward
 from mcdrop.intercept import Given, Interception, Rules
-from mcdrop.layouts import Layout
+from mcdrop.layouts import FEW, MORE, Layout, Told, told_layout
 from mcdrop.masks import Site, sample_masks
-from mcdrop.mixing import united
+from mcdrop.mixing import NUMBERS_READ, united
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
 from mcdrop.record import Draw, Recorder, Spy, nowhere, record
@@ -31,9 +31,7 @@ _SEEDS = (1, 2, 3)
 _ONE_SIZE = (RuntimeError, ValueError, IndexError, AssertionError)  # of a network that is built for one batch size
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
-_FEW, _MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
-
-_Told = tuple[Layout | None, bool]  # the layout of a draw, and whether it could be told
+_READ = {"_local_scalar_dense.default", *(f"Tensor.{read.__name__}" for read in NUMBERS_READ)}
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     when it is divided by the rows (such as attention heads) belongs to one row. A draw that does not differ (a
     weight's) is shared by all rows.
     """
-    given = repeat_rows(rows, _FEW)
+    given = repeat_rows(rows, FEW)
     try:
         source, spy = record(module, given, pick, seed=0, force=force)
     except _ONE_SIZE:
@@ -128,25 +126,20 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     again = partial(record, module, repeat_rows(given, 2 * given.count), pick, seed=0, force=force)
     rates = _random_rates(few, [record(module, given, pick, seed=seed, force=force)[0] for seed in _SEEDS])
     with suppress(*_ONE_SIZE):
-        wide, larger = record(module, repeat_rows(rows, _MORE), pick, seed=0, force=force)
+        wide, larger = record(module, repeat_rows(rows, MORE), pick, seed=0, force=force)
         more = wide.draws
-    told = [_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
+    told = [told_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
+    on = partial(record, module, pick=pick, seed=0, force=force)
     if any(one.counted for one in spy.results):
-        each = (rows.take([row] * given.count) for row in range(rows.count))
-        told = _steady(told, few, each, partial(record, module, pick=pick, seed=0, force=force))
-    unclear = tuple(f"site{i}" for i, (_, clear) in enumerate(told) if not clear)
+        told = _steady(told, few, (rows.take([row] * given.count) for row in range(rows.count)), on)
+    if any(one.counted or one.name in _READ for one in spy.results):
+        told = _fixed(told, few, [given.map(torch.zeros_like), given.map(torch.ones_like)], on)
     shapes = [_own_shape(draw, layout) for draw, (layout, _) in zip(few, told, strict=True)]
-    if unclear and given is not rows:
-        given = rows
-        source, spy = record(module, given, pick, seed=0, force=force)
-        if len(source.draws) != len(few):
-            raise UncontrolledDraw("how many random numbers a pass draws depends on the number of rows")
-        shapes = [source.draws[i].shape if f"site{i}" in unclear else shape for i, shape in enumerate(shapes)]
     found = Trace(
         sites=_sites(few, shapes, rates),
         layouts=tuple(layout for layout, _ in told),
         rates=rates,
-        unclear=unclear,
+        unclear=(),
         off=tuple(source.off),
         forced=frozenset(source.forced),
         escaped=tuple(spy.escaped),
@@ -155,7 +148,27 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         united=_united(first, larger, again),
         **_memory(spy, larger, given.count),
     )
-    return found if found.unclear else _ordered(module, given, pick, found)
+    ordered = _ordered(module, given, pick, found) if all(clear for _, clear in told) else None
+    if ordered is not None:
+        return ordered
+    unclear = {i for i, (layout, clear) in enumerate(told) if not clear or (layout and layout.multiple > 1)}
+    return _of_all_rows(found, unclear, record(module, rows, pick, seed=0, force=force)[0].draws)
+
+
+def _of_all_rows(found: Trace, unclear: set[int], draws: Sequence[Draw]) -> Trace:
+    """Gives the trace of so many rows alone: some of their draws have masks of their own for all entries.
+
+    Raises:
+        UncontrolledDraw: other numbers of rows have other draws.
+    """
+    if len(draws) != len(found.sites):
+        raise UncontrolledDraw("how many random numbers a pass draws depends on the number of rows")
+    return replace(
+        found,
+        sites=tuple(replace(s, shape=draws[i].shape) if i in unclear else s for i, s in enumerate(found.sites)),
+        layouts=tuple(None if i in unclear else layout for i, layout in enumerate(found.layouts)),
+        unclear=tuple(found.sites[i].name for i in sorted(unclear)),
+    )
 
 
 def _own_shape(draw: Draw, layout: Layout | None) -> tuple[int, ...]:
@@ -163,8 +176,8 @@ def _own_shape(draw: Draw, layout: Layout | None) -> tuple[int, ...]:
 
 
 def _steady(
-    told: Sequence[_Told], draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]
-) -> list[_Told]:
+    told: Sequence[Told], draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]
+) -> list[Told]:
     """Tells no layout of draws that have more entries for some rows than for others, such as those under a mask."""
     steady = [*told]
     for rows in alike:
@@ -176,6 +189,24 @@ def _steady(
     return steady
 
 
+def _fixed(
+    told: Sequence[Told], draws: Sequence[Draw], others: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]
+) -> list[Told]:
+    """Tells no layout of several entries a row where others, rows of one value, have another number of them.
+
+    Then further rows may have as many together but not each, even where those of the example all have as many.
+    """
+    fixed, same = [*told], [(draw.kind, draw.path) for draw in draws]
+    for rows in others:
+        with suppress(Exception):  # whatever a network does with such rows
+            found = record(rows=rows)[0].draws
+            for i, (draw, other) in enumerate(zip(draws, found, strict=True)):
+                layout = told[i][0] if same == [(one.kind, one.path) for one in found] else None
+                if layout is not None and layout.multiple > 1 and _sizes(draw, layout) != _sizes(other, layout):
+                    fixed[i] = None, False
+    return fixed
+
+
 def _sizes(draw: Draw, layout: Layout) -> tuple[int, ...]:
     return draw.shape[layout.axis : layout.axis + 1]
 
@@ -185,34 +216,37 @@ def _sites(draws: Sequence[Draw], shapes: Sequence[tuple[int, ...]], rates: froz
     return tuple(Site(f"site{i}", shapes[i], draw.p, kinds[i], draw.path) for i, draw in enumerate(draws))
 
 
-def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace:
-    """Tells how the entries of a row stand, where a draw has several for each: by what a row alone answers.
+def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace | None:
+    """Tells how the entries of a row stand, where a draw has several: by a row that stands there many times.
 
-    Masks are real numbers here, no two alike: a network may still read them as true and false.
+    It answers the same each time, whether or not rows look at one another. Masks are real numbers here, no two alike: a
+    network may still read them as true and false. None where no order fits.
     """
     several = {i: one.multiple for i, one in enumerate(found.layouts) if one is not None and one.multiple > 1}
     if not several:
         return found
-    drawn, numbers = sample_masks(found.sites, 1, seed=0), np.random.default_rng(0)
-    each = [drawn[site.name][0] * numbers.uniform(0.5, 1.5, site.shape) for site in found.sites]
-    masks = [torch.as_tensor(mask, dtype=torch.float32, device=rows.leaves[0].device) for mask in each]
+    drawn, numbers = sample_masks(found.sites, 2, seed=0), np.random.default_rng(0)
+    each = [drawn[site.name] * numbers.uniform(0.5, 1.5, (2, *site.shape)) for site in found.sites]
+    stacks = [torch.as_tensor(masks, dtype=torch.float32, device=rows.leaves[0].device) for masks in each]
 
     def placed(outer: Mapping[int, int]) -> Trace:
         layouts = [one and replace(one, outer=outer.get(i, 1)) for i, one in enumerate(found.layouts)]
         return replace(found, layouts=tuple(layouts))
 
     @torch.no_grad()
-    def differs(outer: Mapping[int, int], on: frozenset[int]) -> bool:
-        trace, given = placed(outer), [mask if i in on else None for i, mask in enumerate(masks)]
-        for count in telling_rows([several[i] for i in on]):
-            some = repeat_rows(rows, count)
-            with suppress(UncontrolledDraw, *_ONE_SIZE):
-                together = one_pass(module, some, pick, trace, given)
-                alone = [one_pass(module, some.take(slice(row, row + 1)), pick, trace, given) for row in range(2)]
-                return difference(torch.cat(alone), together[:2]) > _LOOSE * tolerance(together.dtype)
-        return True
+    def differs(outer: Mapping[int, int], on: frozenset[int], count: int) -> bool | None:
+        trace, given = placed(outer), [[s[t] if i in on else None for i, s in enumerate(stacks)] for t in range(2)]
+        with suppress(UncontrolledDraw, *_ONE_SIZE):
+            for row in range(2):
+                same = rows.take([row] * count)
+                passes = torch.stack([one_pass(module, same, pick, trace, masks) for masks in given])
+                if not uneven(passes) <= _LOOSE * tolerance(passes.dtype):
+                    return True
+            return False
+        return None
 
-    return placed(told_orders({i: orders(multiple) for i, multiple in several.items()}, differs))
+    told = told_orders(several, differs)
+    return None if told is None else placed(told)
 
 
 def _united(few: Spy, more: Spy | None, again: Callable[[], tuple[Recorder, Spy]]) -> str:
@@ -229,10 +263,10 @@ def _memory(spy: Spy, larger: Spy | None, rows: int) -> dict[str, int]:
     What does not grow from some rows to more is shared; where there are none to tell, all belongs to the rows.
     """
     found = dict.fromkeys(_SIZES, 1)
-    tells = larger is not None and rows < _MORE and len(larger.results) == len(spy.results)
+    tells = larger is not None and rows < MORE and len(larger.results) == len(spy.results)
     more = larger.results if larger is not None and tells else None
     for i, one in enumerate(spy.results):
-        own = one.size / rows if more is None else (more[i].size - one.size) / (_MORE - rows)
+        own = one.size / rows if more is None else (more[i].size - one.size) / (MORE - rows)
         each = {"row_bytes": own, "pass_bytes": own * one.drawn, "shared_bytes": (one.size - own * rows) * one.drawn}
         found = {name: max(most, math.ceil(each[name])) for name, most in found.items()}
     return found
@@ -259,16 +293,3 @@ def _random_rates(draws: list[Draw], others: list[Recorder]) -> frozenset[int]:
             )
         rates |= {i for i, (a, b) in enumerate(zip(draws, other.draws, strict=True)) if a.p != b.p}
     return frozenset(rates)
-
-
-def _layout(few: tuple[int, ...], more: tuple[int, ...] | None) -> tuple[Layout | None, bool]:
-    """The layout of a draw from its shapes for three and five rows, and whether they tell it."""
-    if more is None or len(more) != len(few):
-        return None, False
-    differing = [axis for axis, (a, b) in enumerate(zip(few, more, strict=True)) if a != b]
-    if not differing:
-        return None, True
-    axis = differing[0]
-    if len(differing) > 1 or few[axis] % _FEW or few[axis] // _FEW * _MORE != more[axis]:
-        return None, False
-    return Layout(axis, few[axis] // _FEW), True

@@ -12,7 +12,7 @@ from graphs import live
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.agreement import difference, identical, largest
+from mcdrop.agreement import difference, identical, largest, told_orders, uneven
 from mcdrop.errors import ModelRefused, NoStochasticSite
 from mcdrop.quiet import quiet
 from mcdrop.tiers import TIERS
@@ -49,6 +49,80 @@ def test_shapes_and_every_type_of_numbers_are_told_apart() -> None:
     assert difference(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)) == 0.5
 
 
+@pytest.mark.parametrize("still", [-1e4, -1e9, float(np.finfo(np.float32).min), -INF, NAN])
+def test_what_masks_do_not_move_does_not_measure_what_they_do(still: float) -> None:
+    passes = np.array([[0.0, 1.0, still], [0.5, 1.25, still]], np.float32)
+    assert difference(np.array([0.25, 1.0, still]), passes[0], passes=passes) == pytest.approx(0.5, rel=1e-4)
+    assert difference(passes[0], passes[0], passes=passes) == 0
+    if np.isfinite(still):
+        assert difference(np.array([0.0, 1.0, 0.9 * still]), passes[0], passes=passes) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3, 1e4, 1e6])
+def test_an_offset_hides_nothing_but_its_rounding(offset: float) -> None:
+    numbers = np.random.default_rng(0).normal(size=(3, 5, 2))
+    passes = (numbers + offset).astype(np.float32)
+    other = np.nextafter(passes[0], np.float32(np.inf))  # as another order of the operations may give
+    assert difference(np.nextafter(other, np.float32(np.inf)), passes[0], passes=passes) < 3e-5
+    assert (difference(passes[1], passes[0], passes=passes) > 0.5) == (offset < 1e5)
+
+
+@pytest.mark.parametrize("added", [0.0, -1e4, -1e6, -1e9])
+def test_what_is_added_to_some_outputs_hides_nothing_of_the_others(added: float) -> None:
+    """As where logits are masked by a sum."""
+    numbers = np.random.default_rng(0).normal(size=(3, 5, 2))
+    numbers[..., 1] += added
+    passes = numbers.astype(np.float32)
+    other = passes[0].copy()
+    other[:, 0] += 0.1
+    farthest = np.ptp(passes[..., 0], axis=0).max()
+    assert difference(other, passes[0], passes=passes) > 0.05 / farthest
+
+
+def test_rows_of_passes_are_as_uneven_as_they_differ_from_the_first() -> None:
+    even = np.random.default_rng(0).normal(size=(2, 1, 3)).repeat(4, axis=1)
+    assert uneven(even) == uneven(torch.tensor(even)) == 0
+    even[:, 2] = even[::-1, 2]  # other masks
+    assert uneven(even) == pytest.approx(1.0, rel=1e-6)
+
+
+# -- orders ------------------------------------------------------------------------------------------------------------
+
+Truth = dict[str, int]
+
+
+def _looks(truth: Truth, seen: Callable[[frozenset[str]], bool] = bool) -> Callable[..., bool]:
+    """Says so where the orders that are seen are not the true ones."""
+    return lambda outer, on, count: seen(on) and any(outer[draw] != truth[draw] for draw in on)
+
+
+def test_an_order_that_shows_while_another_draw_is_on_is_told() -> None:
+    multiples, truth = {"noise": 4, "gate": 4, "other": 6}, {"noise": 4, "gate": 2, "other": 3}
+    assert told_orders(multiples, _looks(truth)) == truth
+    assert told_orders(multiples, _looks(truth, lambda on: len(on) > 1)) == truth
+    assert told_orders(multiples, _looks(truth, lambda on: False)) == dict.fromkeys(truth, 1)  # what shows nowhere
+
+
+def test_where_no_order_fits_there_is_none() -> None:
+    assert told_orders({"a": 4, "b": 3}, lambda outer, on, count: "b" in on) is None
+    assert told_orders({"a": 4}, lambda outer, on, count: None) is None  # no number of rows is taken
+
+
+def test_the_number_of_rows_that_tells_is_run_or_the_three_that_any_network_took() -> None:
+    """A number without a prime factor of the entries of a row may only swap their masks."""
+    for multiples, most, expected in (
+        ({"a": 6}, 64, {6}), ({"a": 4}, 64, {4}), ({"a": 7, "b": 11}, 64, {7, 11}), ({"a": 4}, 3, {4, 3}),
+    ):  # fmt: skip
+        tried: set[int] = set()
+
+        def looks(outer: Any, on: Any, count: int, tried: set[int] = tried, most: int = most) -> bool | None:
+            tried.add(count)
+            return False if count <= most else None
+
+        assert told_orders(multiples, looks) == dict.fromkeys(multiples, 1)
+        assert tried == expected
+
+
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
@@ -62,8 +136,11 @@ class Classes(nn.Module):
         self.fourth, self.way = fourth, way
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.last(self.drop(self.first(x).relu()))
-        if self.way and y.sum() > 1e9:  # a branch on a value is not captured
+        y = self.drop(self.first(x).relu())
+        y = self.last(y - y.mean(0) if self.way == "centred" else y)
+        if self.way == "centred" and self.training:  # which evaluation leaves out
+            y = y + 0.1 * torch.ones_like(y).bernoulli()
+        if self.way == "branch" and y.sum() > 1e9:  # a branch on a value is not captured
             y = y + 1
         return y if self.fourth is None else torch.cat([y, torch.full_like(y[:, :1], self.fourth)], -1)
 
@@ -90,6 +167,16 @@ def test_a_class_whose_logit_is_masked_has_no_chance_and_changes_nothing(precisi
     assert found.entropy is not None
     assert expected.entropy is not None
     np.testing.assert_allclose(found.entropy, expected.entropy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fourth", [-1e4, -1e9])
+def test_a_finite_mask_of_logits_hides_nothing_from_the_checks(fourth: float) -> None:
+    masked, three = (
+        mcdrop.wrap(Classes(some, "centred"), example=X, precision="bf16").audit for some in (fourth, None)
+    )
+    assert masked.precision_error == pytest.approx(three.precision_error)
+    assert not masked.mean_preserving
+    assert [text.split(" off by ")[0] for text in masked.warnings] == ["row 0 of the example alone is"]
 
 
 @pytest.mark.parametrize(("way", "chosen", "tiers"), [("", ["captured"], [*TIERS]), ("branch", ["vmap"], [*TIERS])])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mcdrop
 from mcdrop.decisions import DECISION_RULES, Parted, deciding
+from mcdrop.errors import InputError
 from mcdrop.stacks import Span
 from mcdrop.tiers import TIERS
 
@@ -111,8 +112,9 @@ def test_an_assertion_that_fails_is_the_networks_own() -> None:
     model = made(Sound(), "cpu")
     with torch.no_grad():
         next(model.module.parameters()).fill_(float("nan"))
-    with pytest.raises(AssertionError):
+    with pytest.raises(InputError, match=r"the network cannot take inputs of shape 0: .*: assert") as caught:
         passes(model, X, 10)
+    assert isinstance(caught.value.__cause__, AssertionError)
 
 
 def together(model: mcdrop.Model, stacks: list[Any]) -> None:

@@ -208,6 +208,20 @@ def test_a_generator_of_the_networks_own_is_refused(own: Any, in_eval_too: bool)
             mcdrop.wrap(net, example=X)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_noise_of_the_last_digits_is_refused_too(dtype: torch.dtype) -> None:
+    """Of 16 bits they are larger than what other kernels may change, and yet the same when they are done again."""
+    own = np.random.default_rng(0)
+
+    def noisy(x: Tensor, on: bool) -> Tensor:
+        every = F.dropout(x, 0.5, on).sum(1, keepdim=True) * x  # moved by any mask
+        return every + 3 + torch.as_tensor(own.normal(size=x.shape) * 4e-3, dtype=dtype)
+
+    rows = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) + 0.5
+    with pytest.raises(UncontrolledDraw, match="a generator out of sight"):
+        mcdrop.wrap(nn.Sequential(nn.Linear(4, 4), Act(noisy)).to(dtype), example=rows.to(dtype))
+
+
 def test_a_torch_generator_of_the_networks_own_is_under_control() -> None:
     generator = torch.Generator()
     before = generator.get_state()

@@ -160,8 +160,8 @@ def test_a_graph_that_differs_by_less_than_few_digits_would_tell_is_refused() ->
     net, x = OtherwiseInAGraph().eval(), torch.ones(4, 4)
     full = mcdrop.wrap(net, example=x)
     assert full.audit.tier != "captured"
-    assert "the graph differs from the loop by 5.0e-03" in full.audit.tier_reason
-    with pytest.raises(ModelRefused, match=r"the graph differs from the loop by 5\.0e-03"):
+    assert "the graph differs from the loop by" in full.audit.tier_reason
+    with pytest.raises(ModelRefused, match=r"the graph differs from the loop by"):
         mcdrop.wrap(net, example=x, precision="bf16")
 
 

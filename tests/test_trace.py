@@ -123,6 +123,95 @@ def test_a_draw_for_entries_that_are_counted_takes_rows_that_have_as_many() -> N
     assert trace(net, fewer, PICK).unclear == ("site0",)
 
 
+def under_a_mask(x: Tensor) -> Tensor:
+    """Drops those entries of all rows that are above 0."""
+    return x.masked_scatter(x > 0, F.dropout(x[x > 0], 0.5))
+
+
+def under_lengths(x: Tensor) -> Tensor:
+    """Drops the first entries of each row, as many as its numbers say, in torch of Python's slices."""
+    counts = [int(count) for count in (x > 0).sum(1).tolist()]
+    parts = F.dropout(torch.cat([row[:count] for row, count in zip(x, counts, strict=True)]), 0.5).split(counts)
+    return torch.stack([torch.cat([part, row[len(part) :]]) for part, row in zip(parts, x, strict=True)])
+
+
+@pytest.mark.parametrize("act", [under_a_mask, under_lengths])
+def test_entries_whose_number_follows_from_values_have_masks_of_their_own(act: Callable[[Tensor], Tensor]) -> None:
+    """Also where the example has as many in each row: other rows may have others, and as many together."""
+    net, rows = Net(act), Rows.of(torch.tensor([[1.0, 2.0, -1.0, -2.0], [-1.0, 3.0, -2.0, 1.0]]))
+    net.linear.weight, net.linear.bias = nn.Parameter(torch.eye(4)), nn.Parameter(torch.zeros(4))
+    found = trace(net, rows, PICK)
+    assert found.unclear == ("site0",)
+    assert [site.shape for site in found.sites] == [(4,)]
+
+
+def siamese(x: Tensor) -> Tensor:
+    """One layer for the first and the others of three: its entries stand in no order of rows and entries."""
+    own = x.reshape(-1, 4, 1)
+    first, others = F.dropout(torch.cat([own[:, 0], own[:, 1:].flatten(0, 1)]), 0.5).split([len(x), 3 * len(x)])
+    return torch.cat([first, others.reshape(-1, 3)], 1)
+
+
+def test_a_draw_whose_entries_stand_in_no_order_has_masks_for_each() -> None:
+    net = Net(siamese)
+    found = trace(net, ROWS, PICK)
+    assert found.unclear == ("site0",)
+    assert [site.shape for site in found.sites] == [(ROWS.count * 4, 1)]
+    masks = torch.arange(1.0, 1 + ROWS.count * 4)[:, None]
+    with torch.no_grad():
+        passed = one_pass(net, ROWS, PICK, found, [masks]) / net.linear(ROWS.args[0])
+    torch.testing.assert_close(passed, 2 * torch.tensor([[1.0, 3, 4, 5], [2, 6, 7, 8]]))
+
+
+def rows_cut(x: Tensor) -> Tensor:
+    return torch.cat([F.dropout(part, 0.5) for part in x.split(8)])
+
+
+def test_where_rows_are_cut_into_parts_it_is_said_how_many_are_taken() -> None:
+    found, many = traced(rows_cut), Rows.of(torch.ones(20, 4))
+    with pytest.raises(UncontrolledDraw, match="at most 8 rows at a time"):
+        one_pass(Net(rows_cut), many, PICK, found, [torch.ones(4)])
+
+
+def gated_steps(x: Tensor) -> Tensor:
+    """Noise on some entries, the first steps of all rows before the second ones: neither draw shows alone."""
+    steps = x.reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 2)
+    steps = steps + torch.randn_like(steps) * (torch.rand_like(steps) < 0.3)
+    return steps.reshape(2, -1, 2).transpose(0, 1).reshape(-1, 4)
+
+
+def test_orders_that_only_show_together_are_told() -> None:
+    assert traced(gated_steps).layouts == (Layout(0, 2, outer=2),) * 2
+
+
+@pytest.mark.parametrize("value", [1e3, 1e4])
+def test_an_offset_does_not_hide_an_order(value: float) -> None:
+    assert traced(lambda x: by_steps(x) + value).layouts == (Layout(0, 2, outer=2),)
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, float("-inf")])
+def test_masked_logits_do_not_hide_an_order(value: float) -> None:
+    steps = traced(lambda x: by_steps(x).index_fill(1, torch.tensor([3]), value))
+    assert steps.layouts == (Layout(0, 2, outer=2),)
+
+
+def centred(x: Tensor) -> Tensor:
+    dropped = by_steps(x)
+    return dropped - dropped.mean(0)
+
+
+def of_several_rows(x: Tensor) -> Tensor:
+    if len(x) < 2:
+        raise ValueError("one row")
+    return by_steps(x)
+
+
+@pytest.mark.parametrize("act", [of_several_rows, centred])
+def test_an_order_is_told_where_a_row_alone_says_nothing(act: Callable[[Tensor], Tensor]) -> None:
+    """It is not taken, or answers otherwise than among others, whatever the order."""
+    assert traced(act).layouts == (Layout(0, 2, outer=2),)
+
+
 def test_a_draw_for_each_row_by_itself_is_refused() -> None:
     with pytest.raises(UncontrolledDraw, match="depends on the number of rows"):
         traced(lambda x: torch.stack([F.dropout(row, 0.5) for row in x]))
