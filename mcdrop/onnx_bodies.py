@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mcdrop.onnx_graph import Chain, Graph, bodies, reads
+from mcdrop.onnx_graph import Chain, Node
 
 __all__ = [
     "ABSENT",
@@ -17,10 +17,10 @@ __all__ = [
     "OF_STEP",
     "into_branch",
     "into_loop",
+    "loop_name",
     "none_drawn",
     "of_steps",
     "shape_outside",
-    "varying_loops",
 ]
 
 LOOPS = ("Loop", "Scan")
@@ -58,33 +58,13 @@ def into_loop(chain: Chain, mask: str, new: list[Any]) -> tuple[str, str]:
                     attribute.i += 1
                 elif attribute.name in ("scan_input_axes", "scan_input_directions"):
                     attribute.ints.append(0)
-        return step, _loop_name(node)
+        return step, loop_name(node)
     return mask, ""
 
 
-def _loop_name(node: Any) -> str:
+def loop_name(node: Node) -> str:
+    """Gives the name of a loop: that of its node, or of what it makes first."""
     return str(node.name or node.output[0])
-
-
-def varying_loops(graph: Graph) -> set[str]:
-    """Names the loops that may take another number of steps on other rows of the same shape."""
-    moving, found = {info.name for info in graph.input}, set[str]()
-    _vary(graph, moving, found)
-    return found
-
-
-def _vary(graph: Graph, moving: set[str], found: set[str]) -> None:
-    """Adds the values that follow from other values, not from their sizes alone, and the loops that end by them."""
-    for node in graph.node:
-        if node.op_type in ("Shape", "Size") or not reads(node) & moving:
-            continue
-        loop = node.op_type == "Loop"
-        for _, body in bodies(node):
-            moving |= {info.name for info in body.input[2 * loop :]}
-            _vary(body, moving, found)
-            if loop and {*node.input[:2], body.output[0].name} & moving:
-                found.add(_loop_name(node))
-        moving |= set(node.output) - {""}
 
 
 def _gather(mask: str, index: str, output: str, steps_of: tuple[Any, Any] | None = None) -> list[Any]:

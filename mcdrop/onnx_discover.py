@@ -11,15 +11,17 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mcdrop.agreement import difference, identical
+from mcdrop.agreement import difference, identical, largest
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.backends.onnx import OnnxBackend
-from mcdrop.errors import NoStochasticSite
+from mcdrop.errors import InputError, ModelRefused, NoStochasticSite
 from mcdrop.masks import Site, sample_masks
 from mcdrop.moments import mean_gap, moments_of, total_variance
-from mcdrop.onnx_draws import masks_as_inputs
-from mcdrop.onnx_graph import depends_on, drop_norm_training, drop_own_inputs, drop_unread_inputs, read_graph, walk
+from mcdrop.onnx_draws import drop_rates, masks_as_inputs
+from mcdrop.onnx_graph import drop_norm_training, drop_own_inputs, drop_unread_inputs, walk
 from mcdrop.onnx_inputs import GraphInput, graph_inputs, made_up, picked, placed
+from mcdrop.onnx_lost import RECIPE, lost
+from mcdrop.onnx_read import read_graph
 from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
 
@@ -29,12 +31,8 @@ _PASSES = 32
 _FEWEST = 2
 _DRAWN_BYTES = 2**28  # of all passes that a look takes
 _TRIES = 6
-_RECIPE = (
-    "export the network again with the dropout layers in training mode and everything else in eval: model.eval(); "
-    "[m.train() for m in model.modules() if 'Dropout' in type(m).__name__]; torch.onnx.export(model, ..., "
-    "dynamo=True); or mcdrop.save(mcdrop.wrap(model, ...), folder, format='onnx'), which keeps attention and recurrent "
-    "dropout too; or put dropout after named nodes with inject={'node': 0.1}"
-)
+_ALONE = 4  # rows from either end of the example
+_APART = 2e-3
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,13 @@ def discover_graph(
     norms = drop_norm_training(model)
     nodes = [*walk(model.graph)]
     layers = {place.path: place.node.output[0] for place in nodes if not place.chain and place.node.output}
-    bare = _softmax_without_dropout(model)
+    inject = drop_rates(inject)
+    changed = lost(model, norms, inject)
     slots = masks_as_inputs(model, inject)
     if not slots:
         raise NoStochasticSite(
             f"{name} has no live stochastic site: every variance would be 0. Looked at {len(nodes)} nodes and found no "
-            f"Dropout and no random operator, as in exports in eval mode, which drop them; {_RECIPE}"
+            f"Dropout and no random operator, as in exports in eval mode, which drop them; {RECIPE}"
         )
     if rows is None or len(rows.leaves) + len(slots) < len(model.graph.input):
         drop_unread_inputs(model)  # which may be given, but need not
@@ -102,51 +101,36 @@ def discover_graph(
     inputs = graph_inputs(backend.inputs)
     rows = made_up(inputs) if rows is None else placed(rows, inputs)
     audit = _audit(backend, rows, name, len(nodes))
-    warnings = (*audit.warnings, *_lost(norms, [path for path in bare if path not in (inject or {})]))
     kept = dict.fromkeys(norms, "batch norm in training mode: put back to its running statistics")
-    audit = replace(audit, kept=kept, warnings=warnings)
+    audit = replace(audit, kept=kept, warnings=(*audit.warnings, *changed))
     if not audit.live:
         said = "; ".join(f"{site.path}: {site.reason}" for site in audit.sites)
-        raise NoStochasticSite(f"{name} has no live stochastic site: every variance would be 0 ({said}); {_RECIPE}")
-    return Discovery(Graph(data, backend.output, dict(inject or {})), backend, inputs, rows, audit)
-
-
-def _lost(norms: list[str], bare: list[str]) -> list[str]:
-    """What an export changed in the network that was trained, in words."""
-    said = [f"batch norm {path} was exported in training mode; its running statistics are used" for path in norms]
-    if bare:
-        said.append(
-            f"attention without dropout at {', '.join(bare)}: exporters lose it; if the network was trained with it, "
-            f"load with inject={{{bare[0]!r}: p}} or save the network with mcdrop"
-        )
-    return said
+        raise NoStochasticSite(f"{name} has no live stochastic site: every variance would be 0 ({said}); {RECIPE}")
+    return Discovery(Graph(data, backend.output, inject), backend, inputs, rows, audit)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
 
 
 def _free_rows(model: Any, slots: tuple[Slot, ...]) -> None:
-    """Leaves the first axis of every input open; whether the graph can follow is seen when it is traced."""
-    masks = {slot.mask for slot in slots}
+    """Leaves the first axis of every input open; whether the graph can follow is seen when it is traced.
+
+    Of the shapes that its exporter inferred, those are left that have the rows as their first axis and sizes as others.
+    """
+    masks, rows = {slot.mask for slot in slots}, set[str]()
     for info in model.graph.input:
         if info.name not in masks and info.type.tensor_type.shape.dim:
+            rows.add(info.type.tensor_type.shape.dim[0].dim_param)
             info.type.tensor_type.shape.dim[0].Clear()
             info.type.tensor_type.shape.dim[0].dim_param = "mcdrop.rows"
-    del model.graph.value_info[:]  # shapes that were inferred for another number of rows
-
-
-def _softmax_without_dropout(model: Any) -> list[str]:
-    """Names every softmax that goes straight into a matrix product, as attention does where dropout was lost."""
-    graph, found = model.graph, []
-    inputs = {info.name for info in graph.input} - {tensor.name for tensor in graph.initializer}
-    moving = depends_on(graph, inputs)
-    for place in walk(graph):
-        if place.operator == "Softmax" and not place.chain:
-            users = [node for node in graph.node if place.node.output[0] in node.input]
-            into = [node for node in users if node.op_type == "MatMul" and node.input[0] == place.node.output[0]]
-            if any(len(node.input) > 1 and node.input[1] in moving for node in into):
-                found.append(place.path)
-    return found
+    inferred = [(info, [*info.type.tensor_type.shape.dim]) for info in model.graph.value_info]
+    kept = [
+        info
+        for info, (first, *others) in ((info, dims) for info, dims in inferred if dims)
+        if first.dim_param in rows - {""} and all(dim.HasField("dim_value") for dim in others)
+    ]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------
@@ -206,8 +190,21 @@ def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Si
 
 
 def _coupled(backend: OnnxBackend, rows: Rows, off: NDArray[np.float64]) -> tuple[str, ...]:
-    """Warns where a row's answer depends on its neighbours even with the draws off."""
-    alone = backend.deterministic(rows.take(slice(0, 1))).astype(np.float64)
-    if difference(np.concatenate([alone, off[1:]]), off) <= 2e-3:
-        return ()
-    return ("a row's answer depends on the other rows of its batch, even with every draw off",)
+    """Warns where a row of the example answers otherwise when it is alone, with the draws off or with the same masks.
+
+    Of many rows the first and the last are looked at.
+    """
+    trace, so = backend.plan(rows).trace, "a row's answer depends on the other rows of its batch"
+    drawn = sample_masks(trace.sites, 1, seed=0)
+    together = backend.run(rows, drawn, 1, trace, "loop")[0]
+    for row in sorted({*range(rows.count)[:_ALONE], *range(rows.count)[-_ALONE:]}):
+        one, at = rows.take(slice(row, row + 1)), slice(row, row + 1)
+        try:
+            still, run = backend.deterministic(one), backend.run(one, drawn, 1, trace, "loop")[0]
+        except (InputError, ModelRefused) as error:
+            return (f"{so}: row {row} of the example takes a way of its own when it is alone ({error})",)
+        if difference(still, off[at], scale=largest(off)) > _APART:
+            return (f"{so}, even with every draw off: row {row} of the example alone is off",)
+        if difference(run, together[at], scale=largest(together)) > _APART:
+            return (f"{so}: with the same masks row {row} of the example alone is off",)
+    return ()

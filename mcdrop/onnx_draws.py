@@ -6,6 +6,7 @@ teach it a random operator, add one function and one line to ``DRAWS``.
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,30 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from mcdrop.errors import InputError, UncontrolledDraw
-from mcdrop.onnx_graph import Place, drop_unread_inputs, every_graph, read_names, reads, walk
+from mcdrop.onnx_graph import Place, drop_unread_inputs, every_graph, opset, read_names, reads, walk
 from mcdrop.onnx_names import constants, distinct_names, number
 from mcdrop.onnx_slots import Change, Slot, told, with_sites
 
-__all__ = ["DRAWS", "masks_as_inputs"]
+__all__ = ["DRAWS", "drop_rates", "masks_as_inputs"]
 
 _COMPARISONS = {"Greater": False, "GreaterOrEqual": False, "Less": True, "LessOrEqual": True}
 _EXPAND = 8  # the opset that brought Expand
+_TRUTHS = 10  # the opset from which on the second output of Dropout holds truths, and no numbers
 _REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+
+
+def drop_rates(inject: Mapping[str, float] | None) -> dict[str, float]:
+    """Gives drop rates by the names of nodes as plain numbers: 0.3 for a 0.3 in float32.
+
+    Raises:
+        InputError: a rate is no number between 0 and 1, or none has a name.
+    """
+    if inject is not None and not isinstance(inject, Mapping):
+        raise InputError(f"inject wants drop rates by the names of nodes, as in {{'node': 0.1}}, got {inject!r}")
+    for path, p in (inject or {}).items():
+        if isinstance(p, bool) or not isinstance(p, Real) or not 0 < p < 1:
+            raise InputError(f"inject wants a drop rate between 0 and 1 for {path!r}, got {p!r}")
+    return {path: float(str(p) if isinstance(p, np.floating) else p) for path, p in (inject or {}).items()}
 
 
 def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None = None) -> tuple[Slot, ...]:
@@ -37,7 +53,7 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
         ArtifactError: a constant that is a rate is damaged.
         InputError: ``inject`` names a node that is not there.
     """
-    inject = dict(inject or {})
+    inject = drop_rates(inject)
     distinct_names(model)
     read = read_names(model)
     try:
@@ -108,15 +124,16 @@ def _dropout(change: Change, place: Place) -> None:
     x = node.input[0]
     mask = change.add(place, new, at=x, **_drop_facts(_shortest(ratio)))
     new.append(helper.make_node("Mul", [x, change.typed(mask, x, new)], [node.output[0]], name=place.path))
-    if len(node.output) > 1 and node.output[1]:  # which units are kept, as booleans of the whole shape
+    if len(node.output) > 1 and node.output[1]:  # which units are kept, in the whole shape
         whole = _expanded(change, mask, x, new)
-        new.append(helper.make_node("Cast", [whole], [node.output[1]], to=TensorProto.BOOL))
+        numbers = opset(change.model) < _TRUTHS
+        truths = f"{mask}.truths" if numbers else node.output[1]
+        new.append(helper.make_node("Cast", [whole], [truths], to=TensorProto.BOOL))
+        new.extend([change.cast(truths, x, node.output[1])] * numbers)
     _replace(place, new)
 
 
 def _inject(change: Change, place: Place, p: float) -> None:
-    if not 0 < p < 1:
-        raise InputError(f"inject wants a drop rate between 0 and 1 for {place.path!r}, got {p!r}")
     new: list[Any] = []
     value = place.node.output[0]
     raw = f"{value}.undropped"

@@ -1,17 +1,13 @@
-"""An ONNX graph as data: read without running anything, cut in two where the first mask enters.
+"""An ONNX graph as data: walked over, changed, cut in two where the first mask enters.
 
 Nothing here draws, and nothing here knows onnxruntime.
 """
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
-
-from mcdrop.barefile import kind_of, read_plain
-from mcdrop.errors import ArtifactError, InputError
 
 __all__ = [
     "Chain",
@@ -26,14 +22,12 @@ __all__ = [
     "every_graph",
     "opset",
     "pruned",
-    "read_graph",
     "read_names",
     "reads",
     "split",
     "walk",
 ]
 
-_BYTES = 2**31 - 1  # what protobuf can hold
 _STANDARD = ("", "ai.onnx")
 _NORM_HAS_MODE = 14  # from here on an attribute says whether a BatchNormalization trains, before its outputs do
 _OWN_CONSTANTS = 4  # from this version of the format on an initializer need not be an input
@@ -62,101 +56,7 @@ class Place:
         return self.node.name or f"{self.node.op_type}:{next(iter(self.node.output), '')}"
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def read_graph(source: "bytes | str | Path | onnx.ModelProto") -> "onnx.ModelProto":
-    """Gives a checked model of one's own, its local functions put in line.
-
-    Raises:
-        ArtifactError: it is no ONNX model, or keeps tensors in other files.
-    """
-    data, name = _bytes(source)
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
-        raise ArtifactError(f"{name} is not an ONNX model: it is cut off, damaged or something else") from error
-    outside = sorted({_location(tensor) for tensor in _tensors(model) if _location(tensor)})
-    if outside:
-        raise ArtifactError(
-            f"{name} keeps tensors in other files ({', '.join(map(repr, outside[:3]))}), which are not read; write it "
-            "in one piece with onnx.save_model(onnx.load(path), new_path, save_as_external_data=False)"
-        )
-    try:
-        if model.functions:
-            from onnx import inliner
-
-            model = inliner.inline_local_functions(model)
-        onnx.checker.check_model(model)
-    except Exception as error:  # the checker and the inliner raise errors of several C++ classes
-        raise ArtifactError(f"{name} is not a sound ONNX model: {' '.join(str(error).split())[:300]}") from error
-    if not _readable(model):
-        raise ArtifactError(f"{name} is not a sound ONNX model: a name in it is no UTF-8 text")
-    return model
-
-
-def _names(model: Any) -> Iterator[Any]:
-    """Every name in a model; one that is no text is bytes, or an error, as protobuf's implementations have it."""
-    for graph in every_graph(model.graph):
-        yield graph.name
-        yield from (one.name for one in (*graph.initializer, *graph.input, *graph.output, *graph.value_info))
-        yield from (one.values.name for one in graph.sparse_initializer)
-        for node in graph.node:
-            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-            yield from (attribute.name for attribute in node.attribute)
-    for entry in model.metadata_props:
-        yield from (entry.key, entry.value)
-
-
-def _readable(model: Any) -> bool:
-    """Whether every name is text."""
-    try:
-        return all(isinstance(name, str) for name in _names(model))
-    except UnicodeDecodeError:
-        return False
-
-
-def _bytes(source: Any) -> tuple[bytes, str]:
-    if isinstance(source, bytes):
-        return source, "the model"
-    if isinstance(source, str | Path):
-        data = read_plain(Path(source), most=_BYTES)
-        if kind_of(data, str(source)) != "onnx":
-            raise ArtifactError(f"{source} is no ONNX graph; read it with mcdrop.load(path, task=..., example=rows)")
-        return data, str(source)
-    if hasattr(source, "SerializeToString"):
-        return source.SerializeToString(), source.graph.name or "the model"
-    session = vars(source) if hasattr(source, "get_inputs") else {}  # onnxruntime keeps what it was made of
-    if session.get("_model_bytes"):
-        return session["_model_bytes"], "the session's model"
-    if session.get("_model_path"):
-        return _bytes(Path(session["_model_path"]).resolve())
-    raise InputError(f"a torch module or an ONNX graph is wanted, got {type(source).__name__}")
-
-
-def _tensors(model: Any) -> Iterator[Any]:
-    """Every tensor of a model, wherever it may be."""
-    nodes = [*(node for function in model.functions for node in function.node), *model.graph.node]
-    graphs = [model.graph, *(info.algorithm for info in model.training_info)]
-    while graphs:
-        graph = graphs.pop()
-        yield from graph.initializer
-        yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
-        nodes.extend(graph.node)
-        while nodes:
-            for attribute in nodes.pop().attribute:
-                yield from (attribute.t, *attribute.tensors)
-                sparse = (attribute.sparse_tensor, *attribute.sparse_tensors)
-                yield from (part for one in sparse for part in (one.values, one.indices))
-                graphs.extend([attribute.g] * attribute.HasField("g") + list(attribute.graphs))
-
-
-def _location(tensor: Any) -> str:
-    """Where a tensor lies outside of its file; empty where it does not."""
-    if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
-        return ""
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "somewhere")
+# -- looking ---------------------------------------------------------------------------------------------------------
 
 
 def opset(model: Any) -> int:

@@ -112,7 +112,7 @@ def made_up(inputs: Sequence[GraphInput]) -> Rows:
 def picked(model: Any, output: str | int | None) -> str:
     """Gives the name of the output that is read: the one that was asked for, or the only floating one."""
     names = [info.name for info in model.graph.output]
-    if isinstance(output, int) and 0 <= output < len(names):
+    if isinstance(output, int) and not isinstance(output, bool) and 0 <= output < len(names):
         return str(names[output])
     if output in names:
         return str(output)

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.agreement import difference, identical, orders, telling_rows, told_orders
-from mcdrop.errors import InputError, ModelRefused
+from mcdrop.agreement import identical, told_orders, uneven
+from mcdrop.errors import InputError, ModelRefused, UncontrolledDraw
 from mcdrop.masks import Site, sample_masks
-from mcdrop.onnx_bodies import ABSENT, NO_AXIS, varying_loops
+from mcdrop.onnx_bodies import ABSENT, NO_AXIS
 from mcdrop.onnx_graph import depends_on, pruned
 from mcdrop.onnx_mixing import united
+from mcdrop.onnx_moving import moving
 from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
 
@@ -94,14 +95,26 @@ class Observer:
         self, model: Any, slots: Sequence[Slot], session: Callable[[Any], Any],
         run: Callable[[Any, list[str], Feeds], list[Any]],
     ) -> None:  # fmt: skip
-        """Takes a graph that ``masks_as_inputs`` changed, its slots, what makes a session, and what runs it."""
+        """Takes a graph that ``masks_as_inputs`` changed, its slots, what makes a session, and what runs it.
+
+        Raises:
+            UncontrolledDraw: how many numbers a draw takes follows from values.
+        """
         self._run = run
         self._model, graph = model, model.graph
-        self._slots, self._varying = slots, varying_loops(graph)
+        follows = moving(graph)
+        for slot in slots:
+            if slot.like in follows.counted:
+                raise UncontrolledDraw(
+                    f"how many numbers {slot.path} draws follows from the values of the rows "
+                    f"({follows.counted[slot.like]}), so which of them belong to which row is not known; drop before "
+                    "entries are picked by their values, or where they are back in rows of one shape"
+                )
+        self._slots, self._varying = slots, follows.loops
         self._initial = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         inputs = [info.name for info in graph.input if info.name not in self._initial]
-        moving = depends_on(graph, inputs)
-        made = [name for node in graph.node for name in node.output if name in moving]
+        dependent = depends_on(graph, inputs)
+        made = [name for node in graph.node for name in node.output if name in dependent]
         wanted = [name for slot in slots for name in (slot.like, slot.shape) if name and name not in inputs]
         outer = {name for node in graph.node for name in node.output}
         everything = dict.fromkeys([*made, *(name for name in wanted if name in outer)])
@@ -213,23 +226,32 @@ class Observer:
 
 
 def ordered(trace: Trace, rows: Rows, run: Callable[..., Array], tolerance: float) -> Trace:
-    """Tells how the entries of a row stand, where a draw has several for each: by what a row alone answers."""
+    """Tells how the entries of a row stand, where a draw has several: by a row that stands there many times.
+
+    Raises:
+        ModelRefused: no order fits.
+    """
     if not trace.several:
         return trace
     several, drawn = trace.several, sample_masks(trace.sites, _TOLD_BY, seed=0)
 
-    def differs(outer: Mapping[str, int], on: frozenset[str]) -> bool:
+    def differs(outer: Mapping[str, int], on: frozenset[str], count: int) -> bool | None:
         some = {name: drawn[name] for mask in on for name in trace.of_slot[mask]}
         given = some, _TOLD_BY, trace.placed(outer), "loop"
-        for count in telling_rows([several[mask] for mask in on]):
-            few = rows.take(np.arange(count) % rows.count)
-            with suppress(Exception):  # whatever a graph does with so many rows, or with a single one
-                together = run(few, *given)
-                alone = [run(few.take(slice(row, row + 1)), *given) for row in range(2)]
-                return difference(np.concatenate(alone, axis=1), together[:, :2]) > _LOOSE * tolerance
-        return True
+        with suppress(Exception):  # whatever a graph does with so many rows
+            each = (run(rows.take([row] * count), *given) for row in range(min(2, rows.count)))
+            return not all(uneven(passes) <= _LOOSE * tolerance for passes in each)
+        return None
 
-    return trace.placed(told_orders({mask: orders(multiple) for mask, multiple in several.items()}, differs))
+    told = told_orders(several, differs)
+    if told is None:
+        paths = ", ".join(
+            dict.fromkeys(s.path for s in trace.sites if any(s.name in trace.of_slot[m] for m in several))
+        )
+        raise ModelRefused(
+            f"which entries of the draws of {paths} belong to which row could not be told; wrap the torch network"
+        )
+    return trace.placed(told)
 
 
 def _unit(shape: tuple[int, ...], layout: Axis | None) -> tuple[int, ...]:

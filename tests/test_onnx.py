@@ -17,6 +17,7 @@ from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSit
 from mcdrop.wrapping import wrap_graph
 
 Array = NDArray[Any]
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 def _both(name: str, data: bytes, **given: Any) -> tuple[Array, Array]:
@@ -45,6 +46,18 @@ def test_attention_dropout_that_the_exporter_lost_can_be_injected() -> None:
 def test_attention_dropout_that_the_exporter_lost_is_named() -> None:
     model = mcdrop.wrap(onnx.ModelProto.FromString(exported("encoder")), example=built("encoder")[1])
     assert any("attention without dropout" in warning for warning in model.audit.warnings)
+
+
+def test_recurrent_dropout_that_the_exporter_lost_is_named_and_can_be_injected() -> None:
+    data = exported("lstm", training=False, legacy=True)
+    first, _, last = (node.name for node in parsed(data).graph.node if node.op_type in ("LSTM", "Gemm"))
+    module, x = built("lstm")
+    (said,) = wrap_graph(data, example=x, inject={last: 0.1}).audit.warnings
+    assert f"inject={{{first!r}" in said
+    model = wrap_graph(data, example=x, inject={first: 0.3})
+    assert model.audit.warnings == ()
+    ours, theirs = (mcdrop.predict(one, x, passes=1000).std for one in (model, mcdrop.wrap(module, example=x)))
+    assert np.abs(ours / theirs - 1).max() <= 4 / np.sqrt(1000)  # of two spreads, in standard errors
 
 
 @pytest.mark.parametrize("name", ["encoder", "mlp"])
@@ -126,6 +139,15 @@ def test_dropout_of_every_opset(opset: int) -> None:
     initial = () if opset < 12 else (number("p", 0.25),)
     data = by_hand([helper.make_node("Dropout", inputs, ["y"], **rate)], opset=opset, initial=initial)
     assert np.abs(passes_of(mcdrop.wrap(parsed(data), example=X), X) - dropped(X)).max() <= 1e-6
+
+
+@pytest.mark.parametrize(("opset", "kind"), [(8, FLOAT), (9, FLOAT16), (9, FLOAT), (10, FLOAT)])
+def test_the_mask_of_a_dropout_has_the_type_of_its_opset(opset: int, kind: int) -> None:
+    nodes = [helper.make_node("Dropout", ["x"], ["z", "kept"], ratio=0.25)]
+    nodes += [helper.make_node("Cast", ["kept"], ["number"], to=kind)] * (opset >= 10)
+    nodes += [helper.make_node("Mul", ["x", "number" if opset >= 10 else "kept"], ["y"])]
+    model = mcdrop.wrap(parsed(by_hand(nodes, opset=opset, dtype=kind)), example=X)
+    assert np.abs(passes_of(model, X) - 0.75 * dropped(X)).max() <= (1e-6 if kind == FLOAT else 2e-3)
 
 
 def test_half_precision() -> None:
@@ -255,6 +277,30 @@ def test_a_node_that_is_not_there_cannot_be_injected_after() -> None:
     data = by_hand([helper.make_node("Relu", ["x"], ["y"], name="here")])
     with pytest.raises(InputError, match="names no node"):
         wrap_graph(data, example=X, inject={"there": 0.25})
+
+
+@pytest.mark.parametrize("rate", ["0.25", None, True, 1.0, float("nan"), [0.25]])
+def test_a_rate_to_inject_is_a_number_between_0_and_1(rate: Any) -> None:
+    data = by_hand([helper.make_node("Relu", ["x"], ["y"], name="here")])
+    with pytest.raises(InputError, match=r"between 0 and 1 for 'here'"):
+        wrap_graph(data, example=X, inject={"here": rate})
+    with pytest.raises(InputError, match=r"by the names of nodes"):
+        wrap_graph(data, example=X, inject=rate or 0.0)  # type: ignore[arg-type]
+
+
+def test_a_rate_of_numpy_is_the_number_that_was_meant_and_can_be_kept(tmp_path: Any) -> None:
+    data = by_hand([helper.make_node("Relu", ["x"], ["y"], name="here")])
+    rate: Any = np.float32(0.3)
+    model = wrap_graph(data, example=X, inject={"here": rate})
+    assert [site.p for site in model.audit.live] == [0.3]
+    kept = mcdrop.load(mcdrop.save(model, tmp_path / "m" / "1"))
+    assert np.array_equal(passes_of(kept, X), passes_of(model, X))
+
+
+def test_an_output_is_a_name_or_a_position() -> None:
+    data = by_hand([helper.make_node("Dropout", ["x"], ["y"], ratio=0.25)], opset=11)
+    with pytest.raises(InputError, match="unknown output False"):
+        wrap_graph(data, example=X, output=False)
 
 
 def test_a_graph_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
