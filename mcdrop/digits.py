@@ -1,7 +1,8 @@
-"""How many digits a GPU multiplies with: torch's switch for tf32 is one for the whole process, and on for convolutions.
+"""How many digits are multiplied with, whatever stands around: all of them, or on a GPU those of tf32.
 
-Whoever computes says which way it has to stand. Those who agree go on side by side; others wait for their turn, and the
-last one puts it back.
+Torch's switch for tf32 is one for the whole process, and on for convolutions. Whoever computes says which way it has to
+stand. Those who agree go on side by side; others wait for their turn, and the last one puts it back. Automatic casts
+(``torch.autocast``) are each thread's own, and off; a network that enters them in its forward has them there.
 """
 
 import threading
@@ -18,6 +19,7 @@ _MATMUL: Any = torch.backends.cuda.matmul
 _CUDNN: Any = torch.backends.cudnn
 _TURN = threading.Condition()
 _AS_IT_IS = nullcontext()
+_CASTING = frozenset({"cpu", "cuda", "mps", "xpu"})  # torch does not take the question for others, such as "meta"
 _MINE = threading.local()
 
 
@@ -36,20 +38,24 @@ _SWITCH = _Switch()
 
 
 def digits(device: torch.device, *, tf32: bool = False) -> AbstractContextManager[None]:
-    """In which a GPU multiplies float32 in tf32, or with all digits.
+    """In which a device multiplies float32 with all digits, or a GPU in tf32.
 
     It may be entered again by who is in it, for the same; RuntimeError for the other.
     """
-    return _switched(tf32) if device.type == "cuda" else _AS_IT_IS
+    kind = device.type
+    casts = kind in _CASTING and torch.is_autocast_enabled(kind)
+    uncast = torch.autocast(kind, enabled=False) if casts else _AS_IT_IS
+    return _switched(tf32, uncast) if kind == "cuda" else uncast
 
 
 @contextmanager
-def _switched(tf32: bool) -> Iterator[None]:
+def _switched(tf32: bool, uncast: AbstractContextManager[Any]) -> Iterator[None]:
     with _TURN:
         _enter(tf32)
     _MINE.depth = _depth() + 1
     try:
-        yield
+        with uncast:
+            yield
     finally:
         _MINE.depth -= 1
         with _TURN:

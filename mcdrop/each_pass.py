@@ -60,7 +60,10 @@ def each_pass(
             filled[place] = tensor
         return function(*tree_unflatten(filled, spec))
 
-    name = f"{operator} {settings} {apart} {spec}"
+    # all that a call depends on, and no addresses, so that it is the same in every process for what compilers keep; in
+    # one line, since a compiler puts it behind the sign of a comment
+    functions = [getattr(one, "__qualname__", str(one)) for one in (run, together)]
+    name = " ".join(f"{operator} {functions} {settings} {apart} {alike} {spec}".split())
     _CALLS[name] = _Held(operator, run, together, one)
     found = EACH_PASS([leaves[place].movedim(axes[place], 0) for place in apart], [leaves[p] for p in alike], name)
     return found if _gives_list(operator) else found[0]

@@ -119,15 +119,22 @@ def _mapped(copies: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
 
 
 def _moments(kept: Tensor, dropped: Tensor, p: float) -> Tensor:
-    """Mean and variance of the factor of each unit, (2, 1, ...), from its two values."""
+    """Mean and variance of the factor of each unit, (2, 1, ...), from its two values: of 32 bits or more."""
+    wide = torch.promote_types(kept.dtype, torch.float32)
+    kept, dropped = kept.to(wide), dropped.to(wide)
     mean = (1 - p) * kept[:1] + p * dropped[:1]
     return torch.stack([mean, p * (1 - p) * (kept[:1] - dropped[:1]) ** 2])
 
 
 def _closed_form(hidden: Tensor, moments: Tensor, weight: Tensor, bias: Tensor | None, passes: int) -> Tensor:
-    """Mean and variance of the layer's output over the factor, side by side: (T, N, ..., 2 D)."""
+    """Mean and variance of the layer's output over the factor, side by side: (T, N, ..., 2 D).
+
+    The mean is computed as passes are. Squares have the digits of the factor's moments: with 16 bits they would vanish
+    or grow endless.
+    """
     linear = torch.nn.functional.linear
-    mean = linear(hidden * moments[0], weight, bias)
+    mean = linear((hidden * moments[0]).to(weight.dtype), weight, bias)
+    hidden, weight = hidden.to(moments.dtype), weight.to(moments.dtype)
     variance = linear(hidden * hidden * moments[1], weight * weight)
-    both = torch.cat([mean, variance], dim=-1)
+    both = torch.cat([mean.to(moments.dtype), variance], dim=-1)
     return both.expand(passes, *both.shape[1:])  # the same in every pass where no other mask is left

@@ -24,9 +24,7 @@ aten = torch.ops.aten
 
 _WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
-_SHAPED = (
-    aten.permute.default, aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor
-)  # fmt: skip
+_SHAPED = (aten.permute.default, aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor)
 
 
 def sizes(node: fx.Node) -> tuple[Any, ...] | None:
@@ -75,7 +73,7 @@ def scale_masks(graph: fx.Graph) -> None:
             continue
         (mask,) = copied.all_input_nodes
         value, scale = mask.meta.get("val"), node.args[1]
-        real = isinstance(scale, float) and node.meta["val"].dtype == torch.float32 == torch.get_default_dtype()
+        real = isinstance(scale, float) and node.meta["val"].dtype == torch.float32
         if real and isinstance(value, Tensor) and value.dtype == torch.bool:
             node.args = (mask, scale)
             if not copied.users:
@@ -205,9 +203,10 @@ def write_in_place(graph: fx.Graph) -> None:
             source = node.args[index] if index < len(node.args) else None
             if not isinstance(source, fx.Node) or source in kept or not alike(source, node):
                 continue
+            rest = [argument for place, argument in enumerate(node.args) if place != index]
+            twice = source in rest and node.target in IN_PLACE  # a convolution reads more of it than where it writes
             others = [reader for reader in source.users if reader is not node]
-            if _owned(source) and all(turn[one] < turn[node] and not is_view(one) for one in others):
-                rest = [argument for place, argument in enumerate(node.args) if place != index]
+            if not twice and _owned(source) and all(turn[one] < turn[node] and not is_view(one) for one in others):
                 node.target, node.args = other, (source, *rest)
                 break
 
@@ -237,8 +236,6 @@ def is_view(node: fx.Node) -> bool:
 
 def _owned(node: fx.Node) -> bool:
     """Whether a node's memory is its own."""
-    if node.op != "call_function":
-        return False
     if node.target in RUN or node.target in ONEDNN or node.target in (after_conv, masked, summed):
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -285,8 +282,10 @@ def lower(graph: fx.Graph, *, fused: bool) -> None:
     what runs pass by pass, since it would write out every pass.
     """
     for node in graph.nodes:
-        if node.op == "call_function" and (fused or node.target not in (EACH_PASS, RECURRENT)):
-            node.target = _factors if _scales_mask(node) else _FAST.get(node.target, node.target)
+        if _scales_mask(node):
+            node.target, node.args = _factors, (*node.args, node.meta["val"].dtype)
+        elif node.op == "call_function" and (fused or node.target not in (EACH_PASS, RECURRENT)):
+            node.target = _FAST.get(node.target, node.target)
 
 
 def _scales_mask(node: fx.Node) -> bool:
@@ -295,6 +294,7 @@ def _scales_mask(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool and isinstance(node.args[1], float)
 
 
-def _factors(mask: Tensor, scale: float) -> Tensor:
+def _factors(mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Scales a mask; torch multiplies the numbers of a byte up to four times as fast as what is true or false."""
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()) * scale  # expected ones are real
+    number = torch.tensor(scale, dtype=dtype, device="cpu")  # a plain one would give torch's default of the moment
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask.to(dtype)) * number  # expected ones are real

@@ -1,16 +1,18 @@
 """Several devices: one engine each, and the rows shared out between them.
 
 A row's answer does not depend on its batch, so cutting a batch changes nothing. Each device holds a copy of the
-network; before rows are run, the copies take over the weights that the network has today.
+network; before rows are run, the copies take over the weights that the network has today. Where these are of another
+type or shape by now, or others are missing or shared, the copies are made anew.
 """
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mcdrop.backends import Block
 from mcdrop.backends.torch import TorchBackend
@@ -18,8 +20,8 @@ from mcdrop.errors import ModelRefused
 from mcdrop.forward import Outputs, moved
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
-from mcdrop.shadow import copied, unwrapped
-from mcdrop.standing import kept_tensors
+from mcdrop.shadow import copied
+from mcdrop.standing import facts_of, kept_tensors, state_of
 from mcdrop.volatile import volatile
 
 __all__ = ["ShardedBackend"]
@@ -28,8 +30,8 @@ __all__ = ["ShardedBackend"]
 class ShardedBackend(TorchBackend):
     """A torch module on several devices; all but the running of rows is the first backend's."""
 
-    def __init__(self, first: TorchBackend, module: nn.Module, devices: Sequence[str | torch.device]) -> None:
-        """Takes a backend, its network and the devices, on each of which a copy is made.
+    def __init__(self, first: TorchBackend, devices: Sequence[str | torch.device]) -> None:
+        """Takes a backend and the devices, on each of which a copy of its network is made.
 
         Raises:
             InputError: a device that is not there.
@@ -43,14 +45,16 @@ class ShardedBackend(TorchBackend):
             )
         super().__init__(
             first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled,
-            beside=first.beside,
+            first.plans.tuning, first.beside,
         )  # fmt: skip
         self.chunk_bytes = first.chunk_bytes
-        whole = unwrapped(module)
-        copies = [moved(copied(whole), device) for device in devices]
-        self._kept = [(one, [tensor for _, tensor in kept_tensors(one)]) for one in (whole, *copies)]
-        self._shards = [first.over(one) for one in copies]
-        self._pool = ThreadPoolExecutor(len(copies), thread_name_prefix="mcdrop-device")
+        self._places, self._turn = devices, threading.Lock()
+        self._known: object = None  # of the weights that the copies were made with
+        self._shards: list[TorchBackend] = []
+        self._kept: list[list[Tensor]] = []  # beside the weights: the network's own, and those of each copy
+        self._copies: list[nn.Module] = []
+        self._take_over()
+        self._pool = ThreadPoolExecutor(len(devices), thread_name_prefix="mcdrop-device")
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -59,25 +63,36 @@ class ShardedBackend(TorchBackend):
 
     def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
         """Gives rows ready for passes, a part of them on each device."""
-        self._take_over()
-        size = -(-rows.count // len(self._shards))
-        parts = zip(self._shards, rows.split(size), strict=False)  # fewer rows than devices leave some without
+        shards = self._take_over()
+        size = -(-rows.count // len(shards))
+        parts = zip(shards, rows.split(size), strict=False)  # fewer rows than devices leave some without
         return _Shards([shard.block(part, exact_last=exact_last) for shard, part in parts], self._pool)
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory a row needs; that of all devices is there for a block."""
         return max(1, super().row_bytes(rows) // len(self._shards))
 
-    def _take_over(self) -> None:
-        """Copies the numbers of today to the devices."""
-        (whole, kept), *copies = self._kept
-        today = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-        with torch.no_grad():
-            for one, theirs in copies:
-                for name, tensor in (*one.named_parameters(), *one.named_buffers()):
-                    tensor.copy_(today[name], non_blocking=True)
-                for mine, other in zip(kept, theirs, strict=True):
-                    other.copy_(mine, non_blocking=True)
+    def _take_over(self) -> list[TorchBackend]:
+        """Gives a backend for each device, with the numbers of today."""
+        with self._turn, torch.no_grad():
+            state = state_of(self.plain)  # which shares the weights of the user's network
+            known = [one.name for one in state], facts_of([one.now() for one in state])
+            if known != self._known:
+                with torch.inference_mode(False):  # what is made in it could not be written to outside of it
+                    copies = [moved(copied(self.plain), device) for device in self._places]
+                    self._shards = [self.over(one) for one in copies]
+                self._copies, self._known = copies, known
+                self._kept = [[tensor for _, tensor in kept_tensors(one)] for one in (self.plain, *copies)]
+            mine, *others = self._kept
+            for one, theirs in zip(self._copies, others, strict=True):
+                for tensor, today in zip([*_weights(one), *theirs], [*_weights(self.plain), *mine], strict=True):
+                    tensor.copy_(today, non_blocking=True)
+            return self._shards
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """The weights and buffers of a network in the order of its modules, shared ones as often as they stand there."""
+    return [tensor for one in state_of(module) if (tensor := one.now()) is not None]
 
 
 class _Shards:

@@ -58,7 +58,7 @@ class _Slabs:
             return value
         with self._lock:
             if self._slab is None or self._used + value.nbytes > _SLAB:
-                self._slab, self._used = torch.empty(_SLAB, dtype=torch.uint8), 0
+                self._slab, self._used = torch.empty(_SLAB, dtype=torch.uint8, device="cpu"), 0
             start, self._used = self._used, self._used + -(-value.nbytes // _ALIGNED) * _ALIGNED
             place = self._slab[start : start + value.nbytes].view(value.dtype).view(value.shape)
         return place.copy_(value)
@@ -121,7 +121,7 @@ def stack(site: Site, span: Span, device: torch.device) -> Tensor | Bits:
     drawn = draw(site, span.passes, seed=span.seed, start=span.start, sampler=span.sampler)
     if device.type == "cpu" and drawn.dtype == np.bool_ and math.prod(site.shape) >= _PACKED:
         return Bits(drawn)
-    return torch.as_tensor(drawn).to(device)
+    return torch.from_numpy(drawn).to(device)
 
 
 def block_bytes(site: Site, device: torch.device) -> int:
@@ -140,4 +140,4 @@ def expected_stack(site: Site, device: torch.device) -> Tensor:
     expected = _EXPECTED.get(site.kind)
     if expected is None:
         return torch.full((1, *site.shape), 1 - site.p, dtype=torch.float64, device=device)
-    return torch.full((1, *site.shape), expected, device=device)
+    return torch.full((1, *site.shape), expected, dtype=torch.float32, device=device)

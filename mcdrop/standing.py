@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Standing", "State", "attributes", "constants_of", "holding", "kept_tensors", "mapped", "state_of"]
+__all__ = [
+    "Standing", "State", "attributes", "constants_of", "facts_of", "holding", "kept_tensors", "mapped", "state_of",
+]  # fmt: skip
 
 _TORCHS = frozenset(vars(nn.Module()))
 _DEEPEST, _MOST = 3, 100  # containers inside of containers, and their entries, that are looked into
@@ -34,7 +36,7 @@ class Standing:
         """Takes the places, and keeps what a graph takes for granted of what stands there."""
         self._places = [(one.tensors, one.name) for one in places]
         found = [tensors.get(name) for tensors, name in self._places]
-        self._facts = _facts(found)
+        self._facts = facts_of(found)
         self._latest = found, _stamps(found), [tensor for tensor in found if tensor is not None]
 
     def now(self) -> list[Tensor] | None:
@@ -47,7 +49,7 @@ class Standing:
         today = _stamps(found)
         if all(map(operator.is_, found, before)) and today == stamps:
             return tensors
-        if _facts(found) != self._facts:
+        if facts_of(found) != self._facts:
             return None
         self._latest = latest = found, today, [tensor for tensor in found if tensor is not None]
         return latest[2]
@@ -117,8 +119,8 @@ def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
 
-def _facts(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Which are there, their shapes, types and devices, and which are one."""
+def facts_of(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Says which are there, their shapes, types and devices, and which are one."""
     facts: list[Any] = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     seen = [id(tensor) for tensor in tensors if tensor is not None]
     return facts if len(set(seen)) == len(seen) else [*facts, [seen.index(one) for one in seen]]

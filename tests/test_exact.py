@@ -1,5 +1,6 @@
 """The last dropout in closed form: the mean and variance that drawing it tends to, or a refusal."""
 
+import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -65,6 +66,23 @@ def test_with_one_dropout_mean_and_variance_are_the_closed_form_at_any_number_of
             np.testing.assert_array_equal(found.standard_error, 0)
             assert apart(found.deterministic, mean) < digits
             assert found.samples is None
+
+
+@pytest.mark.parametrize(("weights", "inputs"), [(1e-3, 1), (1, 600)], ids=["small weights", "large activations"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat"])
+@on_each_device
+def test_squares_of_few_digits_neither_vanish_nor_grow_endless(
+    device: str, dtype: torch.dtype, weights: float, inputs: float
+) -> None:
+    """The closed form in float64 of the same weights: only what the layer before gives is rounded to 16 bits."""
+    net = one_dropout(0.1)
+    with torch.no_grad():
+        net.get_parameter("3.weight").mul_(weights)
+    net, x = net.to(device, dtype), torch.from_numpy(inputs * X).to(dtype)
+    mean, variance = closed_form(copy.deepcopy(net).float(), x.float().numpy(), 0.1)
+    found = mcdrop.predict(mcdrop.wrap(net, example=X), x, passes=2, exact_last=True)
+    assert apart(found.variance, variance) < 0.03
+    assert apart(found.mean, mean) < 0.03
 
 
 @on_each_device

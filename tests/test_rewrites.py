@@ -200,6 +200,46 @@ def test_what_may_look_at_inputs_masks_or_weights_is_not_written_to_and_follows_
     assert apart(passes(model, x, 5), 3 * whole) < 1e-5
 
 
+class Around(nn.Module):
+    """A convolution with a way around it that reads the same image, as it is or looked at another way."""
+
+    def __init__(self, total: Callable[[nn.Module, Tensor], Tensor], size: int) -> None:
+        super().__init__()
+        self.total, self.stem, self.drop = total, nn.Conv2d(2, 32, 3, padding=1), nn.Dropout2d(0.3)
+        self.body, self.head = nn.Conv2d(32, 32, size, padding=size // 2), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.stem(x).relu())
+        out: Tensor = self.head(self.total(self.body, h).relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda body, h: h + body(h),
+        lambda body, h: body(h) + h,
+        lambda body, h: h + body(h.flatten(2).unflatten(2, h.shape[2:])),
+        lambda body, h: h.flatten(2).unflatten(2, h.shape[2:]) + body(h),
+    ],
+    ids=["the image first", "the convolution first", "a look at it convolved", "a look at it added"],
+)
+def test_a_convolution_does_not_write_over_the_image_that_it_reads(
+    total: Callable[[nn.Module, Tensor], Tensor], size: int
+) -> None:
+    """With the kernels of other numbers of images and threads it would find what it has written itself."""
+    torch.manual_seed(0)
+    net, x = Around(total, size).eval(), torch.randn(4, 2, 2, 2)
+    model = mcdrop.wrap(net, example=x)
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    with Operations() as ran:
+        for rows, count in ((1, 1), (1, 7), (4, 3)):
+            assert apart(passes(model, x[:rows], count), loop(model, x[:rows], count)) < 1e-5
+    written = ran.named("mkldnn._convolution_pointwise_.binary")
+    assert not any(one.data_ptr() == other.data_ptr() for one, other, *_ in written)
+
+
 # -- layout ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Several devices: rows are shared out, and answers are those of one device. Here the devices are all the CPU."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,51 @@ def test_what_is_written_to_an_attribute_reaches_all_devices() -> None:
     net.shift += 1
     assert apart(mcdrop.predict(one, x).mean, before) > 1e-2
     assert apart(mcdrop.predict(three, x).mean, mcdrop.predict(one, x).mean) < 1e-5
+
+
+def _deep() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+    net = nn.Sequential(*layers).eval()
+    net[4].weight = net[3].weight
+    return net
+
+
+def _without_bias(net: nn.Sequential) -> None:
+    net[0].register_parameter("bias", None)
+
+
+def _apart_from_now_on(net: nn.Sequential) -> None:
+    net[4].weight = nn.Parameter(torch.randn(8, 8))
+
+
+@pytest.mark.parametrize("change", [nn.Module.double, _without_bias, _apart_from_now_on])
+def test_weights_of_another_type_or_shape_reach_all_devices(change: Callable[[nn.Sequential], object]) -> None:
+    """Also where one is missing, or no longer shared: answers are those of the network wrapped anew."""
+    net, x = _deep(), torch.randn(7, 4, dtype=torch.float64)
+    model = mcdrop.wrap(net, example=x, devices=CPUS[:2], tuning={})
+    mcdrop.predict(model, x)
+    change(net)
+    anew = mcdrop.wrap(net, example=x, tuning={})
+    with torch.no_grad():
+        net.get_parameter("5.bias").add_(
+            1e6 if change is nn.Module.double else 1
+        )  # float32 would leave no digits to what differs
+    for _ in range(2):
+        alone, shared = mcdrop.predict(anew, x), mcdrop.predict(model, x)
+        assert apart(shared.mean, alone.mean) < 1e-5
+        assert apart(shared.std, alone.std) < 1e-5
+        net.get_parameter("0.weight").data.mul_(2)  # seen by what is new too
+
+
+def test_a_model_made_in_inference_mode_is_used_outside_of_it() -> None:
+    net, x = made("mlp")
+    with torch.inference_mode():
+        model = mcdrop.wrap(net, example=x[:4], devices=CPUS)
+    before = mcdrop.predict(model, x).mean
+    with torch.no_grad():
+        net.get_parameter("6.bias").add_(1)
+    assert apart(mcdrop.predict(model, x).mean, before + 1) < 1e-5
 
 
 def test_the_users_network_stays_where_it_is() -> None:

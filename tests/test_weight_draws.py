@@ -88,6 +88,29 @@ def by_hand(net: Dropped, x: Tensor) -> Tensor:
     return torch.stack(outputs).cpu()
 
 
+class OneWeight(nn.Module):
+    """A convolution whose weight is dropped, with a bias or without."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.dropout(self.conv.weight, P, self.training)
+        return F.conv2d(x, weight, self.conv.bias, padding=1).mean((2, 3))
+
+
+def test_layers_that_differ_in_a_bias_alone_do_not_stand_for_one_another() -> None:
+    """Neither two networks, of which one is wrapped later, nor two layers of one network."""
+    torch.manual_seed(0)
+    one, other, x = OneWeight(True).eval(), OneWeight(False).eval(), torch.randn(6, 2, 5, 5)
+    first = mcdrop.wrap(one, example=x)
+    second = mcdrop.wrap(other, example=x)
+    for model in (first, second, mcdrop.wrap(nn.Sequential(one, nn.Unflatten(1, (2, 2, 1)), other), example=x)):
+        assert model.audit.tier == "captured", model.audit.tier_reason
+        assert apart(passes(model, x, PASSES), loop(model, x, PASSES)) < 1e-5
+
+
 @on_each_device
 def test_they_are_compiled_and_run_in_half_precision_too(device: str) -> None:
     exact, _, x = wrapped("conv2d", 0.4, device)
