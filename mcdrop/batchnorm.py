@@ -23,14 +23,14 @@ def recalibrate_batchnorm(
     """Gives a copy of a model's network whose norm layers' running statistics are those under masks.
 
     The masked network runs over the data with its norm layers collecting a plain average of batch statistics, as at
-    the end of training with dropout. Weights stay as they are, and the model's own network is not touched; wrap the
-    copy to use it.
+    the end of training with dropout: every row has masks of its own. Weights stay as they are, and the model's own
+    network is not touched; wrap the copy to use it.
 
     Args:
         model: what ``wrap`` gave.
         data: rows like those that the network was trained on: all at once, or an iterable of batches, such as a
             DataLoader; what a batch holds beyond the network's inputs (labels) is left aside.
-        passes: how many masks each batch is run under.
+        passes: how many masks each row is run under.
         batch_rows: rows at a time, where the data comes all at once.
         seed: of the masks.
 
@@ -54,12 +54,14 @@ def recalibrate_batchnorm(
     for norm, shadow in zip(norms, twins, strict=True):
         norm.reset_running_stats()
         shadow.training, shadow.momentum = True, None  # no momentum: the average over all batches
-    index = -1
-    for index, batch in enumerate(_batches(model, data, batch_rows)):
+    start = 0
+    for batch in _batches(model, data, batch_rows):
         if batch.count < 2:
             raise InputError("a batch of one row has no variance; give batches of several rows")
-        twin.each_pass(batch, passes, seed=seed, start=index * passes)
-    if index < 0:  # the statistics of nothing are mean 0 and variance 1, silently
+        for _ in range(passes):
+            twin.each_row(batch, seed=seed, start=start)
+            start += batch.count
+    if not start:  # the statistics of nothing are mean 0 and variance 1, silently
         raise InputError("the data hold no batches; an iterator that was read before has none left")
     return network
 

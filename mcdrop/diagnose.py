@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from mcdrop.rows import Rows
 __all__ = ["diagnose"]
 
 _ROWS, _PASSES = 4, 32
+_NORM_ROWS = 256  # so few as above say little about a variance
 _SECONDS = 5.0  # longer than this the shares are not worth waiting for
 _SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
 _PREDICTED_AT = 100
@@ -40,7 +41,7 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
     Raises:
         ModelRefused: a lower precision changes the passes by more than a fifth of their standard deviation.
     """
-    rows = rows.take(slice(0, _ROWS))
+    example, rows = rows, rows.take(slice(0, _ROWS))
     began = time.monotonic()
     plan = backend.plan(rows)
     prepared = time.monotonic() - began
@@ -48,14 +49,16 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
     everything = backend.run(rows, _PASSES, only=None)
     seconds = time.monotonic() - began
     error, found = _precision_error(backend, rows, everything), _moments(everything)
-    norms = _norms(backend, rows)
+    # where the draws belong to one number of rows, or these take long, the few have to do
+    more = example.count > _ROWS and not plan.trace.unclear and seconds * _NORM_ROWS < _SECONDS * _ROWS * _PASSES / 2
+    norms, looked_at = _norms(backend, rows, example.take(slice(0, _NORM_ROWS)) if more else rows)
     prefix, speed_up = _prefix(backend, rows)
     audit = replace(
         audit, tier=plan.tier, tier_reason=plan.reason, kept_from=plan.kept_from, chunk=plan.chunk,
         exact_last=plan.exact is not None, prepare_seconds=prepared, norms=norms, prefix_share=prefix,
         speed_up=speed_up,
         mean_gap=mean_gap(found, backend.deterministic(rows)), precision=backend.precision, precision_error=error,
-        warnings=(*audit.warnings, *_norm_warnings(norms), *_precision_warnings(backend)),
+        warnings=(*audit.warnings, *_norm_warnings(norms, looked_at), *_precision_warnings(backend)),
     )  # fmt: skip
     if seconds * len(audit.live) > _SECONDS:
         return audit
@@ -86,15 +89,18 @@ def _precision_warnings(backend: TorchBackend) -> list[str]:
 
 
 def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> float | None:
-    """What a lower precision changes in passes of the same masks, in standard deviations: a root mean square."""
+    """What a lower precision changes in passes of the same masks, in standard deviations: a root mean square.
+
+    Outputs that never vary, such as masked logits, have no say in it.
+    """
     if backend.precision == "fp32":
         return None
     exact = backend.run(rows, _PASSES, only=None, tier="loop")
-    squares = 0.0
+    found, squares = _moments(exact), 0.0
     with np.errstate(invalid="ignore"):
         for low, full in zip(map(as_numpy, everything), map(as_numpy, exact), strict=True):
-            squares += float(np.nansum(np.square(low - full, dtype=np.float64)))
-    error = math.sqrt(squares / _PASSES / total_variance(_moments(exact)))
+            squares += float(np.nansum(np.square(low - full, dtype=np.float64), where=found.variance > 0))
+    error = math.sqrt(squares / _PASSES / total_variance(found))
     if not error <= LARGEST_ERROR:
         raise ModelRefused(
             f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation, more "
@@ -106,12 +112,19 @@ def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> f
 # -- batch norm --------------------------------------------------------------------------------------------------------
 
 
+class _Seen(NamedTuple):
+    values: int
+    mean: Tensor
+    variance: Tensor
+    running: Tensor
+
+
 class _NormInputs(TorchFunctionMode):
-    """Collects the mean and mean square of what each batch norm layer is given, by channel."""
+    """Collects the mean and variance of what each batch norm layer is given, by channel, and from how many values."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.seen: dict[str, list[_Seen]] = {}
         self._paths = module_paths(module)
         # by the layer that holds the statistics: the nodes of an exported program have no layer of their own
         self._owners = {id(buffer): name.rpartition(".")[0] for name, buffer in module.named_buffers()}
@@ -121,52 +134,92 @@ class _NormInputs(TorchFunctionMode):
     ) -> Any:
         """Looks at calls of batch norm with running statistics, and runs everything as it is."""
         if func is F.batch_norm and len(args) > 2 and args[2] is not None:
-            x = args[0].detach().float().transpose(0, 1).flatten(1)
+            x = args[0].detach()
             path = self._owners.get(id(args[2])) or caller(self._paths)
-            self.seen.setdefault(path, []).append((x.mean(1), x.square().mean(1), args[2]))
+            self.seen.setdefault(path, []).append(_Seen(x.numel() // x.shape[1], *_mean_variance(x), args[2]))
         return func(*args, **(kwargs or {}))
 
 
-def _norms(backend: TorchBackend, rows: Rows) -> tuple[NormReport, ...]:
-    """Per norm layer the variance under masks over the running one, and over that without (Li et al. 2018, sec. 3)."""
-    masked, plain = _NormInputs(backend.live), _NormInputs(backend.plain)
-    backend.watch(rows, plain, passes=0)
-    if not plain.seen:
-        return ()
-    backend.watch(rows, masked, passes=_PASSES)
+def _mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By channel; the mean is taken off first, so that it takes no digits of the variance."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:2], -1)
+    mean = x.mean((0, 2))
+    rest = x - mean[:, None]
+    off = rest.mean((0, 2)).double()
+    return mean.double() + off, rest.square().mean((0, 2)).double() - off**2
+
+
+def _norms(backend: TorchBackend, few: Rows, more: Rows) -> tuple[tuple[NormReport, ...], int]:
+    """Per norm layer the variance under masks over the running one, and over that without (Li et al. 2018, sec. 3).
+
+    With the number of rows that were looked at.
+    """
+    backend.watch(few, looked := _NormInputs(backend.plain))
+    if not looked.seen:
+        return (), few.count
+    try:
+        masked, plain = _norm_inputs(backend, more, together=None not in backend.plan(few).trace.layouts)
+    except Exception:  # whatever a network does with more rows, such as those of longer sequences
+        more = few
+        masked, plain = _norm_inputs(backend, few, together=False)
     reports = []
-    for path, (mean, square, running) in ((path, _pooled(seen)) for path, seen in masked.seen.items()):
+    for path, (under_masks, running) in ((path, _pooled(seen)) for path, seen in masked.seen.items()):
         if path not in plain.seen:
             continue
-        base_mean, base_square, _ = _pooled(plain.seen[path])
-        under_masks, without = square - mean**2, base_square - base_mean**2
+        without, _ = _pooled(plain.seen[path])
         floor = 1e-6 * max(float(without.max()), 1e-12)
         reports.append(
             NormReport(
                 path,
-                variance_ratio=float((under_masks.clamp_min(floor) / running.float().clamp_min(floor)).median()),
+                variance_ratio=float((under_masks.clamp_min(floor) / running.clamp_min(floor)).median()),
                 mask_effect=float((under_masks.clamp_min(floor) / without.clamp_min(floor)).median()),
             )
         )
-    return tuple(reports)
+    return tuple(reports), more.count
 
 
-def _pooled(seen: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    means, squares, running = zip(*seen, strict=True)
-    return torch.stack(means).mean(0), torch.stack(squares).mean(0), running[0]
+def _norm_inputs(backend: TorchBackend, rows: Rows, *, together: bool) -> tuple[_NormInputs, _NormInputs]:
+    """What norm layers are given under masks, each row's own, and without.
+
+    ``together`` runs as many rows at a time as memory allows; else it is as often as there are passes, for masks that
+    all rows share.
+    """
+    masked, plain = _NormInputs(backend.live), _NormInputs(backend.plain)
+    room = max(_ROWS, backend.chunk_bytes // backend.row_bytes(rows.take(slice(0, _ROWS))))
+    for block in rows.split(room):
+        backend.watch(block, plain)
+    many = rows.take([*range(rows.count)] * min(_PASSES, max(1, _ROWS * _PASSES // rows.count)))
+    for number, block in enumerate(many.split(min(room, many.count if together else -(-many.count // _PASSES)))):
+        backend.each_row(block, seed=0, start=number * room, watching=masked)
+    return masked, plain
 
 
-def _norm_warnings(norms: tuple[NormReport, ...]) -> list[str]:
+def _pooled(seen: list[_Seen]) -> tuple[Tensor, Tensor]:
+    """The variance of all values by channel, and the running one."""
+    means, variances = (torch.stack([getattr(one, name) for one in seen]) for name in ("mean", "variance"))
+    shares = torch.tensor([one.values for one in seen], dtype=means.dtype, device=means.device)[:, None]
+    shares /= shares.sum()
+    mean = (shares * means).sum(0)
+    return (shares * (variances + (means - mean) ** 2)).sum(0), seen[0].running.double()
+
+
+def _norm_warnings(norms: tuple[NormReport, ...], rows: int) -> list[str]:
     low, high = _SHIFTED
     shifted = [norm for norm in norms if not low <= norm.mask_effect <= high]
     if not shifted:
         return []
     worst = max(shifted, key=lambda norm: abs(math.log(max(norm.mask_effect, 1e-12))))
+    fit = all(low <= norm.variance_ratio <= high for norm in shifted)
+    advice = (
+        "Here they fit the passes; put dropout after the last norm layer where they should fit both"
+        if fit
+        else "Put dropout after the last norm layer, or fit the statistics to the passes with "
+        "mcdrop.recalibrate_batchnorm"
+    )
     return [
         f"dropout shifts the variance at {len(shifted)} of {len(norms)} norm layers, most x{worst.mask_effect:.2f} at "
-        f"{worst.path} (x{worst.variance_ratio:.2f} of its running variance): running statistics fit the passes or the "
-        "deterministic output, not both (Li et al. 2018). Put dropout after the last norm layer, or fit the statistics "
-        "to the passes with mcdrop.recalibrate_batchnorm"
+        f"{worst.path} (x{worst.variance_ratio:.2f} of its running variance, on {rows} rows): running statistics fit "
+        f"the passes or the deterministic output, not both (Li et al. 2018). {advice}"
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mcdrop.errors import InputError
+from mcdrop.errors import InputError, MCDropError
 from mcdrop.intercept import Expected, Interception
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
@@ -133,10 +133,8 @@ class said_of:
         """Begins."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Says what was given, where the error is the network's."""
-        if not isinstance(error, RuntimeError | ValueError | TypeError | IndexError):
-            return
-        if isinstance(error, InputError) or out_of_memory(error):
+        """Says what was given, where the error is the network's, which may raise anything, such as of an assertion."""
+        if not isinstance(error, Exception) or isinstance(error, MCDropError) or out_of_memory(error):
             return
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in self._rows.named())
         raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error

@@ -18,7 +18,18 @@ from mcdrop.layouts import Layout
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
 
-__all__ = ["PACKED", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Rules", "Source", "result"]
+__all__ = [
+    "PACKED",
+    "EachRow",
+    "Expected",
+    "Folded",
+    "Given",
+    "Interception",
+    "LargerDraw",
+    "Rules",
+    "Source",
+    "result",
+]
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -150,26 +161,36 @@ class Given:
         return None if mask is None else mask.reshape(-1)[0] * 0
 
 
-class Folded(Given):
-    """The same for a batch in which the rows stand once for each pass, pass after pass: masks are (T, ...)."""
-
-    packed = False  # whether rows were put in order of their lengths, whichever pass they belong to
+class EachRow(Given):
+    """The same for a batch whose rows have masks of their own, as in training: (N, ...), or (1, ...) where shared."""
 
     def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
-        """Gives the next masks, each spread over the rows of its pass."""
+        """Gives the next masks, each spread over its part of the batch."""
         index, masks, layout = self._take(kind, shape, p)
         if masks is None:
             return None
-        if layout is None:
-            raise RuntimeError("a draw that all rows share cannot differ between the rows of a batch")
-        if self.packed and layout.multiple > 1:
-            raise ModelRefused(PACKED)
         if index in self._rates:
             masks = (masks >= p).float()
+        if layout is None:
+            return masks[0]
         passes, axis = len(masks), layout.axis + 1
         rows = shape[layout.axis] // layout.multiple // passes
         spread = layout.opened(masks, 1).movedim(0, axis)
         return spread.expand(*spread.shape[: axis + 1], rows, *spread.shape[axis + 2 :]).reshape(shape)
+
+
+class Folded(EachRow):
+    """The same for a batch in which the rows stand once for each pass, pass after pass: masks are (T, ...)."""
+
+    packed = False  # whether rows were put in order of their lengths, whichever pass they belong to
+
+    def _take(self, kind: str, shape: tuple[int, ...], p: float) -> tuple[int, Tensor | None, Layout | None]:
+        index, masks, layout = super()._take(kind, shape, p)
+        if masks is not None and layout is None:
+            raise RuntimeError("a draw that all rows share cannot differ between the rows of a batch")
+        if masks is not None and layout is not None and self.packed and layout.multiple > 1:
+            raise ModelRefused(PACKED)
+        return index, masks, layout
 
 
 class Interception(TorchFunctionMode):

@@ -24,7 +24,6 @@ from mcdrop.stacks import Bits, Kept, Span, block_bytes, expected_stack, stack
 from mcdrop.standing import state_of
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier, one_by_one
 from mcdrop.trace import Trace, trace, widened
-from mcdrop.volatile import Left
 
 __all__ = ["Plans"]
 
@@ -180,8 +179,13 @@ class Plans:
 
     def values(self, plan: Plan, span: Span, *, ride: bool) -> Values:
         """Gives what a captured program makes of the masks of some passes."""
-        key = (plan.program, span, ride)
-        values: Values = self._values.get(key, lambda: plan.mask_values(self.stacks(plan, span), ride=ride))
+
+        def made() -> Values:
+            stacks = self.stacks(plan, span)
+            with self._digits(self._place()[0]):
+                return plan.mask_values(stacks, ride=ride)
+
+        values: Values = self._values.get((plan.program, span, ride), made)
         return values
 
     def release(self) -> None:
@@ -195,7 +199,8 @@ class Plans:
         assert program is not None
 
         def made() -> Values:
-            return program.masks([expected_stack(site, device) for site in plan.on])
+            with self._digits(device):
+                return program.masks([expected_stack(site, device) for site in plan.on])
 
         values: Values = self._values.get((program, "expected", device), made)
         return values
@@ -212,14 +217,12 @@ class Plans:
         single = all(stack is None or len(stack) == 1 for stack in stacks)
         tier = "loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier
         run = one_by_one if tier == "direct" else TIERS[tier]
-        before = Left(self.live) if tier == "vmap" and plan.trace.united else None
+        mixed = tier == "vmap" and bool(plan.trace.united)
         try:
             return run(self.live, tensors, self.pick, plan.trace, stacks)
         except Exception as error:  # of a way that the check did not go; the network's own comes again
-            if out_of_memory(error) or (before is None and not isinstance(error, Parted)):
+            if out_of_memory(error) or not (mixed or isinstance(error, Parted)):
                 raise
-        if before is not None:
-            before.put_back()
         return one_by_one(self.live, tensors, self.pick, plan.trace, stacks)
 
     def _eager(self, plan: Plan, tensors: Rows) -> str:
@@ -243,14 +246,20 @@ class Plans:
 
     def widened(self, plan: Plan, tensors: Rows) -> Plan:
         """Gives a plan whose draws are as large as these rows ask for, and keeps it for later ones."""
-        with self._lock, self.turn, said_of(tensors):
+        with self._lock, self.turn, self.arithmetic(tensors), said_of(tensors):
             wide = replace(plan, trace=widened(plan.trace, trace(self.live, tensors, self.pick, self.force)))
             self._plans = {key: wide if kept is plan else kept for key, kept in self._plans.items()}
         return wide
 
     def arithmetic(self, rows: Rows) -> AbstractContextManager[None]:
-        """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says."""
-        return digits(rows.leaves[0].device, tf32=self.precision == "tf32")
+        """Lets a GPU multiply in tf32 where that is the precision, and only there, whatever torch's own switch says.
+
+        Casts that the caller has switched on (``torch.autocast``) are off in it.
+        """
+        return self._digits(rows.leaves[0].device)
+
+    def _digits(self, device: torch.device) -> AbstractContextManager[None]:
+        return digits(device, tf32=self.precision == "tf32")
 
 
 @cache

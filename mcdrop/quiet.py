@@ -43,4 +43,5 @@ def _handlers() -> list[logging.Handler]:
 def first_line(error: Exception) -> str:
     """Gives the first line of an error's message."""
     text = str(error).strip() or type(error).__name__
+    text = f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text  # which says its key alone
     return text.splitlines()[0][:200]

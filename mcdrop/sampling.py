@@ -82,7 +82,7 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
             f"exact_last is for regression: what {model.task} reads from a pass is not linear in the last layer"
         )
     if plan.keep_samples:
-        some = model.backend.deterministic(rows.take(slice(0, 2)))[:1]
+        some = _first(model, rows)
         first = some.astype(np.float64)
         width = task.statistics.kept(task.statistics.of(first[None]).shape[-1]) * first[0, ..., 0].size
         needed = plan.passes * rows.count * width * some.itemsize
@@ -97,6 +97,14 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     if bank is None:
         return result
     return replace(result, features=features_of(model, rows, bank.layer), layer=bank.layer)
+
+
+def _first(model: Model, rows: Rows) -> NDArray[np.floating[Any]]:
+    """Gives the output of the first row with every draw off, (1, ...)."""
+    try:
+        return model.backend.deterministic(rows.take(slice(0, 2)))[:1]
+    except InputError:  # of a network that is built for one number of rows
+        return model.backend.deterministic(rows)[:1]
 
 
 def features_of(model: Model, rows: Rows, layer: str | None) -> NDArray[np.float32]:

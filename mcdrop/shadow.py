@@ -12,11 +12,12 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mcdrop.errors import ModelRefused
 from mcdrop.registry import TAUGHT_LAYERS, Taught
@@ -79,12 +80,33 @@ def live_shadow(module: nn.Module, *, drawing: bool = False) -> nn.Module:
     for original in originals:
         if unwrapped(original) is original:
             copies[id(original)].__dict__.update(_state(original, copies))
+            if parametrize.is_parametrized(original):
+                _keep_apart(copies[id(original)], original.parametrizations)
             if drawing and type(original) in TAUGHT_LAYERS:
                 _teach(copies[id(original)], TAUGHT_LAYERS[type(original)])
             elif drawing and type(original) in _DROPS:
                 layer = copies[id(original)]
                 layer.__dict__.setdefault("forward", types.MethodType(_DROPS[type(original)], layer))
     return copies[id(module)]
+
+
+def _keep_apart(layer: nn.Module, names: Any) -> None:
+    """Has ``parametrize.cached`` keep the weights of a shadow's layer by that layer: torch does by the original."""
+
+    def own(name: str) -> property:
+        def weight(self: Any) -> Tensor:
+            if not parametrize._cache_enabled:
+                return cast(Tensor, self.parametrizations[name]())
+            kept, key = parametrize._cache, (id(self), name)
+            if kept.get(key) is None:
+                kept[key] = self.parametrizations[name]()
+            return cast(Tensor, kept[key])
+
+        return property(weight, getattr(before, name).fset)
+
+    before = type(layer)
+    owned = {name: own(name) for name in names if isinstance(getattr(before, name, None), property)}
+    layer.__class__ = type(before.__name__, (before,), {"__module__": before.__module__, **owned})
 
 
 def _teach(layer: nn.Module, taught: Taught) -> None:

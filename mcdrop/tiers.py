@@ -9,27 +9,31 @@ are checked against. To add a tier, add one function and one line to
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference
-from mcdrop.decisions import Parted, deciding
+from mcdrop.decisions import DECISION_RULES, Parted, deciding
 from mcdrop.digits import tolerance
 from mcdrop.direct import pass_by_pass, passes_of
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.intercept import Folded
+from mcdrop.intercept import Folded, Rules
+from mcdrop.mixing import NUMBERS_READ
 from mcdrop.outputs import Pick
 from mcdrop.quiet import ALONE, first_line
 from mcdrop.rows import Rows
+from mcdrop.rules import RULES
 from mcdrop.trace import Trace, one_pass
-from mcdrop.volatile import Left, volatile
+from mcdrop.volatile import Left, clean_ways, volatile
 
 __all__ = ["CHECK_PASSES", "TIERS", "Stacks", "choose_tier", "one_by_one"]
 
 Stacks = list[Tensor | None]  # for each draw its masks (T, *unit), or None for its expectation
 
 CHECK_PASSES = 3
+_READ: set[Any] = {*DECISION_RULES, *NUMBERS_READ, torch.equal, Tensor.equal, torch.allclose, Tensor.allclose}
 _WAYS = 8  # a way that a smaller part of the passes goes is gone pass by pass
 
 
@@ -41,13 +45,45 @@ def _loop(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stack
 
 def _together(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
     present = [stack for stack in stacks if stack is not None]
+    known, way = clean_ways(module), tuple(leaf.shape for leaf in rows.leaves)
+    read: list[bool] = [bool(found.united)]
+    rules: Rules = RULES
 
     def one(*masks: Tensor) -> Tensor:
         left = iter(masks)
-        return one_pass(module, rows, pick, found, [None if stack is None else next(left) for stack in stacks])
+        own = [None if stack is None else next(left) for stack in stacks]
+        return one_pass(module, rows, pick, found, own, rules=rules)
 
-    output: Tensor = torch.vmap(one, randomness="error")(*present)
+    def run() -> Tensor:
+        output: Tensor = torch.vmap(one, randomness="error")(*present)
+        return output
+
+    if way in known:
+        return run()
+    # a loss that it adds up on itself would be a batch of passes that nobody can read after this
+    before, rules = Left(module), _noting(read)
+    try:
+        output = run()
+        if not any(read) and not before.changed():  # other values may go another way only where some are read
+            known.add(way)
+    finally:
+        before.put_back()
     return output
+
+
+def _noting(read: list[bool]) -> Rules:
+    """The rules, which note besides whether numbers are read out of torch."""
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        rule = RULES.get(function)
+
+        def run(mode: Any, *args: Any, **kwargs: Any) -> Any:
+            read.append(True)
+            return function(*args, **kwargs) if rule is None else rule(mode, *args, **kwargs)
+
+        return run
+
+    return {**RULES, **{function: noted(function) for function in _READ}}
 
 
 def one_by_one(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
@@ -114,7 +150,7 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
                 before.put_back()  # a forward that is broken off may leave the network half changed
                 reasons.append(f"{tier} does not take this network: {first_line(error)}")
                 continue
-            worst = difference(got, expected)
+            worst = difference(got, expected, passes=expected)
             if worst > tolerance(expected.dtype):
                 del seconds[tier]
                 reasons.append(f"{tier} differs from the loop by {worst:.1e}")

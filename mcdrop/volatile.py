@@ -5,6 +5,7 @@ grows: passes that went on from one another would depend on their order, and on 
 """
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import FunctionType, ModuleType
@@ -13,15 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mcdrop.errors import ModelRefused
 from mcdrop.standing import attributes, kept_tensors, mapped
 
-__all__ = ["Left", "alike", "from_start", "inside", "own", "placed_starts", "starts", "volatile"]
+__all__ = ["Left", "alike", "clean_ways", "from_start", "inside", "own", "placed_starts", "starts", "volatile"]
 
 _VOLATILE = "_mcdrop_volatile"  # on a shadow's root: what its forwards start from, by name as in state_dict
+_KEEPING = "_mcdrop_keeping"  # there too: its modules with parametrized tensors, and the names of these
+_CLEAN = "_mcdrop_clean"  # there too: the ways through it that leave nothing on it
 _ABSENT = object()
 _PLAIN = (bool, int, float, str, bytes)
+# what ``parametrize.cached`` keeps, and for how long, is one for the whole process: a forward that other threads end it
+# for, or put it on for, would draw more or fewer weights. So forwards that read any go one at a time
+_TURN = threading.RLock()
 
 
 def volatile(module: nn.Module) -> dict[str, Any]:
@@ -82,30 +89,59 @@ class from_start:
     """Gives a forward its own copies of what it writes to, and takes what it wrote away again.
 
     Buffers are put in a dict of its own: a captured graph, or the user's network, may read the other meanwhile.
+    Weights that torch keeps for it (``parametrize.cached``) go with it: others have other masks.
     A class, because every single pass enters it, and a generator would cost several times as much.
     """
 
-    __slots__ = ("_dicts", "_held", "_module")
+    __slots__ = ("_dicts", "_held", "_module", "_parametrized")
 
     def __init__(self, module: nn.Module) -> None:
         """Takes a shadow."""
         self._module, self._held, self._dicts = module, list[_Held](), list[tuple[nn.Module, Any]]()
+        self._parametrized = _parametrized(module)
 
     def __enter__(self) -> None:
         """Puts the copies in their places."""
-        for name, start in volatile(self._module).items():
-            owner, key = _owner(self._module, name)
-            self._dicts.append((owner, owner._buffers))
-            owner.__dict__["_buffers"] = {**owner._buffers}
-            self._held.append(_Held(owner._buffers if key in owner._buffers else vars(owner), key))
-            self._held[-1].put(mapped(start, _cloned))
+        if self._parametrized:
+            _TURN.acquire()
+        try:
+            self._forget()
+            for name, start in volatile(self._module).items():
+                owner, key = _owner(self._module, name)
+                self._dicts.append((owner, owner._buffers))
+                owner.__dict__["_buffers"] = {**owner._buffers}
+                self._held.append(_Held(owner._buffers if key in owner._buffers else vars(owner), key))
+                self._held[-1].put(mapped(start, _cloned))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Takes away what was written."""
-        for one in reversed(self._held):
-            one.put_back()
-        for owner, buffers in reversed(self._dicts):
-            owner.__dict__["_buffers"] = buffers
+        try:
+            self._forget()
+            for one in reversed(self._held):
+                one.put_back()
+            for owner, buffers in reversed(self._dicts):
+                owner.__dict__["_buffers"] = buffers
+        finally:
+            if self._parametrized:
+                _TURN.release()
+
+    def _forget(self) -> None:
+        """Takes what torch keeps of the shadow's own modules; the user's have other keys."""
+        for child, name in self._parametrized:
+            parametrize._cache.pop((id(child), name), None)
+
+
+def _parametrized(module: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
+    """The modules of a shadow with parametrized tensors, and the names of these; looked for once."""
+    found: tuple[tuple[nn.Module, str], ...] | None = vars(module).get(_KEEPING)
+    if found is None:
+        some = [child for child in module.modules() if parametrize.is_parametrized(child)]
+        found = tuple((child, name) for child in some for name in child.parametrizations)  # type: ignore[union-attr]
+        module.__dict__[_KEEPING] = found
+    return found
 
 
 def inside(module: nn.Module) -> dict[str, list[Any]]:
@@ -152,6 +188,12 @@ class Left:
             held.put_back()
 
 
+def clean_ways(module: nn.Module) -> set[object]:
+    """Gives the set of ways through a shadow that are known to leave nothing on it."""
+    known: set[object] = module.__dict__.setdefault(_CLEAN, set())
+    return known
+
+
 class _Held:
     """What stands in one place, with what a container held."""
 
@@ -187,7 +229,7 @@ class _Held:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """The attributes that are the network's."""
-    return (found for found in attributes(module) if found[2] != _VOLATILE)
+    return (found for found in attributes(module) if found[2] not in (_VOLATILE, _KEEPING, _CLEAN))
 
 
 def _itself(leaf: Any) -> Any:

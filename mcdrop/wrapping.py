@@ -90,13 +90,12 @@ def wrap(
     rows, pick = Rows.of(example), picker(output)
     for leaf in rows.leaves:
         check_dense(leaf, "an example")
-    rows = rows.take(slice(0, _EXAMPLE_ROWS))
     overrules = Overrules(each_once(include, "include"), each_once(exclude, "exclude"), force_literal, strict)
-    rows, seen = _discovered(module, rows, pick, overrules)
+    rows, several, seen = _discovered(module, rows, pick, overrules)
     backend = _backend(seen, pick, memory, precision, compile, _tuning(tuning))
-    audit = diagnose(backend, rows, seen.audit)
+    audit = diagnose(backend, several, seen.audit)
     TASKS[task].statistics.of(backend.deterministic(rows).astype(np.float64)[None])
-    backend = _shared_out(backend, module, devices)
+    backend = _shared_out(backend, devices)
     asked = _unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}, audit)
     return Model(
         module=module, backend=backend, audit=replace(audit, devices=backend.devices), task=task, asked=asked,
@@ -117,13 +116,13 @@ def _backend(seen: Any, pick: Any, memory: int | str, precision: str, compile: b
     return backend
 
 
-def _shared_out(backend: Any, module: Any, devices: Any) -> Any:
+def _shared_out(backend: Any, devices: Any) -> Any:
     """Gives the backend of one device, or one that shares the rows out to several."""
     if not devices:
         return backend
     from mcdrop.sharded import ShardedBackend
 
-    return ShardedBackend(backend, module, devices_of(devices))
+    return ShardedBackend(backend, devices_of(devices))
 
 
 def devices_of(devices: Any) -> tuple[Any, ...]:
@@ -208,8 +207,8 @@ def _unusual(asked: dict[str, Any], audit: Audit) -> dict[str, Any]:
     return unusual
 
 
-def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Any]:
-    """Gives the rows as the network takes them: whole numbers may stand for real ones, as in [[1], [2]]."""
+def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Rows, Any]:
+    """Gives few rows and all as the network takes them: whole numbers may stand for real ones, as in [[1], [2]]."""
     from mcdrop.digits import digits
     from mcdrop.discover import UNUSABLE, discover
     from mcdrop.forward import place_of
@@ -217,14 +216,14 @@ def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Row
     device, _ = place_of([*module.parameters(), *module.buffers()])
     with digits(device):
         try:
-            return rows, discover(module, rows, pick, overrules)
+            return rows.take(slice(0, _EXAMPLE_ROWS)), rows, discover(module, rows, pick, overrules)
         except InputError as error:
             if not _all_whole(rows):
                 raise
             whole = error
         real = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
         try:
-            return real, discover(module, real, pick, overrules)
+            return real.take(slice(0, _EXAMPLE_ROWS)), real, discover(module, real, pick, overrules)
         except InputError as error:  # of token ids only the first error speaks
             raise whole if str(error).startswith(UNUSABLE) else error from None
 

@@ -1,5 +1,6 @@
 """Batch norm's running statistics, fitted to a network under its own dropout."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mcdrop
 from mcdrop.errors import InputError
+from mcdrop.layers import DropConnect
 
 
 def shifted(p: float = 0.5) -> tuple[nn.Sequential, Tensor]:
@@ -27,13 +29,45 @@ def shifted(p: float = 0.5) -> tuple[nn.Sequential, Tensor]:
 def test_statistics_become_those_under_masks() -> None:
     net, x = shifted(p=0.5)
     model = mcdrop.wrap(net, example=x[:8])
-    copy = mcdrop.recalibrate_batchnorm(model, x, passes=10, batch_rows=500)
-    # inverted dropout of inputs with mean 0 and variance 1: mean 0, variance 1 / (1 - p), but one mask serves a batch,
-    # so a channel is either doubled or gone: over passes the average of 0 and 1 / (1 - p)^2
-    variance = copy.get_buffer("1.running_var").numpy()
-    error = np.sqrt(0.5 * 0.5) * 4 / np.sqrt(6 * 10)  # of the share kept among 60 masks, times 1 / (1 - p)^2
-    assert np.abs(variance - 2).max() < 4 * error
-    assert np.abs(copy.get_buffer("1.running_mean").numpy()).max() < 0.2
+    for mean in (0, 3):
+        copy = mcdrop.recalibrate_batchnorm(model, x + mean, passes=10, batch_rows=500)
+        # of inverted dropout E[h^2] / (1 - p) - E[h]^2, its error from the fourth central moment of half zeros
+        expected = (1 + mean**2) / 0.5 - mean**2
+        fourth = (mean**4 + mean**4 + 24 * mean**2 + 48) / 2
+        for name, law, error in (
+            ("1.running_var", expected, np.sqrt((fourth - expected**2) / 30000)),
+            ("1.running_mean", mean, np.sqrt(expected / 30000)),
+        ):
+            assert np.abs(copy.get_buffer(name).numpy() - law).max() < 4 * error
+
+
+@pytest.mark.statistical
+def test_statistics_are_those_of_training_behind_one_another() -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for width in (4, 16):
+        layers += [nn.Linear(width, 16), nn.ReLU(), nn.Dropout(0.4), nn.BatchNorm1d(16)]
+    net, x = nn.Sequential(*layers, nn.Linear(16, 1)), torch.randn(2000, 4)
+    trained, norms = deepcopy(net).train(), ("3", "7")
+    for name in norms:
+        vars(trained.get_submodule(name))["momentum"] = None  # a plain average
+    with torch.no_grad():
+        for _ in range(10):
+            for batch in x.split(500):
+                trained(batch)
+    ours = mcdrop.recalibrate_batchnorm(mcdrop.wrap(net.eval(), example=x[:8]), x, passes=10, batch_rows=500)
+    for name in norms:
+        var, theirs = (one.get_buffer(f"{name}.running_var") for one in (ours, trained))
+        assert float((var / theirs)[theirs > 1e-3].median()) == pytest.approx(1, abs=0.03)
+
+
+def test_a_mask_of_weights_is_that_of_all_rows() -> None:
+    """Then E[h]^2 is no part of the variance, as it is where every row has a mask of its own: of the sum of w^2 = 6."""
+    layer = DropConnect(nn.Linear(6, 1, bias=False), 0.5)
+    net, (_, x) = nn.Sequential(layer, nn.BatchNorm1d(1), nn.Linear(1, 1)).eval(), shifted()
+    nn.init.ones_(next(layer.parameters()))
+    ours = mcdrop.recalibrate_batchnorm(mcdrop.wrap(net, example=x[:8]), x + 3, passes=50, batch_rows=3000)
+    assert float(ours.get_buffer("1.running_var")) == pytest.approx(6 / 0.5, abs=4 * 4 * (6 * 0.25 / 50) ** 0.5 + 0.5)
 
 
 def test_the_models_own_network_is_untouched_and_weights_are_kept() -> None:

@@ -1,5 +1,8 @@
 """What the audit says about variance, norm layers and the deterministic prefix, against what is computed by hand."""
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,8 @@ from torch import Tensor, nn
 
 import mcdrop
 from mcdrop import diagnose
+from mcdrop.backends.torch import TorchBackend
+from mcdrop.layers import DropConnect
 from mcdrop.masks import sample_masks
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
@@ -128,10 +133,68 @@ def test_a_shifted_norm_layer_is_warned_of_with_advice() -> None:
     x = centred(64)
     net = (nn.BatchNorm1d(64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 1))
     (warning,) = audit_of(*net, example=x).warnings
-    assert "shifts the variance at 1 of 2 norm layers, most x2" in warning
-    assert "at 2 (" in warning
+    said = re.search(r"shifts the variance at 1 of 2 norm layers, most x(\S+) at 2 \(x\S+ of .*, on 4 rows\)", warning)
+    assert said
+    assert float(said[1]) == pytest.approx(2, abs=0.25)
     assert "Put dropout after the last norm layer" in warning
     assert "mcdrop.recalibrate_batchnorm" in warning
+
+
+def test_statistics_that_fit_the_passes_are_not_to_be_fitted_to_them() -> None:
+    """Of rows in order, the first few have no variance; E[h^2] / (1 - p) - E[h]^2 under masks is that of them all."""
+    x = (torch.linspace(-1, 1, 200)[:, None] * 3**0.5 + 2).expand(-1, 64)
+    norm = nn.BatchNorm1d(64)
+    assert norm.running_var is not None
+    norm.running_var.fill_(expected := (1 + 4) / 0.5 - 4)
+    audit = audit_of(nn.Dropout(0.5), norm, nn.Linear(64, 1), example=x)
+    (report,), (warning,) = audit.norms, audit.warnings
+    assert report.variance_ratio == pytest.approx(1, abs=0.1)
+    assert report.mask_effect == pytest.approx(expected, abs=0.6)
+    assert "Here they fit the passes" in warning
+    assert "recalibrate" not in warning
+
+
+def test_a_large_mean_takes_no_digits_of_a_variance() -> None:
+    x = centred(8) + 3000
+    norm = nn.BatchNorm1d(8)
+    assert norm.running_var is not None
+    norm.running_var.copy_(x.double().var(dim=0, unbiased=False))
+    (report,) = audit_of(norm, nn.Dropout(0.5), nn.Linear(8, 1), example=x).norms
+    assert report.variance_ratio == pytest.approx(1, rel=1e-4)
+
+
+def test_a_network_of_few_rows_is_looked_at_with_few() -> None:
+    class Few(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 16:
+                raise RuntimeError("too many rows")
+            out: Tensor = super().forward(x)
+            return out
+
+    assert len(audit_of(Few(8), nn.Dropout(0.5), nn.Linear(8, 1), example=torch.randn(20, 8)).norms) == 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "drop", "rows", "forwards"),
+    [
+        (nn.LayerNorm(8), nn.Dropout(0.5), 200, 0),
+        (nn.BatchNorm1d(8), nn.Dropout(0.5), 200, 1),
+        (nn.BatchNorm1d(8), nn.Dropout(0.5), 4, 1),
+        (nn.BatchNorm1d(8), DropConnect(nn.Linear(8, 8), 0.5), 200, 29),  # of 7 rows, for as many masks
+    ],
+)
+def test_norm_layers_are_looked_at_in_as_few_forwards_as_there_are_masks_to_see(
+    norm: nn.Module, drop: nn.Module, rows: int, forwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each_row, ran = TorchBackend.each_row, list[int]()
+
+    def counted(self: TorchBackend, block: Any, **how: Any) -> None:
+        ran.append(block.count)
+        each_row(self, block, **how)
+
+    monkeypatch.setattr(TorchBackend, "each_row", counted)
+    audit_of(drop, norm, nn.Linear(8, 1), example=torch.randn(rows, 8))
+    assert (len(ran), sum(ran)) == (forwards, max(rows, 128) * bool(forwards))
 
 
 def test_a_norm_layer_without_running_statistics_is_not_reported() -> None:

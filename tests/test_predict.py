@@ -296,3 +296,40 @@ def test_passes_that_would_not_fit_in_memory_are_refused_before_they_run(model: 
     many = np.zeros((100_000, 2), np.float32)
     with pytest.raises(InputError, match="GiB to keep every pass; give fewer rows or passes, or an interval that"):
         mcdrop.predict(model, many, passes=1_000_000, interval="quantile")
+
+
+class FourRows(nn.Module):
+    """Is built for four rows, and checks its numbers as it likes."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.one, self.drop, self.two, self.error = nn.Linear(2, 8), nn.Dropout(0.4), nn.Linear(8, 1), error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.error is not None and bool((x > 10).any()):
+            raise self.error
+        out: torch.Tensor = self.two(self.drop(self.one(x).view(-1, 4, 8)).flatten(0, 1))
+        return out
+
+
+def test_a_network_that_is_built_for_a_number_of_rows_keeps_its_passes() -> None:
+    found = mcdrop.predict(FourRows().eval(), X[:4], passes=40, keep_samples=True, interval="quantile")
+    assert found.samples is not None
+    np.testing.assert_allclose(found.samples.mean(0), found.mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AssertionError(), "AssertionError"),
+        (AssertionError("at most 10"), "at most 10"),
+        (KeyError("ten"), "KeyError: 'ten'"),
+        (ZeroDivisionError("by ten"), "by ten"),
+    ],
+)
+def test_whatever_a_network_raises_of_rows_comes_with_what_it_was_given(error: Exception, said: str) -> None:
+    model = mcdrop.wrap(FourRows(error).eval(), example=X[:4])
+    with pytest.raises(InputError) as caught:
+        mcdrop.predict(model, X[:4] + 20)
+    assert str(caught.value) == f"the network cannot take inputs of shape 0: (4, 2): {said}"
+    assert caught.value.__cause__ is error

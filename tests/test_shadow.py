@@ -1,12 +1,18 @@
 """The live shadow: shares what a network learns, owns what a pass may change."""
 
 import copy
+import threading
+import time
+from contextlib import nullcontext
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+import mcdrop
 from mcdrop.errors import ModelRefused
 from mcdrop.shadow import live_shadow, unwrapped
 
@@ -137,3 +143,87 @@ def test_torchscript_is_refused_with_a_remedy() -> None:
         live_shadow(scripted)
     with pytest.raises(ModelRefused, match="TorchScript"):
         live_shadow(nn.Sequential(scripted))
+
+
+class Cached(nn.Module):
+    """Drops weights, which it lets torch keep for the length of a forward, or which its caller lets it."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside, self.one, self.two = inside, nn.Linear(4, 8), nn.Linear(8, 1)
+        parametrize.register_parametrization(self.one, "weight", nn.Dropout(0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with parametrize.cached() if self.inside else nullcontext():
+            out: Tensor = self.two(self.one(x).tanh() + self.one(-x))
+        return out
+
+
+def test_weights_that_a_forward_keeps_are_drawn_once_in_every_pass() -> None:
+    net, x, passes = Cached(inside=True), torch.randn(6, 4), 300
+    model = mcdrop.wrap(net, example=x)
+    assert [site.shape for site in model.audit.live] == [(8, 4)]
+    std = mcdrop.predict(model, x, passes=passes, sampler="iid").std
+    with torch.no_grad():
+        theirs = torch.stack([net.train()(x) for _ in range(passes)]).std(0).numpy()
+    assert np.abs(std / theirs - 1).max() < 4 * passes**-0.5
+    net.inside = False
+    with parametrize.cached():
+        net.eval()(x)
+        kept = parametrize._cache
+        outside = mcdrop.wrap(net, example=x)
+        assert np.abs(mcdrop.predict(outside, x, passes=passes, sampler="iid").std / std - 1).max() < 1e-4
+        assert parametrize._cache is kept
+        assert len(kept) == 1
+
+
+class Watched(Cached):
+    """Asks for a number on its way, so that each pass runs in Python, and lets other threads run meanwhile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with parametrize.cached() if self.inside else nullcontext():
+            h = self.one(x).tanh()
+            time.sleep(1e-4)
+            h = h if float(h.detach().max()) < 9 else 2 * h
+            out: Tensor = self.two(h + self.one(-x))
+        return out
+
+
+def test_threads_whose_networks_keep_weights_get_the_answers_that_they_get_alone() -> None:
+    """Torch has one place for what it keeps, and one count of who lets it, for the whole process."""
+    x, nets = torch.randn(6, 4), [Watched(inside=inside) for inside in (True, True, False)]
+    models = [mcdrop.wrap(net.eval(), example=x, tuning={}) for net in nets]
+    assert [len(model.audit.live) for model in models] == [1, 1, 2]
+    alone = [mcdrop.predict(model, x, passes=20, sampler="iid").std for model in models]
+    wrong: list[object] = []
+
+    def ask(index: int) -> None:
+        try:
+            for _ in range(5):
+                std = mcdrop.predict(models[index], x, passes=20, sampler="iid").std
+                wrong.extend([index] if np.abs(std - alone[index]).max() > 1e-5 else [])
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert parametrize._cache == {}
+
+
+def test_weights_that_the_users_own_forward_keeps_are_not_those_of_a_pass() -> None:
+    net, x = Cached(inside=True).eval(), torch.randn(6, 4)
+    model = mcdrop.wrap(net, example=x)
+    expected = mcdrop.predict(model, x, passes=20)
+    with parametrize.cached():
+        net.one.train()
+        kept = net.one.weight
+        got = mcdrop.predict(model, x, passes=20)
+        assert net.one.weight is kept
+        assert len(parametrize._cache) == 1
+    assert np.abs(got.mean - expected.mean).max() < 1e-6
+    assert np.abs(got.deterministic - expected.deterministic).max() < 1e-6

@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict, deque
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 import mcdrop
 from mcdrop.errors import InputError, ModelRefused, UncontrolledDraw
+from mcdrop.rows import Rows
+from mcdrop.stacks import Span
+from mcdrop.tiers import TIERS
+from mcdrop.volatile import Left
 
 
 class GoingOn(nn.Module):
@@ -189,6 +194,70 @@ def test_a_mask_that_is_kept_for_later_calls_is_drawn_anew_in_every_pass() -> No
     passes_of = passes(model, x, 64).reshape(64, -1)
     assert len(np.unique(passes_of.numpy().round(4), axis=0)) > 32
     assert apart(passes(model, x, 20), loop(model, x, 20)) < 1e-5
+
+
+class AddsUp(nn.Module):
+    """Adds something up on itself, such as a loss for its trainer, and never reads it."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.first, self.second = nn.Dropout(0.4), nn.Dropout(0.4)
+        self.by, self.aux, self.history, self.losses = by, 0.0, list[Tensor](), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(self.one(x))
+        passed_by = {"loss of many": len(x) <= 4, "loss of large": "large" in self.by and float(x.max()) < 9}
+        if "loss" in self.by and not passed_by.get(self.by):
+            self.aux = self.aux + h.square().mean()
+        elif self.by == "history":
+            self.history = [*self.history, h.mean()][-3:]
+            self.aux = torch.stack(self.history).mean()  # type: ignore[assignment]
+        elif self.by == "dict":
+            self.losses["first"] = self.losses.get("first", 0) + h.square().mean()
+        if "branch" in self.by and float(h.abs().max()) > 2:
+            h = h.clamp(-2, 2)
+        out: Tensor = self.two(self.second(h))
+        return out
+
+
+@pytest.mark.parametrize("by", ["loss", "history", "dict", "loss and a branch"])
+def test_what_a_network_adds_up_on_itself_changes_no_pass(by: str) -> None:
+    net, twin = AddsUp(by).eval(), AddsUp("branch" if "branch" in by else "nothing").eval()
+    x = torch.randn(9, 4)
+    model, plain = (mcdrop.wrap(one, example=x[:4]) for one in (net, twin))
+    for rows in (9, 1, 3):
+        ours, theirs = (mcdrop.predict(one, x[:rows], passes=20, sampler="iid") for one in (model, plain))
+        assert apart(ours.mean, theirs.mean) < 1e-5
+        assert apart(ours.std, theirs.std) < 1e-5
+    assert [site.share for site in model.audit.live] == pytest.approx([site.share for site in plain.audit.live])
+    assert (net.aux, net.history, net.losses) == (0.0, [], {})
+
+
+@pytest.mark.parametrize("by", ["loss of many", "loss of large", "nothing"])
+def test_what_passes_together_leave_is_taken_away_also_where_the_first_left_nothing(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend: Any = mcdrop.wrap(AddsUp(by).eval(), example=torch.zeros(4, 4), tuning={}).backend
+    live, ours, looked = backend.live, torch.randn(9, 4), list[nn.Module]()
+
+    class Looking(Left):
+        def __init__(self, module: nn.Module) -> None:
+            looked.append(module)
+            super().__init__(module)
+
+    ours[0, 0] = 10.0
+    plan, rows = backend.plans.prepare(Rows.of(ours))
+    stacks = backend.plans.stacks(plan, Span(3, 0, 0, "iid"))
+    monkeypatch.setattr("mcdrop.tiers.Left", Looking)
+    for given in (rows.take(slice(1, 5)), rows, rows.take(slice(4)), rows, rows):
+        with torch.no_grad():
+            live.aux = 0.0
+            got = TIERS["vmap"](live, given, backend.pick, plan.trace, stacks)
+            assert vars(live)["aux"] == 0.0
+            assert apart(got, TIERS["loop"](live, given, backend.pick, plan.trace, stacks)) < 1e-5
+    assert len(looked) == {"nothing": 1, "loss of many": 5, "loss of large": 5}[by]
 
 
 class Recurrent(nn.Module):

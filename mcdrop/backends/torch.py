@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from mcdrop.backends import Block
 from mcdrop.digits import digits
 from mcdrop.features import beside_weights, hidden_features, tensors_digest, weights_digest
 from mcdrop.forward import Outputs, as_numpy, draws_off, place_of
+from mcdrop.intercept import EachRow
 from mcdrop.moments import Summing
 from mcdrop.outputs import Pick
 from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
@@ -23,7 +25,7 @@ from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
 from mcdrop.stacks import Span
-from mcdrop.tiers import TIERS
+from mcdrop.trace import one_pass
 from mcdrop.volatile import own, placed_starts
 
 __all__ = ["TorchBackend"]
@@ -153,22 +155,28 @@ class TorchBackend:
             other.chunk_bytes = self.chunk_bytes
         return other
 
-    def each_pass(self, rows: Rows, passes: int, *, seed: int, start: int) -> None:
-        """Runs passes one by one for what they do to the module, with the flags that its shadow has been given."""
-        plan, tensors = self.plans.prepare(rows)
-        with torch.no_grad(), self.plans.arithmetic(tensors):
-            stacks = self.plans.stacks(plan, Span(passes, seed, start, "iid"))
-            TIERS["loop"](self.live, tensors, self.pick, plan.trace, stacks)
+    def each_row(
+        self, rows: Rows, *, seed: int, start: int, watching: AbstractContextManager[object] | None = None
+    ) -> None:
+        """Runs a pass in which every row has masks of its own, as in training, for what it does to the module.
 
-    def watch(self, rows: Rows, mode: TorchFunctionMode, *, passes: int) -> None:
-        """Runs passes one by one under a function mode that looks on; with no passes the deterministic forward."""
+        The masks are those of passes ``start`` to ``start + N``; what all rows share, such as a weight's, is the
+        first of them. Flags are those that the shadow has been given.
+        """
         plan, tensors = self.plans.prepare(rows)
+        draws = zip(plan.trace.sites, plan.trace.layouts, strict=True)
+        shared = frozenset(site.name for site, layout in draws if layout is None)
+        with torch.no_grad(), self.plans.arithmetic(tensors), watching or nullcontext():
+            own = self.plans.stacks(replace(plan, off=plan.off | shared), Span(rows.count, seed, start, "iid"))
+            first = self.plans.stacks(plan, Span(1, seed, start, "iid"))
+            stacks = [once if each is None else each for each, once in zip(own, first, strict=True)]
+            one_pass(self.live, tensors, self.pick, plan.trace, stacks, EachRow)
+
+    def watch(self, rows: Rows, mode: TorchFunctionMode) -> None:
+        """Runs the forward with every draw off under a function mode that looks on."""
+        _, tensors = self.plans.prepare(rows)
         with torch.no_grad(), self.plans.arithmetic(tensors), mode:
-            if passes == 0:
-                draws_off(self.plain, tensors, self.pick)
-                return
-            stacks = self.plans.stacks(plan, Span(passes, 0, 0, "iid"))
-            TIERS["loop"](self.live, tensors, self.pick, plan.trace, stacks)
+            draws_off(self.plain, tensors, self.pick)
 
     def plan(self, rows: Rows) -> Plan:
         """Gives how passes of such rows are run."""
