@@ -1,6 +1,7 @@
 # The service with its reference models, for the CPU. For CUDA:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 -t mcdrop .
-# Models of your own: docker run -v /path/to/store:/app/models/store:ro -p 8000:8000 mcdrop
+# Models of your own, torch or ONNX; the default model, which they lack, is taken back:
+#   docker run -e MCDROP_DEFAULT_MODEL= -v /path/to/store:/app/models/store:ro -p 8000:8000 mcdrop
 FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -17,7 +18,7 @@ RUN pip install --no-deps --index-url "${TORCH_INDEX}" torch==2.13.0
 
 # before the sources, so that a change of code does not install everything again
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN pip install --constraint constraints.txt --editable '.[serve,models]'
+RUN pip install --constraint constraints.txt --editable '.[serve,models,onnx]'
 
 COPY mcdrop mcdrop
 COPY service service

@@ -144,10 +144,11 @@ def calibrate(
     from mcdrop.artifact import CALIBRATION, load
     from mcdrop.files import read_inputs, read_targets
     from mcdrop.fitting import calibrate as fit
-    from mcdrop.store import put_file, resolve
+    from mcdrop.store import check_writable, put_file, resolve
 
     check_stays(rows)
     folder = resolve(model)  # once: a version that is added meanwhile is another model
+    check_writable(folder)
     loaded = load(folder, devices=device or ())
     if loaded.task == "classification" and len(target) > 1:
         raise typer.BadParameter("a classifier has one column of labels, so give it once", param_hint="--target")
@@ -216,8 +217,11 @@ def export(
 
     check_output(output, suffixes=_GRAPHS, inputs=[model], hint="OUTPUT")
     check_place(output)
+    loaded = load(model)
     write = export_torch if output.suffix.lower() == ".pt2" else export_onnx
-    write(load(model), output, passes=passes, level=level, interval=interval, seed=seed)
+    write(loaded, output, passes=passes, level=level, interval=interval, seed=seed)
+    if loaded.calibration is not None:
+        note("the model's calibration is not in it: variance and bounds are those of the passes alone")
     typer.echo(f"{passes} passes written to {output}", err=True)
 
 
@@ -258,15 +262,21 @@ def predicted(
     import numpy as np
 
     from mcdrop.files import only_input
+    from mcdrop.predict import in_words
     from mcdrop.predict import predict as predict_block
     from mcdrop.table import read_rows, with_prediction
 
-    spec, rows, lost = only_input(model), 0, 0
+    spec, kept, rows, lost = only_input(model), model.calibration, 0, 0
     width = math.prod(spec.shape[1:])
     for block in read_rows(source, width=width, features=model.features, dtype=spec.dtype, note=note):
         inputs = {spec.name: block.values.reshape(-1, *spec.shape[1:])}
         found = predict_block(model, inputs, **options)
-        yield with_prediction(block, found, prefix=prefix)
+        if kept is not None and not rows and not found.audit.calibrated:
+            note(
+                f"the model's calibration was fitted with {in_words(kept.plan)} and does not hold for what was asked: "
+                "it is left out, and its noise or sets with it"
+            )
+        yield with_prediction(block, found, prefix=prefix, calibrated=kept is not None)
         rows += len(block.cells)
         lost += int((~np.isfinite(found.mean) | ~np.isfinite(found.variance)).any(axis=1).sum())
         advance(block.position)

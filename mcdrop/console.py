@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -121,7 +121,7 @@ def terminable() -> Iterator[None]:
 @contextmanager
 def progress(source: str, output: str, doing: str = "predicting") -> Iterator[Callable[[int], None]]:
     """Gives what is to be told the bytes that were read; shows a bar on a terminal that prints nothing else."""
-    if not sys.stderr.isatty() or (output == STANDARD_STREAM and sys.stdout.isatty()):
+    if not _is_terminal(sys.stderr) or (output == STANDARD_STREAM and _is_terminal(sys.stdout)):
         yield lambda position: None
         return
     from rich.console import Console
@@ -133,3 +133,8 @@ def progress(source: str, output: str, doing: str = "predicting") -> Iterator[Ca
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda position: bar.update(task, completed=position)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Python has None for a stream that was closed before it began, as by ``2>&-``."""
+    return stream is not None and stream.isatty()

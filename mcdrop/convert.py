@@ -1,7 +1,7 @@
 """A state dict that torch pickled, as safetensors: read with ``weights_only``, which runs no code of the file."""
 
 import io
-import pickle
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,11 +29,12 @@ def convert(source: str | Path, target: str | Path, *, sha256: str | None = None
     data = read_plain(Path(source), sha256=sha256)
     try:
         read = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError):
+    except Exception:  # nothing of it was run, so whatever torch stumbles over is in the file
         reason = _unsafe(data) or "it is damaged, or torch.save did not write it"  # torch's own advice is to run it
         raise ArtifactError(f"{source} is not a plain state dict: {reason}") from None
-    inner = next((read[name] for name in _NESTED if isinstance(read, Mapping) and name in read), read)
-    weights = inner if isinstance(inner, Mapping) else {}
+    del data  # it is as large as the weights, which are there twice when they are written
+    read = read if isinstance(read, Mapping) else {}
+    weights = next((read[name] for name in _NESTED if isinstance(read.get(name), Mapping)), read)
     tensors = {str(name): value.detach() for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) != len(weights):
         raise ArtifactError(f"{source} does not hold a state dict, that is, tensors by name")
@@ -42,10 +43,20 @@ def convert(source: str | Path, target: str | Path, *, sha256: str | None = None
             raise ArtifactError(f"{source} cannot be written as safetensors: the tensor {name!a} {reason}")
     try:
         with whole(target) as beside:
-            save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, str(beside))
+            _write(beside, {name: tensor.clone().contiguous() for name, tensor in tensors.items()})
     except SafetensorError as error:
         raise InputError(f"cannot write {target}: {error}") from None
     return len(tensors)
+
+
+def _write(place: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes into a file and leaves its mode as it is, or into a pipe."""
+    status = place.stat()
+    if stat.S_ISREG(status.st_mode):
+        save_file(tensors, place)  # holds none of it again, and puts a file that its owner alone may read in its place
+        place.chmod(stat.S_IMODE(status.st_mode))
+    else:
+        place.write_bytes(save(tensors))
 
 
 def _unfit(name: str, tensor: Tensor) -> str:

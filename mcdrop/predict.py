@@ -24,7 +24,7 @@ from mcdrop.wrapping import wrap
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Prediction", "interpret", "predict"]
+__all__ = ["Prediction", "in_words", "interpret", "predict"]
 
 Array = NDArray[np.float64]
 
@@ -148,7 +148,7 @@ def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration 
         return None
     if fitted != asked:
         raise InputError(
-            f"the calibration was fitted with {_words(fitted)} and does not hold for {_words(asked)}; "
+            f"the calibration was fitted with {in_words(fitted)} and does not hold for {in_words(asked)}; "
             "ask for the same passes, or calibrate again"
         )
     raise InputError(
@@ -157,7 +157,8 @@ def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration 
     )
 
 
-def _words(plan: PassPlan) -> str:
+def in_words(plan: PassPlan) -> str:
+    """Says what a calibration is bound to of a plan, as options are written."""
     said = f"passes={plan.passes} seed={plan.seed} sampler={plan.sampler}"
     said += " exact_last=True" if plan.exact_last else ""
     return said if plan.tolerance is None else f"{said} tolerance={plan.tolerance:g}"

@@ -7,7 +7,8 @@ import shutil
 import stat
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "Entry",
+    "anew",
     "check_name",
     "check_replaceable",
+    "check_writable",
     "list_models",
+    "name_and_version",
     "put_file",
     "read_manifest",
     "resolve",
@@ -55,6 +59,23 @@ def check_name(name: str, advice: str = "") -> None:
     """
     if not _NAME.fullmatch(name):
         raise ArtifactError(f"{name!r} cannot be a name or version: use letters, digits, '.', '_' and '-'{advice}")
+
+
+def name_and_version(folder: Path, name: str, version: str | None) -> tuple[str, str]:
+    """Gives a model's name and version: what is not given is read off its place, STORE/NAME/VERSION.
+
+    The version is "1" where the folder's own name cannot be one.
+
+    Raises:
+        ArtifactError: one of them cannot be a name.
+    """
+    name = name or folder.parent.name or folder.resolve().parent.name
+    if version is None:
+        own = folder.name or folder.resolve().name
+        version = own if _NAME.fullmatch(own) else "1"
+    check_name(name, "; give another as name=")
+    check_name(version)
+    return name, version
 
 
 def list_models(store: str | Path) -> list[Entry]:
@@ -157,22 +178,50 @@ def put_file(folder: Path, name: str, content: bytes) -> None:
     """Puts a file into a model folder, or another in its place, and renews the manifest; whole or not at all.
 
     Raises:
-        ArtifactError: the folder differs from its manifest.
+        ArtifactError: the folder differs from its manifest, or nothing can be written beside it.
     """
     import tomli_w
 
     folder = folder.resolve()  # a link to a version stays one, and no folder can be moved under the name "."
     manifest = read_manifest(folder)
     verify(folder, manifest)
-    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
+    with anew(folder) as beside:
         shutil.copytree(folder, beside, dirs_exist_ok=True)
         (beside / name).write_bytes(content)
         manifest["sha256"][name] = sha256(beside / name)
         (beside / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
-        swap(beside, folder)
+
+
+@contextmanager
+def anew(target: Path) -> Iterator[Path]:
+    """Gives an empty folder beside a model's place, which takes that place when all is in it, and else goes.
+
+    Raises:
+        ArtifactError: nothing can be written there, or what is there is no model.
+    """
+    beside = _beside(target)
+    try:
+        yield beside
+        swap(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Tries whether a model folder can be written again, before the work is done that it is to hold.
+
+    Raises:
+        ArtifactError: it cannot.
+    """
+    _beside(folder.resolve()).rmdir()
+
+
+def _beside(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from None
 
 
 def check_replaceable(target: Path) -> None:

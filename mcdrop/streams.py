@@ -7,9 +7,9 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 from mcdrop.errors import InputError
 
@@ -35,7 +35,7 @@ def reading(source: str | Path) -> Iterator[TextIO]:
         InputError: it cannot be read.
     """
     if str(source) == STANDARD_STREAM:
-        with _standard(sys.stdin.buffer, "utf-8-sig") as stream:
+        with _standard(sys.stdin, "utf-8-sig", "read standard input") as stream:
             yield stream
     else:
         with explained("read", source), Path(source).open(encoding="utf-8-sig", newline="") as opened:
@@ -50,7 +50,7 @@ def writing(target: str | Path) -> Iterator[TextIO]:
         InputError: it cannot be written.
     """
     if str(target) == STANDARD_STREAM:
-        with _standard(sys.stdout.buffer, "utf-8") as stream:
+        with _standard(sys.stdout, "utf-8", "write standard output") as stream:
             yield stream
     else:
         with whole(target) as beside, beside.open("w", encoding="utf-8", newline="") as opened:
@@ -130,9 +130,21 @@ def _beside(place: Path) -> Path:
 
 
 @contextmanager
-def _standard(buffer: BinaryIO, encoding: str) -> Iterator[TextIO]:
-    stream = io.TextIOWrapper(buffer, encoding=encoding, newline="")
+def _standard(opened: TextIO | None, encoding: str, doing: str) -> Iterator[TextIO]:
+    """Python has None for a stream that was closed before it began, as by ``>&-``."""
+    if opened is None:
+        raise InputError(f"cannot {doing}: it is closed")
+    stream = io.TextIOWrapper(opened.buffer, encoding=encoding, newline="")
     try:
-        yield stream
-    finally:
-        stream.detach()  # flushes, and leaves open what is not ours to close
+        try:
+            yield stream
+        finally:
+            stream.detach()  # flushes, and leaves open what is not ours to close
+    except OSError as error:
+        with suppress(OSError, ValueError):  # what could not be written would be tried again
+            stream.close()
+        if error.errno == errno.EPIPE:  # whoever read it has left, which is no failure of ours
+            raise
+        if error.filename is not None:  # that of another file, which was used meanwhile
+            raise
+        raise InputError(f"cannot {doing}: {error.strerror or error}") from None

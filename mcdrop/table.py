@@ -53,6 +53,19 @@ class _Layout:
     named: bool
 
 
+class _Lines:
+    """Takes the lines of a csv writer, which end with both characters, and writes them with a newline alone.
+
+    Before Python 3.13 a carriage return in a cell is quoted only where lines end with one.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, line: str) -> None:
+        self._stream.write(line.removesuffix("\r\n") + "\n")
+
+
 def read_rows(
     source: str | Path,
     *,
@@ -99,7 +112,7 @@ def write_rows(target: str | Path, tables: Iterable[Table]) -> int:
     """
     count = 0
     with writing(target) as stream:
-        writer = csv.writer(stream, lineterminator="\n")
+        writer = csv.writer(_Lines(stream), lineterminator="\r\n")
         for table in tables:
             if not count:
                 writer.writerow(table.header)
@@ -108,23 +121,27 @@ def write_rows(target: str | Path, tables: Iterable[Table]) -> int:
     return count
 
 
-def with_prediction(block: Block, prediction: "Prediction", *, prefix: str = "") -> Table:
+def with_prediction(block: Block, prediction: "Prediction", *, prefix: str = "", calibrated: bool = False) -> Table:
     """Gives the columns of the table followed by those of the prediction; what is unknown is an empty cell.
+
+    Those of a model that keeps a calibration (``calibrated``) say whether it holds: which noise is in the variance,
+    and what kind of claim the interval makes.
 
     Raises:
         InputError: the table already has a column of such a name; another ``prefix`` avoids that.
     """
-    columns = {prefix + name: values for name, values in _columns(prediction)}
+    columns = {prefix + name: values for name, values in _columns(prediction, calibrated)}
     if taken := [name for name in block.header if name.strip() in columns]:
         raise InputError(f"the table already has columns {_listed(taken)}; choose a prefix for the new ones")
     rows = [[*cells, *new] for cells, *new in zip(block.cells, *columns.values(), strict=True)]
     return Table([*block.header, *columns], rows)
 
 
-def _columns(prediction: "Prediction") -> Iterator[tuple[str, list[Any]]]:
+def _columns(prediction: "Prediction", calibrated: bool) -> Iterator[tuple[str, list[Any]]]:
     if prediction.mean.ndim != 2:
         shape = prediction.mean.shape[1:]
         raise InputError(f"the outputs of a row have the shape {shape}, and a table takes (D,); use mcdrop in Python")
+    by_output: dict[str, NDArray[Any] | None]
     if prediction.label is not None:
         yield "label", prediction.label.tolist()
         by_output = {"probability": prediction.mean}
@@ -133,15 +150,26 @@ def _columns(prediction: "Prediction") -> Iterator[tuple[str, list[Any]]]:
         by_output = {name: getattr(prediction, name) for name in ("mean", "variance", "std")}
         by_row = {}
     by_output |= {name: getattr(prediction, name) for name in ("lower", "upper", "standard_error")}
+    if prediction.prediction_set is not None:  # a classifier's, with a calibration that holds for these passes
+        by_output |= {"in_set": prediction.prediction_set, "calibrated": prediction.probabilities}
+    if calibrated and prediction.label is None:
+        by_output["aleatoric"] = prediction.aleatoric
     by_row |= {name: getattr(prediction, name) for name in ("score", "p_value", "is_anomaly")}
     rows, outputs = prediction.mean.shape
     for name, values in by_output.items():
         for i in range(outputs):
             suffix = "" if outputs == 1 else f"_{i}"
-            yield name + suffix, [None] * rows if values is None else values[:, i].tolist()
+            yield name + suffix, _cells(None if values is None else values[:, i], rows)
     for name, values in by_row.items():
-        cells = [None] * rows if values is None else values.tolist()
-        yield name, [str(cell).lower() if isinstance(cell, bool) else cell for cell in cells]
+        yield name, _cells(values, rows)
+    if calibrated:
+        yield "interval_kind", [prediction.interval_kind] * rows
+
+
+def _cells(values: NDArray[Any] | None, rows: int) -> list[Any]:
+    if values is None:
+        return [None] * rows
+    return [*(np.where(values, "true", "false") if values.dtype == bool else values).tolist()]
 
 
 def _layout(first: list[str], width: int, features: Sequence[str] | None, name: str) -> _Layout:

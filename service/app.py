@@ -4,7 +4,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,8 @@ PREDICT_BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": PredictRequest.model_json_schema()}}}
 }
 
+MOST_LEFT_SECONDS = 5.0  # for throwing away what is left of a body that is too large; a stop waits for it
+
 router = APIRouter()
 
 
@@ -98,8 +100,9 @@ async def predict(request: Request) -> Response:
     state = request.app.state
     state.registry.models()  # a service that is not ready, or has too much to do, says so before it reads megabytes
     state.queue.check()
+    request.state.body = request.stream()
     body = await read_body(
-        request.stream(),
+        request.state.body,
         declared=request.headers.get("content-length"),
         limit=state.settings.max_body_bytes,
         seconds=state.settings.body_seconds,
@@ -186,12 +189,36 @@ class Guard:
                 await _error(500, said)(scope, receive, tagged)
 
 
+class Last(Response):
+    """An answer given before the end of a body, after which the connection is closed.
+
+    Many clients read nothing before they have sent everything, and one that sends to a closed connection loses the
+    answer: what is left of the body is read and thrown away, for some seconds at most. A server that stops ends that.
+    """
+
+    def __init__(self, answer: Response, left: AsyncIterator[bytes], seconds: float) -> None:
+        super().__init__(answer.body, answer.status_code, {**answer.headers, "connection": "close"})
+        self.left, self.seconds = left, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError, ClientDisconnect, asyncio.CancelledError):  # all was said, whatever ends this
+            async with asyncio.timeout(self.seconds):
+                async for _ in self.left:
+                    pass
+        await send({"type": "http.response.body"})
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
     if status == 500:
         logger.error("%s %s: %s", request.method, request.url.path, error)
     later = error.seconds if isinstance(error, QueueFull) else 1 if status == 503 else None
-    return _error(status, str(error), None if later is None else {"retry-after": str(later)})
+    answer = _error(status, str(error), None if later is None else {"retry-after": str(later)})
+    if isinstance(error, BodyTooLarge):  # not SlowBody: its client needs longer than any wait, and uvicorn reads on
+        return Last(answer, request.state.body, min(request.app.state.settings.body_seconds, MOST_LEFT_SECONDS))
+    return answer
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:

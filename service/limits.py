@@ -66,7 +66,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise BrokenBody("the body is not UTF-8 text; send JSON in UTF-8, not compressed") from None
     except json.JSONDecodeError as error:
-        raise BrokenBody(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        said = error.msg.removesuffix(" at")  # some of them end so
+        raise BrokenBody(f"the body is not JSON: {said} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise BrokenBody("the body is nested too deeply; inputs are lists of rows") from None
     except ValueError:  # an integer of thousands of digits, which Python refuses to read

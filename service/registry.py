@@ -113,7 +113,8 @@ class Registry:
         names = dict.fromkeys(entry.name for entry in entries)
         if self.default is not None and self.default not in names:
             raise ArtifactError(
-                f"the default model {self.default!r} is not in {self.store}; it holds: {', '.join(names)}"
+                f"the default model {self.default!r} is not in {self.store}; it holds: {', '.join(names)}; set "
+                "MCDROP_DEFAULT_MODEL to one of these, or to nothing"
             )
         return entries
 

@@ -19,10 +19,10 @@ def _names(given: Any) -> Any:
 class Settings(BaseSettings):
     """Where the models are, where to listen, and how much one request may ask for.
 
-    The environment is read when this is built, never at import.
+    The environment is read when this is built, never at import; a variable that is empty says nothing.
     """
 
-    model_config = SettingsConfigDict(env_prefix="MCDROP_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="MCDROP_", env_ignore_empty=True, frozen=True)
 
     store: Path = Field(default=Path("models/store"), description="folder of models: STORE/NAME/VERSION")
     default_model: str | None = Field(

@@ -1,17 +1,21 @@
-"""A real server for tests: ``mcdrop serve`` in a process of its own, on a free port of 127.0.0.1."""
+"""Real servers for tests, on a free port of 127.0.0.1: ``mcdrop serve`` in a process of its own, or an app in ours."""
 
+import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import uvicorn
+from fastapi import FastAPI
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 60.0  # seconds in which a server must be ready, or gone
@@ -70,3 +74,25 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
             pass  # the port is taken, and nobody answers yet
         time.sleep(0.05)
     raise AssertionError(f"the server is not ready:\n{log.read_text()}")
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Waits for something that happens in this event loop."""
+    async with asyncio.timeout(PATIENCE):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def in_process(app: FastAPI, *, drain_seconds: int | None = None) -> AsyncIterator[str]:
+    """Serves an app in this event loop, and gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=drain_seconds)
+        server = uvicorn.Server(config)
+        running = asyncio.create_task(server.serve([listener]))
+        try:
+            await until(lambda: server.started)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await running

@@ -258,6 +258,17 @@ def test_nothing_is_read_from_the_environment_before_the_app_is_built(monkeypatc
     assert create_app(Settings(max_rows=8)).state.settings.max_rows == 8
 
 
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, store: Path) -> None:
+    """So a container's own default model can be taken back."""
+    for name in ("DEFAULT_MODEL", "STORE", "PORT", "DEVICES"):
+        monkeypatch.setenv(f"MCDROP_{name}", "")
+    found = Settings()
+    assert (found.default_model, found.store, found.port, found.devices) == (None, Path("models/store"), 8000, ())
+    assert Registry(store, found.default_model).entries()
+    with pytest.raises(ArtifactError, match=r"'' is not in .*; it holds: classes, line; set MCDROP_DEFAULT_MODEL to"):
+        Registry(store, "").entries()
+
+
 def test_stopping_finishes_the_running_request(store: Path, tmp_path: Path) -> None:
     with running(store, tmp_path / "log.txt") as own, httpx.Client(base_url=own.url, timeout=PATIENCE) as client:
         assert client.get("/health/live").status_code == 200

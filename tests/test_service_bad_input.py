@@ -103,6 +103,7 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "too much work": (line(inputs=[[0]] * 5000, passes=10_000), 422, "rows times passes may be 10000000"),
     "too much kept": (line(inputs=[[0]] * 5000, passes=500, samples=True), 422, "1000000 where every pass is kept"),
     "broken JSON": (b'{"inputs": [[1,', 400, "the body is not JSON: Expecting value at line 1, column 16"),
+    "open text": (b'{"model": "li', 400, "the body is not JSON: Unterminated string starting at line 1, column 11"),
     "no JSON": (b"x=1&y=2", 400, "the body is not JSON"),
     "two objects": (b"{}{}", 400, "the body is not JSON: Extra data"),
     "empty body": (b"", 400, "the body is empty; send JSON such as"),
@@ -198,6 +199,17 @@ def test_a_refusal_leaves_the_connection_open(server: Server) -> None:
             assert connection.sock is wire
 
 
+def test_a_client_that_sends_all_before_it_reads_is_answered_and_sent_away(server: Server) -> None:
+    """A server that just closes takes its answer with it: such a client sees its connection reset."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST", "/predict", bytes(20 * 2**20))
+        response = connection.getresponse()
+        said = json.loads(response.read())["error"]
+    assert (response.status, response.headers["connection"]) == (413, "close")
+    assert "at most 8388608 bytes" in said
+
+
 # -- without a server --------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +233,19 @@ def test_a_body_that_never_ends_is_given_up(store: Path) -> None:
         await asyncio.sleep(PATIENCE)
 
     refused(ask(loaded(store, body_seconds=0.05), slow()), 408, "did not arrive within 0.05 seconds")
+
+
+def test_a_body_that_is_too_large_and_never_ends_is_given_up(store: Path) -> None:
+    """What is left of it is read, but only for a while; the answer ends, and the connection with it."""
+
+    async def dripping() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    response = ask(loaded(store, body_seconds=0.2, max_body_bytes=3), dripping())
+    refused(response, 413, "at most 3 bytes")
+    assert response.headers["connection"] == "close"
 
 
 def test_an_answer_has_a_bounded_size(store: Path) -> None:

@@ -3,17 +3,14 @@
 import asyncio
 import json
 import logging
-import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
-from serving import PATIENCE
+from serving import PATIENCE, in_process, until
 
 from service import Settings, create_app
 from service.queue import Left, Queue, QueueFull
@@ -24,12 +21,6 @@ LINE = {"model": "line", "version": "1", "inputs": [[0.5]], "passes": 20}
 async def stays() -> None:
     """A client that never leaves."""
     await asyncio.Event().wait()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not true():
-            await asyncio.sleep(0.005)
 
 
 def occupied(queue: Queue, threads: int) -> tuple[threading.Event, list[asyncio.Task[bool]]]:
@@ -128,23 +119,10 @@ def served(store: Path, use: Callable[[FastAPI, str], Awaitable[None]], *, most_
     async def run() -> None:
         app = create_app(Settings(store=store, threads=1, max_waiting=most_waiting))
         app.state.registry.load()
-        async with _server(app) as url:
+        async with in_process(app) as url:
             await use(app, url)
 
     asyncio.run(run())
-
-
-@asynccontextmanager
-async def _server(app: FastAPI) -> AsyncIterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
-        running = asyncio.create_task(server.serve([listener]))
-        try:
-            await until(lambda: server.started)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await running
 
 
 def test_a_full_service_says_429_and_when_to_try_again(store: Path) -> None:

@@ -16,6 +16,7 @@ from mcdrop.store import (
     _version_key,
     check_name,
     list_models,
+    name_and_version,
     put_file,
     read_manifest,
     resolve,
@@ -39,6 +40,21 @@ def written(folder: Path, **more: Any) -> Path:
 
 def names(store: Path) -> list[str]:
     return [f"{entry.name}/{entry.version}" for entry in list_models(store)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "version"), [("store/net/2", "2"), ("net/2.1-a", "2.1-a"), ("net/my model", "1"), ("net/x/..", "1")]
+)
+def test_what_is_not_given_is_read_off_the_place(folder: str, version: str) -> None:
+    place = Path(folder)
+    assert name_and_version(place, "", None) == (place.parent.name, version)
+    assert name_and_version(place, "mine", "7") == ("mine", "7")
+
+
+def test_the_folder_that_one_stands_in_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net" / "4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "net" / "4")
+    assert name_and_version(Path(), "", None) == ("net", "4")
 
 
 # -- order -------------------------------------------------------------------------------------------------------------

@@ -228,6 +228,17 @@ def test_the_prediction_follows_the_input_columns() -> None:
     assert table.rows[1] == ["b", "2", 1, 2, 3, 4, 5, 6, 2, 0.001, "true"]
 
 
+def test_the_table_of_a_calibrated_model_says_which_noise_is_in_it_and_what_the_interval_claims() -> None:
+    rows = block(["x"], [["1"], ["2"]])
+    for known in (prediction(), replace(prediction(), aleatoric=np.array([[0.5], [0.25]]))):
+        plain, table = (with_prediction(rows, known, calibrated=kept) for kept in (False, True))
+        assert set(table.header) - set(plain.header) == {"aleatoric", "interval_kind"}
+        cells = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+        assert [row["interval_kind"] for row in cells] == ["credible"] * 2
+        noise = [None, None] if known.aleatoric is None else known.aleatoric[:, 0].tolist()
+        assert [row["aleatoric"] for row in cells] == noise
+
+
 def test_several_outputs_are_numbered_and_the_unknown_is_empty() -> None:
     table = with_prediction(block(["x"], [["1"], ["2"]]), prediction(outputs=2))
     assert table.header[1:5] == ["mean_0", "mean_1", "variance_0", "variance_1"]
@@ -248,6 +259,19 @@ def test_classification_columns() -> None:
     assert header[-5:] == ["entropy", "mutual_information", "score", "p_value", "is_anomaly"]
 
 
+def test_a_calibrated_classifier_says_which_classes_are_in_its_sets() -> None:
+    known: dict[str, Any] = {"label": np.array([1, 0]), "entropy": np.ones(2), "mutual_information": np.zeros(2)}
+    sets, chances = np.array([[True, False], [True, True]]), np.array([[0.8, 0.2], [0.5, 0.5]])
+    rows = block(["x"], [["1"], ["2"]])
+    table = with_prediction(rows, prediction(outputs=2, prediction_set=sets, probabilities=chances, **known))
+    cells = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    assert [[row[f"in_set_{i}"] for i in range(2)] for row in cells] == [["true", "false"], ["true", "true"]]
+    assert [[row[f"calibrated_{i}"] for i in range(2)] for row in cells] == chances.tolist()
+    more = {"in_set_0", "in_set_1", "calibrated_0", "calibrated_1"}
+    plain = with_prediction(rows, prediction(outputs=2, **known)).header
+    assert plain == [name for name in table.header if name not in more]
+
+
 def test_a_column_of_the_same_name_is_never_written_twice() -> None:
     mine = block(["x", "mean"], [["1", "5"], ["2", "6"]])
     with pytest.raises(InputError, match="already has columns 'mean'"):
@@ -261,6 +285,17 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert write_rows(target, [Table(["x", "note"], cells), Table(["x", "note"], [["0.1", ""]])]) == 3
     with target.open(encoding="utf-8", newline="") as stream:
         assert list(csv.reader(stream)) == [["x", "note"], *cells, ["0.1", ""]]
+
+
+def test_a_carriage_return_in_a_cell_ends_no_row(tmp_path: Path) -> None:
+    """Python's own writer leaves it bare before 3.13, and any reader then sees two rows."""
+    rows = [["a\rheader", "x"], ["one\rtwo", "1"], ["\r", "2"], ["three\r\nfour\r\n", "3"]]
+    write_rows(tmp_path / "out.csv", [Table(rows[0], rows[1:])])
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:
+        assert list(csv.reader(stream)) == rows
+    again = only(tmp_path / "out.csv", width=1, features=["x"])
+    assert [again.header, *again.cells] == rows
+    assert (tmp_path / "out.csv").read_bytes().endswith(b'\r\n",3\n')  # rows end with a newline alone, as ever
 
 
 def test_a_float_survives_the_round_trip(tmp_path: Path) -> None:
