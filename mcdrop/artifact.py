@@ -5,8 +5,6 @@ the folder: a network is a graph, or weights for a function of an installed, all
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from mcdrop.model import Model, Options, check_model
 from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
-from mcdrop.store import FORMAT, MANIFEST, check_name, check_replaceable, read_manifest, resolve, swap, verify
+from mcdrop.store import FORMAT, MANIFEST, anew, check_replaceable, name_and_version, read_manifest, resolve, verify
 from mcdrop.store import sha256 as hash_of
 from mcdrop.wrapping import devices_of
 
@@ -48,7 +46,7 @@ def save(
     screen: Screen | None = None,
     calibration: Calibration | None = None,
     name: str = "",
-    version: str = "1",
+    version: str | None = None,
     description: str = "",
     features: list[str] | None = None,
     overwrite: bool = False,
@@ -65,25 +63,21 @@ def save(
         screen: fitted flags; None is the model's own.
         calibration: what ``calibrate`` gave; None is the model's own.
         name: of the model; by default the folder's parent's.
-        version: of the model.
+        version: of the model; by default the folder's own name, or "1" where that cannot be one.
         description: one line for people.
         features: names of the columns of a single (N, F) input; None are the model's, [] none.
         overwrite: whether a saved model that is there, or an empty folder, may be replaced.
 
     Raises:
-        ArtifactError: the folder is there, or holds more than a model, or what was written does not load, answer and
-            screen as the model does.
+        ArtifactError: the folder is there, or holds more than a model, or cannot be written, or what was written does
+            not load, answer and screen as the model does.
     """
     check_model(model)
     target = _target(folder, overwrite)
     format = format or default_format(model, factory)
     UnknownName.check("format", format, FORMATS)
-    name = name or target.parent.name or target.resolve().parent.name
-    check_name(name, "; give another as name=")
-    check_name(version)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    try:
+    name, version = name_and_version(target, name, version)
+    with anew(target) as beside:
         screen = screen or model.screen
         said: dict[str, Any] = {"factory": factory, "arguments": dict(arguments or {})} if factory else {}
         weights = {"format": format, **said, **FORMATS[format].write(model, beside / FORMATS[format].file, said)}
@@ -94,9 +88,6 @@ def save(
         _write_manifest(model, beside, screen, head, weights, by_name)
         there = model.audit.devices[:1] if FORMATS[format].movable else ()
         _check_same(model, load(beside, devices=there), calibration or model.calibration, format)
-        swap(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return target
 
 
@@ -136,6 +127,7 @@ def _write_manifest(
         **head,
         "task": model.task,
         **({"reads": model.reads} if model.reads else {}),
+        **({"injected": model.audit.injected} if model.audit.injected else {}),
         "weights": weights,
         "sites": [{"name": site.name, "path": site.path, "kind": site.kind} for site in model.audit.live],
         "inputs": [
@@ -249,6 +241,7 @@ def _build(place: Path, manifest: Mapping[str, Any], devices: tuple[str, ...]) -
         model, name=manifest["name"], version=manifest["version"], description=manifest.get("description", ""),
         features=manifest.get("features") or None, defaults=Options(**manifest["defaults"]),
         reads=str(manifest.get("reads", "")),  # "" in older folders, whose fits knew nothing of it
+        audit=replace(model.audit, injected=manifest.get("injected") or model.audit.injected),
     )  # fmt: skip
     screen = _read_screen(place, manifest.get("screen"), positional)
     check_features(model, weights["format"], screen)
@@ -267,8 +260,9 @@ def _check_promises(place: Path, model: Model, manifest: Mapping[str, Any]) -> N
     if inputs != told:
         raise ArtifactError(f"{place}: the network takes {inputs}, its manifest promises {told}")
     features = manifest.get("features", [])
-    if not isinstance(manifest.get("description", ""), str) or not isinstance(features, list):
-        raise ArtifactError(f"{place / MANIFEST} must hold a text as description and a list as features")
+    texts = all(isinstance(manifest.get(name, ""), str) for name in ("description", "injected"))
+    if not texts or not isinstance(features, list):
+        raise ArtifactError(f"{place / MANIFEST} must hold texts as description and injected, and a list as features")
     width = model.inputs[0].shape[-1] if len(model.inputs) == 1 and len(model.inputs[0].shape) == 2 else None
     if features and (len(features) != width or not all(isinstance(feature, str) for feature in features)):
         raise ArtifactError(f"{place / MANIFEST} must name {width} features, one for each column, got {features}")

@@ -64,7 +64,8 @@ class Bank:
         width = next(iter(self.state.values())).shape[-1]
         if features.shape[1:] != (width,):
             raise InputError(f"rows have {features.shape[1]} features where those of the bank have {width}")
-        return DISTANCES[self.distance].of(self._ready, features)
+        with np.errstate(over="ignore", invalid="ignore"):  # features that are not finite are not near either
+            return DISTANCES[self.distance].of(self._ready, features)
 
     @cached_property
     def _ready(self) -> State:
@@ -83,8 +84,13 @@ def build_bank(features: Features, *, distance: str, layer: str | None) -> Bank:
     return Bank(distance, layer, DISTANCES[distance].fit(features.astype(np.float32)))
 
 
+def _squared_lengths(features: Features) -> Array:
+    """Of each row of features (..., F), in float64: in float32 the square of 2e19 is infinite."""
+    return np.asarray(np.einsum("...f,...f->...", features, features, dtype=np.float64))
+
+
 def _unit(features: Features) -> Features:
-    length = np.linalg.norm(features, axis=1, keepdims=True)
+    length = np.sqrt(_squared_lengths(features))[:, None]
     unit: Features = (features / np.maximum(length, _TINY)).astype(np.float32)
     return unit
 
@@ -99,7 +105,7 @@ def _cosine(state: State, features: Features) -> Array:
 
 
 def _fit_euclidean(features: Features) -> State:
-    scale = features.std(axis=0)
+    scale = features.std(axis=0, dtype=np.float64).astype(np.float32)
     scale[scale <= _TINY] = 1
     return {"rows": (features / scale).astype(np.float32), "scale": scale[None]}
 
@@ -124,15 +130,15 @@ def _tenth(state: State, points: Features) -> Array:
     A matrix product, with the squared lengths of the rows, finds those that are near, but leaves few digits of small
     distances; so they are computed from differences. What rounding alone sets apart is at distance 0.
     """
-    rows, lengths = state["around"], np.einsum("nf,nf->n", points, points)
+    rows, lengths = state["around"], _squared_lengths(points)
     kth, near, found = _NEIGHBOURS - 1, min(_NEAR, len(rows)), np.empty(len(points))
     size = max(1, _BLOCK // max(len(rows), near * rows.shape[1]))
     for start in range(0, len(points), size):
         some = points[start : start + size] - state["centre"]
         order = np.argpartition(state["squares"] - 2 * some @ rows.T, near - 1, axis=1)[:, :near]
         apart = some[:, None] - rows[order]
-        squares = np.partition(np.einsum("nkf,nkf->nk", apart, apart), kth, axis=1)[:, kth]
-        same = squares <= _ROUNDING**2 * lengths[start : start + size]
+        squares = np.partition(_squared_lengths(apart), kth, axis=1)[:, kth]
+        same = np.isfinite(squares) & (squares <= _ROUNDING**2 * lengths[start : start + size])
         found[start : start + size] = np.where(same, 0, squares)
     return found
 

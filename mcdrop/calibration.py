@@ -172,24 +172,22 @@ def fit_calibration(
         )
         raise InputError(f"method {method!r} does not suit the task {task!r}; choose one of: {', '.join(fitting)}")
     _check_finite(summary)
-    bound: dict[str, Any] = {
-        "method": method,
-        "task": task,
-        "rows": len(summary.mean),
-        "plan": plan,
-        "fingerprint": fingerprint,
-    }
+    known = _known(noise, summary)
+    bound: dict[str, Any] = {"method": method, "task": task, "plan": plan, "fingerprint": fingerprint}
+    bound["rows"] = len(summary.mean)
     if summary.classes is not None:
         labels = labels_of(y, summary.mean)
         scores = np.sort(entry.score(summary, labels.astype(np.float64), 0.0, None), axis=0)[None]
         return Calibration(scores=scores, temperature=fit_temperature(summary.mean, labels), **bound)
-    targets, known = targets_of(y, summary.mean), _known(noise, summary)
+    targets = targets_of(y, summary.mean)
     asked = _asked(levels) if entry.by_level else ()
-    scores, offset = _scores(entry, summary, targets, known, asked)
-    if known is None and summary.aleatoric is None:
-        known = fit_noise(targets - summary.mean, summary.epistemic)
-    total = summary.variance if known is None else summary.epistemic + known
-    scale = fit_scale(targets - summary.mean, total)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        scores, offset = _scores(entry, summary, targets, known, asked)
+        if known is None and summary.aleatoric is None:
+            known = fit_noise(targets - summary.mean, summary.epistemic)
+        total = summary.variance if known is None else summary.epistemic + known
+        scale = fit_scale(targets - summary.mean, total)
+    _check_fitted(targets - summary.mean, scores, offset, known, total, scale)
     return Calibration(scores=scores, levels=asked, offset=offset, noise=known, scale=scale, **bound)
 
 
@@ -219,6 +217,14 @@ def _check_finite(summary: Summary) -> None:
                 f"the network's output for held-out row {bad.argmax()} is not finite; leave out such rows, of which "
                 f"there are {bad.sum()}, or mend the network"
             )
+
+
+def _check_fitted(residuals: Array, *fitted: Array | None) -> None:
+    if not all(np.isfinite(values).all() for values in fitted if values is not None):
+        raise InputError(
+            f"targets lie up to {np.abs(residuals).max():.1e} from the network's outputs, and no finite number holds "
+            "the squares that are fitted; give both in larger units"
+        )
 
 
 def _asked(levels: Any) -> tuple[float, ...]:
@@ -263,15 +269,16 @@ def labels_of(y: Any, mean: Array) -> NDArray[np.int64]:
 def _known(noise: Any, summary: Summary) -> Array | None:
     if noise is None:
         return None
-    if summary.aleatoric is not None:
-        raise InputError("noise cannot be given here: the network's own head gives it")
+    if summary.classes is not None or summary.aleatoric is not None:
+        why = "the network's own head gives it" if summary.classes is None else "classes have none"
+        raise InputError(f"noise cannot be given here: {why}")
     single = np.isscalar(noise) or getattr(noise, "ndim", 1) == 0
     given, shape = numbers([noise] if single else noise, "noise"), summary.mean.shape[1:]
     try:
         known = np.broadcast_to(given.astype(np.float64), shape).copy()
     except ValueError:
         raise InputError(f"noise must be a number or of the shape {shape}, one row's; got {given.shape}") from None
-    if not (known > 0).all():
+    if isinstance(noise, bool | np.bool_) or not (known > 0).all():
         raise InputError(f"noise must be a variance above 0, got {noise}")
     return known
 

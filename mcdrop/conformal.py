@@ -48,8 +48,8 @@ def conformal_rank(count: int, level: float) -> int:
     >>> conformal_rank(19, 0.95), conformal_rank(18, 0.95)
     (19, 19)
     """
-    # rounded first, so that 20 * 0.95 is 19 in floating point too
-    return math.ceil(round((count + 1) * level, 9))
+    # rounded first, so that 20 * 0.95 is 19 in floating point too; a tiny level is not rounded away
+    return max(1, math.ceil(round((count + 1) * level, 9)))
 
 
 def _absolute(summary: Summary, y: Array, level: float, offset: Array | None) -> Array:

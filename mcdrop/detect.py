@@ -1,5 +1,6 @@
 """Screening many rows at a stated rate, and the same with the surface that users of PyOD know."""
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +77,12 @@ def screen(
     rate = check_fpr(screen.fpr if fpr is None else fpr, count) if fdr is None else check_fdr(fdr, count)
     reference = reference_scores(model, screen, screen.plan)
     batches = (inputs_of(model, batch) for batch in data) if is_batches(model, data) else [data]
-    parts = [scores_under(model, batch, screen.plan, screen.score, screen.bank) for batch in batches]
-    if not parts:
+    found = array("d")  # in one piece: an array for each batch would hold on to the memory around it
+    for batch in batches:
+        found.frombytes(scores_under(model, batch, screen.plan, screen.score, screen.bank).tobytes())
+    if not found:
         raise InputError("the data hold no batches")
-    scores = np.concatenate(parts)
+    scores = np.array(found)
     p = p_values(scores, reference)
     flagged = p <= rate if fdr is None else benjamini_hochberg(p, rate)
     fewest = 1 if fdr is None else fewest_discoveries(len(p), rate, count)

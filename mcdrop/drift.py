@@ -9,10 +9,13 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mcdrop.errors import InputError
+from mcdrop.masks import is_whole
+from mcdrop.rows import numbers
 
 __all__ = ["Drift", "DriftMonitor"]
 
@@ -45,14 +48,20 @@ class DriftMonitor:
     score, eight bytes a row. An alarm stays until ``reset``.
 
     Raises:
-        InputError: no reference scores, one that is not finite, or a run length below 1.
+        InputError: no reference scores, one that is no finite number, a run length below 1, or a seed below 0.
     """
 
     def __init__(self, reference: Iterable[float], *, run_length: float = 100_000, seed: int = 0) -> None:
         """Takes the reference's scores and the rows that may pass, on average, between two false alarms."""
-        self._reference = array("d", sorted(_finite([float(score) for score in reference])))
-        if not self._reference or not run_length >= 1:
-            raise InputError("a drift monitor needs scores of reference rows, and a run length of at least 1")
+        self._reference = array("d", sorted(_finite(reference)))
+        number = isinstance(run_length, int | float | np.number) and not isinstance(run_length, bool)
+        if not self._reference or not number or not run_length >= 1:
+            raise InputError(
+                f"a drift monitor needs scores of reference rows, got {len(self._reference)}, and a run length of at "
+                f"least 1, got {run_length!r}"
+            )
+        if not is_whole(seed) or seed < 0:
+            raise InputError(f"seed must be a whole number from 0, got {seed!r}")
         self._run_length = float(run_length)
         self._seed = seed
         self.reset()
@@ -64,13 +73,14 @@ class DriftMonitor:
         self._shares = np.full(len(_BETS), 1 / len(_BETS))  # of the wealth, on each bet
         self._log_wealth, self._evidence, self._rows, self._alarm = 0.0, 0.0, 0, False
 
-    def update(self, scores: Iterable[float]) -> Drift:
-        """Takes further scores (N,) in order of arrival and gives the state after them.
+    def update(self, scores: float | Iterable[float]) -> Drift:
+        """Takes one score, or further scores (N,) in order of arrival, and gives the state after them.
 
         Raises:
-            InputError: one of them is not finite; then none is taken.
+            InputError: one of them is no finite number; then none is taken.
         """
-        for score in _finite(scores):
+        single = not isinstance(scores, Iterable) or getattr(scores, "ndim", 1) == 0
+        for score in _finite([scores] if single else scores):
             self._take(score)
         return self.state
 
@@ -94,8 +104,7 @@ class DriftMonitor:
         self._alarm = self._alarm or self._evidence >= self._run_length
 
 
-def _finite(scores: Iterable[float]) -> list[float]:
-    given = np.asarray(scores, np.float64).ravel()
-    if not np.isfinite(given).all():
-        raise InputError(f"a score must be a finite number, got {given[~np.isfinite(given)][0]}")
-    return [float(score) for score in given]
+def _finite(scores: Any) -> list[float]:
+    whole = hasattr(scores, "ndim") or isinstance(scores, str) or not isinstance(scores, Iterable)
+    given = numbers(scores if whole else [*scores], "scores")
+    return [float(score) for score in given.ravel()]

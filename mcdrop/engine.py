@@ -43,7 +43,8 @@ class PassPlan:
 
     Raises:
         InputError: passes below 2 (a variance needs two) or above a million, a seed outside 0 to 2**64 - 1, a tolerance
-            that is not above 0, or kept samples together with a tolerance or a closed form.
+            that is not above 0, a flag that is neither true nor false, or kept samples together with a tolerance or a
+            closed form.
     """
 
     passes: int = 100
@@ -62,8 +63,10 @@ class PassPlan:
         object.__setattr__(self, "passes", int(self.passes))
         object.__setattr__(self, "seed", int(self.seed))
         UnknownName.check("sampler", self.sampler, SAMPLERS)
-        if not isinstance(self.exact_last, bool):
-            raise InputError(f"exact_last must be true or false, got {self.exact_last!r}")
+        for flag in ("exact_last", "keep_samples"):
+            if not isinstance(given := getattr(self, flag), bool | np.bool_):
+                raise InputError(f"{flag} must be true or false, got {given!r}")
+            object.__setattr__(self, flag, bool(given))
         if self.exact_last and self.keep_samples:
             raise InputError(
                 "exact_last averages over the last dropout in closed form, so there are no samples to keep and an "

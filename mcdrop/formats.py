@@ -140,10 +140,16 @@ def _read_program(source: Source, example: Any, task: str) -> Model:
 def _wrap_program(
     data: bytes, name: str, example: Any, task: str, devices: Sequence[str], options: Mapping[str, Any]
 ) -> Model:
+    from mcdrop.any_rows import fixed_rows
     from mcdrop.programs import lost_attention, read_program
 
     module = read_program(data, name, device=devices[0] if devices else "cpu")
-    model = _wrapped(module, example, task, devices, options)
+    try:
+        model = _wrapped(module, example, task, devices, options)
+    except InputError as error:
+        if type(error) is not InputError or not (said := fixed_rows(module, example)):
+            raise
+        raise InputError(f"{error}; {said}") from error
     lost = lost_attention(module)
     if not lost:
         return model

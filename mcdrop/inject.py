@@ -7,7 +7,7 @@ held-out data, and the audit says so. To add a kind, add one function and one li
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,8 @@ def inject(module: nn.Module, *, kind: str = "dropout", p: float = 0.1, where: W
 
     Args:
         module: any network.
-        kind: "dropout", "dropout2d", "dropblock" or "stochastic_depth" (after a layer), or "dropconnect" (on its
-            weights).
+        kind: "dropout", "dropout2d", "dropblock" or "stochastic_depth" (after a layer, on the first of its tensors
+            where it gives several), or "dropconnect" (on its weights).
         p: the drop rate; ``choose_rate`` finds one on held-out data.
         where: paths of layers as in ``named_modules()``, a function of (path, layer), or None for all layers that fit
             the kind, but the last one, the output, where the kind acts after a layer. Stochastic depth must be told.
@@ -64,7 +64,8 @@ def inject(module: nn.Module, *, kind: str = "dropout", p: float = 0.1, where: W
     layers = dict(shadow.named_modules())
     for path in chosen:
         KINDS[kind].apply(layers[path], p)
-    shadow.__dict__["_mcdrop_injected"] = f"{kind} with p={p:g} at {', '.join(chosen)}"
+    said = [vars(shadow).get("_mcdrop_injected"), f"{kind} with p={p:g} at {', '.join(chosen)}"]
+    shadow.__dict__["_mcdrop_injected"] = "; ".join(filter(None, said))
     return shadow
 
 
@@ -93,32 +94,56 @@ def _fitting(module: nn.Module, kind: Kind, where: Where) -> str:
     return f"the network needs {'two' if kind.keep_last else 'one'} of {names}; or say where"
 
 
+@dataclass(frozen=True)
+class _Hook:
+    """Drops what a layer gives; an object, as a function made for one rate could not be pickled with the network.
+
+    Of several tensors the first is dropped, which is a recurrent layer's output beside its states.
+    """
+
+    drop: Callable[[Tensor, float, bool], Tensor]
+    p: float
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        several = type(output) in (list, tuple) and len(output) > 0  # as recurrent layers and attention give
+        first = output[0] if several else output
+        if not isinstance(first, Tensor):
+            raise InputError(
+                f"nothing can be dropped after {type(module).__name__}, which gives {type(first).__name__} and no "
+                "tensor; choose another layer with where="
+            )
+        dropped = self.drop(first, self.p, module.training)
+        return type(output)([dropped, *output[1:]]) if several else dropped
+
+
 def _after(drop: Callable[[Tensor, float, bool], Tensor]) -> Callable[[nn.Module, float], None]:
     """Adds a draw behind a layer, by a hook, so that the layer keeps its type and its attributes."""
 
     def apply(layer: nn.Module, p: float) -> None:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            return drop(output, p, module.training)
-
         layer.__dict__["_forward_hooks"] = OrderedDict(layer._forward_hooks)  # the user's own dict stays as it is
-        layer.register_forward_hook(hook)
+        layer.register_forward_hook(_Hook(drop, p))
 
     return apply
+
+
+def _drop_blocks(x: Tensor, p: float, training: bool) -> Tensor:
+    return drop_block2d(x, p, _BLOCK_SIZE, training)
 
 
 def _on_weights(layer: nn.Module, p: float) -> None:
     """Drops weights, for this layer object alone."""
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise InputError(f"dropconnect fits Linear and Conv2d layers, not {type(layer).__name__}")
+    # no method of the layer: a pickle would name it, and give the forward of the layer's type when it is read
+    layer.__dict__["forward"] = partial(_with_weights_dropped, layer, p)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return drop_weights(self, x, p, self.training)
 
-    layer.__dict__["forward"] = MethodType(forward, layer)
+def _with_weights_dropped(layer: nn.Linear | nn.Conv2d, p: float, x: Tensor) -> Tensor:
+    return drop_weights(layer, x, p, layer.training)
 
 
 KINDS: dict[str, Kind] = {
-    "dropblock": Kind(_after(lambda x, p, training: drop_block2d(x, p, _BLOCK_SIZE, training)), (nn.Conv2d,)),
+    "dropblock": Kind(_after(_drop_blocks), (nn.Conv2d,)),
     "dropconnect": Kind(_on_weights, (nn.Linear, nn.Conv2d), keep_last=False),
     "dropout": Kind(_after(F.dropout), (nn.Linear,)),
     "dropout2d": Kind(_after(F.dropout2d), (nn.Conv2d,)),

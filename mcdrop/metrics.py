@@ -11,6 +11,7 @@ from scipy.special import ndtr
 from mcdrop.errors import InputError
 from mcdrop.intervals import check_level
 from mcdrop.masks import is_whole
+from mcdrop.rows import numbers
 
 __all__ = ["aurc", "crps_gaussian", "crps_samples", "ence", "interval_score", "mean_width", "picp"]
 
@@ -18,12 +19,13 @@ Array = NDArray[np.float64]
 
 
 def picp(y: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> float:
-    """Gives the share of targets inside their interval, bounds included.
+    """Gives the share of targets inside their interval, bounds included; NaN where a target or a bound is.
 
     Prediction interval coverage probability (Khosravi et al. 2011, eq. 6).
     """
     y, lower, upper = _same(y, lower, upper)
-    return float(((lower <= y) & (y <= upper)).mean())
+    unknown = np.isnan(y) | np.isnan(lower) | np.isnan(upper)
+    return float(np.where(unknown, np.nan, (lower <= y) & (y <= upper)).mean())
 
 
 def mean_width(lower: ArrayLike, upper: ArrayLike) -> float:
@@ -52,9 +54,10 @@ def crps_gaussian(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> float:
     y, mean, std = _same(y, mean, std)
     _check_spread(std)
     apart = y - mean
-    z = np.divide(apart, std, out=np.zeros_like(std), where=std != 0)
-    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    scores = std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))
+    with np.errstate(over="ignore"):  # where z is infinite, its product with std is not
+        z = np.divide(apart, std, out=np.zeros_like(std), where=std != 0)
+        density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    scores = apart * (2 * ndtr(z) - 1) + std * (2 * density - 1 / np.sqrt(np.pi))
     return float(np.where(std != 0, scores, np.abs(apart)).mean())
 
 
@@ -119,7 +122,9 @@ def _same(*values: ArrayLike) -> tuple[Array, ...]:
 def _array(value: ArrayLike) -> Array:
     if np.ma.is_masked(value):
         raise InputError("an array has masked values, which no measure can count; leave out such rows")
-    return np.asarray(value, np.float64)
+    single = np.isscalar(value) or getattr(value, "ndim", 1) == 0
+    read = numbers([value] if single else value, "what is measured", finite=False).astype(np.float64)
+    return read.reshape(()) if single else read
 
 
 def _check_spread(std: Array) -> None:

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from mcdrop.errors import InputError, MissingExtra
+from mcdrop.masks import is_whole
+from mcdrop.rows import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,9 +64,9 @@ def band(
     if len(at) != len(prediction.mean):
         raise InputError(f"x must have {len(prediction.mean)} rows as the prediction has, got {len(at)}")
     order = np.argsort(at, kind="stable")
-    lower, mean, upper = (
-        values.reshape(len(at), -1)[order, output] for values in (prediction.lower, prediction.mean, prediction.upper)
-    )
+    bounds = [values.reshape(len(at), -1) for values in (prediction.lower, prediction.mean, prediction.upper)]
+    _check_place("output", output, bounds[0].shape[1])
+    lower, mean, upper = (values[order, output] for values in bounds)
     label = f"{prediction.level:.0%} {prediction.interval_kind} interval"
     ax.fill_between(at[order], lower, upper, color=_BAND, alpha=0.6, linewidth=0, label=label)
     ax.plot(at[order], mean, color=_LINE, label="mean")
@@ -101,16 +103,25 @@ def coverage(
 
 
 def scores(found: _Scored, *, reference: ArrayLike | None = None, bins: int = 50, ax: "Axes | None" = None) -> "Axes":
-    """Draws the distribution of scores, beside that of reference rows, and the smallest score that was flagged."""
+    """Draws the distribution of scores, beside that of reference rows, and the smallest score that was flagged.
+
+    Scores that are not finite, as of rows whose outputs are not, are left out and counted.
+    """
     ax = _axes(ax)
     score, flagged = _of_screen(found)
-    known = np.empty(0) if reference is None else np.asarray(reference, np.float64)
-    edges = np.histogram_bin_edges(np.concatenate([score, known]), bins).tolist()
+    known = np.empty(0) if reference is None else numbers(reference, "reference", finite=False).astype(np.float64)
+    finite = np.isfinite(score)
+    if not finite.any():
+        raise InputError(f"none of the {len(score)} scores is finite, so there is nothing to draw")
+    seen, known = score[finite], known[np.isfinite(known)]
+    edges = np.histogram_bin_edges(np.concatenate([seen, known]), bins).tolist()
     if len(known):
         ax.hist(known, edges, density=True, color=_POINT, alpha=0.5, label="reference")
-    ax.hist(score, edges, density=True, color=_LINE, alpha=0.6, label="rows")
-    if flagged.any():
-        ax.axvline(float(score[flagged].min()), color=_ALARM, label=f"flagged from here ({int(flagged.sum())})")
+    label = "rows" if finite.all() else f"rows ({int((~finite).sum())} not finite, left out)"
+    ax.hist(seen, edges, density=True, color=_LINE, alpha=0.6, label=label)
+    if (flagged & finite).any():
+        first = float(score[flagged & finite].min())
+        ax.axvline(first, color=_ALARM, label=f"flagged from here ({int(flagged.sum())})")
     ax.set(xlabel="score", ylabel="density")
     ax.legend()
     return ax
@@ -140,8 +151,15 @@ def convergence(
     quantiles of the passes themselves, which do not shrink.
     """
     ax = _axes(ax)
-    kept = np.asarray(samples, np.float64)
-    draws = kept.reshape(len(kept), kept.shape[1], -1)[:, row, output]
+    if samples is None:
+        raise InputError("there are no samples: predict with keep_samples=True and give its samples")
+    kept = numbers(samples, "samples", finite=False).astype(np.float64)
+    if kept.ndim < 2 or len(kept) < 2:
+        raise InputError(f"samples must be at least two passes (T, N, D), got the shape {kept.shape}")
+    kept = kept.reshape(len(kept), kept.shape[1], -1)
+    _check_place("row", row, kept.shape[1])
+    _check_place("output", output, kept.shape[2])
+    draws = kept[:, row, output]
     passes = np.arange(2, len(draws) + 1)
     mean = np.cumsum(draws)[1:] / passes
     spread = np.sqrt(np.maximum(np.cumsum((draws - draws[0]) ** 2)[1:] / passes - (mean - draws[0]) ** 2, 0))
@@ -174,8 +192,13 @@ def _diagonal(ax: "Axes | None") -> "Axes":
     return ax
 
 
+def _check_place(name: str, index: int, count: int) -> None:
+    if not is_whole(index) or not -count <= index < count:
+        raise InputError(f"{name} must be a whole number from 0 to {count - 1}, got {index!r}")
+
+
 def _column(values: ArrayLike) -> Array:
-    column = np.asarray(values, np.float64)
+    column = numbers(values, "what is drawn", finite=False).astype(np.float64)
     if column.size != len(column):
         raise InputError(f"a figure over x needs a single column, got the shape {column.shape}")
     return column.ravel()

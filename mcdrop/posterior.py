@@ -20,6 +20,7 @@ from mcdrop.masks import sample_masks
 from mcdrop.model import Model, Options, check_model
 from mcdrop.posterior_statistics import BY_PLACE, statistics
 from mcdrop.predict import Prediction, predict
+from mcdrop.rowfile import as_array
 from mcdrop.streams import whole
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def export_onnx(
 
     A classifier's also gives label, entropy, expected_entropy, mutual_information and variation_ratio, a gaussian one's
     epistemic and aleatoric. They are float64 if the network's output is, else float32; a label is int64. Any number of
-    rows goes in. What was written is run and compared with ``predict``.
+    rows goes in. What was written is run and compared with ``predict``. The model's calibration is no part of it:
+    variance and bounds are those of the passes alone, without the noise and scale that ``predict`` takes from one.
 
     Args:
         model: what ``wrap`` or ``load`` gave.
@@ -171,7 +173,7 @@ def _check(
     """Runs what is to be written, on the example's rows and on one of them, against ``predict``."""
     bare = replace(model, screen=None, calibration=None)
     for rows in (model.example, model.example.take(slice(0, 1))):
-        found = run([_array(leaf) for leaf in rows.leaves])
+        found = run([as_array(leaf) for leaf in rows.leaves])
         expected = predict(
             bare, rows, passes=options.passes, level=options.level, interval=options.interval,
             seed=options.seed, sampler=options.sampler, keep_samples=model.task == "classification",
@@ -192,10 +194,6 @@ def _but_for_ties(found: Array, expected: Prediction, tolerance: float) -> Array
     second, first = np.moveaxis(np.partition(expected.samples, -2, axis=-1)[..., -2:], -1, 0)
     ties = np.mean(first - second <= 2 * tolerance, axis=0)
     return np.asarray(found + np.clip(wanted - found, -ties, ties))
-
-
-def _array(leaf: Any) -> NDArray[Any]:
-    return np.asarray(leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf)
 
 
 def _worst(found: dict[str, NDArray[Any]], expected: Prediction, tolerance: float) -> float:

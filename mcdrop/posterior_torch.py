@@ -131,7 +131,10 @@ def posterior_program(backend: Backend, rows: Rows, plan: PassPlan, *, task: str
     try:
         with quiet(), torch.no_grad():
             shapes = (tuple({0: count} for _ in leaves),)
-            torch.export.save(torch.export.export(module, leaves, dynamic_shapes=shapes, strict=False), buffer)
+            program = torch.export.export(module, leaves, dynamic_shapes=shapes, strict=False)
+            for name, weight in program.named_parameters():  # of the program alone: the network's own may be trained
+                program.state_dict[name] = nn.Parameter(weight.detach(), requires_grad=False)
+            torch.export.save(program, buffer)
     except Exception as error:  # whatever an exporter makes of somebody's network
         raise ModelRefused(f"torch cannot export this network: {' '.join(str(error).split())[:300]}") from error
     return buffer.getvalue()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
+from mcdrop.any_rows import RECURRENT, states_of_any_rows
 from mcdrop.backends import Backend
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ArtifactError, MCDropError, ModelRefused, NoStochasticSite
@@ -35,12 +36,6 @@ _DROPOUT: dict[Any, type[nn.Module]] = {
     _aten.alpha_dropout_.default: nn.AlphaDropout,
     _aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
     _aten.feature_alpha_dropout_.default: nn.FeatureAlphaDropout,
-}
-_RECURRENT = {
-    _aten.gru.input: torch.gru,
-    _aten.lstm.input: torch.lstm,
-    _aten.rnn_relu.input: torch.rnn_relu,
-    _aten.rnn_tanh.input: torch.rnn_tanh,
 }
 _CHECKS_TYPE = _aten._assert_tensor_metadata.default
 _NORMS = {_aten.group_norm.default: F.group_norm, _aten.layer_norm.default: F.layer_norm}
@@ -78,7 +73,7 @@ _SAME: dict[Any, Any] = {  # the same arguments, by a function that masks or a c
     _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     _aten.uniform_.default: Tensor.uniform_,
 }
-_TRAIN = 6  # position of the flag among the arguments of a recurrent layer
+_TRAIN = 6  # the flag's position among the arguments of a recurrent layer
 _ROWS = 3
 _RECIPE = (
     "export it with torch.export.export(model.eval(), ...) and save it before any run_decompositions(), or use "
@@ -168,10 +163,11 @@ def _retargeted(module: Any) -> int:
     for node in [node for node in graph.nodes if node.op == "call_function"]:
         if node.target in _DROPOUT:
             draws += _as_module(module, node)
-        elif node.target in _RECURRENT:
+        elif node.target in RECURRENT:
             arguments = list(node.args)
+            arguments[1] = states_of_any_rows(graph, node)
             arguments[_TRAIN] = True
-            node.target, node.args = _RECURRENT[node.target], tuple(arguments)
+            node.target, node.args = RECURRENT[node.target], tuple(arguments)
             draws += bool(arguments[_TRAIN - 1])
         elif node.target is _aten.native_dropout.default:
             draws += _native(module, node)

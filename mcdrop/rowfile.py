@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mcdrop.errors import ArtifactError
 from mcdrop.rows import Rows
 
-__all__ = ["read_rows", "write_rows"]
+__all__ = ["as_array", "read_rows", "write_rows"]
 
 _INPUT = "input."
 
@@ -18,13 +19,19 @@ def write_rows(path: Path, rows: Rows, more: Mapping[str, Any]) -> None:
     """Writes the leaves of rows under their names or positions, and more arrays under theirs."""
     from safetensors.numpy import save_file
 
-    leaves = {f"{_INPUT}{name}": _array(leaf) for name, leaf in rows.named()}
+    leaves = {f"{_INPUT}{name}": as_array(leaf) for name, leaf in rows.named()}
     save_file({**leaves, **{name: np.ascontiguousarray(value) for name, value in more.items()}}, str(path))
 
 
-def _array(leaf: Any) -> Any:
-    array = leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf
-    return np.ascontiguousarray(array)
+def as_array(leaf: Any) -> NDArray[Any]:
+    """Gives a leaf of rows as an array; what numpy has no type for, such as bfloat16, as float32."""
+    if hasattr(leaf, "detach"):
+        leaf = leaf.detach().cpu()
+        try:
+            leaf = leaf.numpy()
+        except TypeError:
+            leaf = leaf.float().numpy()
+    return np.ascontiguousarray(leaf)
 
 
 def read_rows(path: Path, positional: int) -> tuple[Rows, dict[str, Any]]:

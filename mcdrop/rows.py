@@ -140,21 +140,22 @@ def check_dense(value: Any, name: str) -> None:
         raise InputError(f"{name} must be dense, got a tensor of layout {layout}; give to_dense() of it")
 
 
-def numbers(value: Any, name: str) -> NDArray[Any]:
-    """Gives finite numbers as an array: of a tensor on any device, or of what ``Rows.of`` reads.
+def numbers(value: Any, name: str, *, finite: bool = True) -> NDArray[Any]:
+    """Gives numbers as an array: of a tensor on any device, or of what ``Rows.of`` reads.
 
     Raises:
-        InputError: text, ragged rows, a single number, one that is not finite, or a sparse tensor.
+        InputError: text, ragged rows, a single number, a sparse tensor, or a number that is not finite though all are
+            to be.
     """
     check_dense(value, name)
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
-    array: NDArray[Any] = _leaf(value, name)
+    array: NDArray[Any] = _leaf(value, name, finite=finite)
     return array
 
 
-def _leaf(value: Any, name: str) -> Any:
+def _leaf(value: Any, name: str, *, finite: bool = True) -> Any:
     if hasattr(value, "detach"):  # a tensor: left alone, so that it stays on its device
         leaf = value.detach()
         if leaf.ndim == 0:
@@ -176,7 +177,7 @@ def _leaf(value: Any, name: str) -> Any:
         raise InputError(f"{name} must be numbers, got {_text(value, leaf)}")
     if leaf.ndim == 0:
         raise InputError(f"{name} must have rows as its first dimension, got a single number")
-    if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
+    if finite and leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
         raise InputError(f"{name} must be finite numbers; {_first_bad(leaf)}")
     return leaf
 

@@ -13,6 +13,7 @@ from torch import nn
 import mcdrop
 import mcdrop.factory
 from mcdrop.errors import ArtifactError, InputError
+from mcdrop.store import list_models
 from models.networks import noisy_line
 
 
@@ -76,6 +77,15 @@ def test_the_newest_version_is_the_one_that_is_loaded(tmp_path: Path) -> None:
     for version in ("9", "10", "1"):
         mcdrop.save(model, tmp_path / "net" / version, factory="factories:plain", version=version)
     assert mcdrop.load(tmp_path / "net").version == "10"
+
+
+def test_versions_that_are_saved_by_their_place_alone_are_told_apart(tmp_path: Path) -> None:
+    """As one name and version twice, no service would take the store."""
+    model = trained(plain, X)
+    for version in ("1", "2"):
+        mcdrop.save(model, tmp_path / "net" / version, factory="factories:plain")
+    mcdrop.save(model, tmp_path / "net" / "3", factory="factories:plain", version="4")
+    assert [(entry.name, entry.version) for entry in list_models(tmp_path)] == [("net", v) for v in ("1", "2", "4")]
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -230,3 +240,10 @@ def test_an_output_that_a_function_picks_cannot_be_saved(tmp_path: Path) -> None
     model = mcdrop.wrap(noisy_line(), example=x, output=lambda result: result)
     with pytest.raises(InputError, match="wrap with its name or position"):
         mcdrop.save(model, tmp_path / "line" / "1", factory="models.networks:noisy_line")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    model, _ = saved(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"cannot write .*file/net/1: Not a directory"):
+        mcdrop.save(model, tmp_path / "file" / "net" / "1", factory="factories:plain")

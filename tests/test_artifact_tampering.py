@@ -200,3 +200,12 @@ def test_there_must_be_a_model(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nope", tmp_path / "nope" / ".."):
         with pytest.raises(ModelNotFound, match="there is no model at"):
             mcdrop.load(place)
+
+
+def test_what_was_injected_is_a_text(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    assert mcdrop.load(folder).audit.injected is None  # as in every folder without the line
+    for value in (1, True, ["dropout"]):
+        rewritten(folder, {**manifest_of(folder), "injected": value})
+        with pytest.raises(ArtifactError, match="must hold texts as description and injected"):
+            mcdrop.load(folder)

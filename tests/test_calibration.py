@@ -242,6 +242,8 @@ def test_targets_that_do_not_fit_are_refused() -> None:
         ([0.1, 0.2, 0.3], r"noise must be a number or of the shape \(2,\), one row's; got \(3,\)"),
         ("a", "noise must be numbers, got the text 'a'"),
         (np.inf, "noise must be finite numbers"),
+        (True, "noise must be a variance above 0, got True"),
+        (np.True_, "noise must be a variance above 0, got True"),
     ],
 )
 def test_noise_that_is_no_variance_of_the_outputs_is_refused(noise: Any, said: str) -> None:
@@ -314,3 +316,26 @@ def test_a_folder_keeps_its_calibration(tmp_path: Path) -> None:
     other = mcdrop.wrap(noisy_line(), example=x)
     with pytest.raises(ArtifactError, match="belongs to another model"):
         mcdrop.save(other, tmp_path / "line" / "2", factory="models.networks:noisy_line", calibration=calibration)
+
+
+def test_noise_of_classes_is_refused() -> None:
+    with pytest.raises(InputError, match="noise cannot be given here: classes have none"):
+        fit_calibration(
+            classes([[0.5, 0.5]] * 9), [0] * 9, task="classification", plan=PassPlan(), fingerprint="", noise=0.3
+        )
+
+
+@pytest.mark.parametrize("method", ["absolute", "standardised"])
+def test_targets_whose_squares_are_no_numbers_are_refused(method: str) -> None:
+    """At 1e155 their noise was infinite, and every bound of the method not a number."""
+
+    def fitted(size: float) -> Calibration:
+        y = size * np.linspace(-1, 1, 9)
+        return fit_calibration(
+            summary(np.zeros((9, 1))), y, task="regression", plan=PassPlan(), fingerprint="", method=method
+        )
+
+    spread = 1e150 * np.sqrt(np.mean(np.linspace(-1, 1, 9) ** 2))  # beside which that of the passes is nothing
+    np.testing.assert_allclose(np.sqrt(fitted(1e150).noise), spread)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"up to 1\.0e\+155 from the network's outputs.*larger units"):
+        fitted(1e155)

@@ -174,3 +174,9 @@ def test_cqr_is_fitted_for_levels() -> None:
         calibration.bounds(made, 0.9)
     with pytest.raises(InputError, match="keep_samples=True"):
         calibration.bounds(summary(made.mean), 0.8)
+
+
+@pytest.mark.parametrize("level", [1e-3, 1e-9, 1e-12, 1e-300])
+def test_the_smallest_levels_have_the_smallest_bounds(level: float) -> None:
+    """Rank 0 would be that of the last score, which bounds widest."""
+    assert conformal_rank(60, level) == 1

@@ -264,6 +264,8 @@ def test_memory_does_not_grow_with_passes() -> None:
         ({"tolerance": float("nan")}, "got nan"),
         ({"tolerance": float("inf")}, "got inf"),
         ({"tolerance": "small"}, "tolerance must be a number, got 'small'"),
+        ({"keep_samples": "no"}, "keep_samples must be true or false, got 'no'"),
+        ({"exact_last": 1}, "exact_last must be true or false, got 1"),
         ({"tolerance": True}, "got True"),
         ({"tolerance": 0.1, "keep_samples": True}, "samples cannot be kept"),
     ],
@@ -291,3 +293,10 @@ def test_joined_results_keep_the_order_of_rows() -> None:
     assert whole.samples is not None
     np.testing.assert_allclose(joined.samples, whole.samples[:, order], rtol=1e-5, atol=1e-6)
     assert Rows.of(x).count == 40
+
+
+@pytest.mark.parametrize("flag", ["exact_last", "keep_samples"])
+def test_a_flag_of_numpy_is_one_of_python(flag: str) -> None:
+    plan = PassPlan(**{flag: np.True_})  # type: ignore[arg-type]
+    assert getattr(plan, flag) is True
+    assert plan == PassPlan(**{flag: True})  # type: ignore[arg-type]

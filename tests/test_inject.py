@@ -1,5 +1,7 @@
 """Dropout put into networks that were trained without any."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,3 +206,78 @@ def test_an_unknown_criterion_is_named() -> None:
     net, x, y = held_out()
     with pytest.raises(UnknownName, match=", ".join(sorted(CRITERIA))):
         mcdrop.choose_rate(net, x, y, criterion="luck")
+
+
+@pytest.mark.parametrize("kind", ["dropout", "stochastic_depth"])
+def test_of_several_tensors_of_a_layer_the_first_is_dropped(kind: str) -> None:
+    """As an LSTM gives its output beside its states: by hand from the injected layer and the one below it."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.line = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.line(self.layer(x)[0][:, -1])
+            return output
+
+    net, x = Recurrent().eval(), torch.randn(64, 2, 3)
+    injected = mcdrop.inject(net, kind=kind, p=0.5, where="layer")
+    assert mcdrop.predict(mcdrop.wrap(injected, example=x), x, passes=20).std.min() > 0
+    with torch.no_grad():
+        output, states = injected.train().get_submodule("layer")(x)
+        whole, own = net.get_submodule("layer")(x)
+    kept = output != 0
+    assert not kept.all()
+    torch.testing.assert_close(output[kept], 2 * whole[kept])
+    torch.testing.assert_close(states, own)
+
+
+def test_a_layer_that_gives_no_tensor_is_named() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": x}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.line = Named(), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.line(self.layer(x)["x"])
+            return output
+
+    with pytest.raises(InputError, match="after Named, which gives dict and no tensor; choose another layer"):
+        mcdrop.wrap(mcdrop.inject(Net(), where="layer"), example=torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_injected_network_is_saved_and_copied_with_what_was_put_into_it(kind: str, tmp_path: Path) -> None:
+    net, x = network()
+    injected = mcdrop.inject(net, kind=kind, p=0.2, **placed(kind))
+    torch.save(injected, tmp_path / "net.pth")
+    read = torch.load(tmp_path / "net.pth", weights_only=False)
+    models = [mcdrop.wrap(one, example=x, tuning={}) for one in (injected, read, copy.deepcopy(injected))]
+    assert len({model.audit.injected for model in models}) == 1
+    first, *others = [mcdrop.predict(model, x, passes=16) for model in models]
+    assert first.std.min() > 0
+    for other in others:
+        np.testing.assert_array_equal(other.variance, first.variance)
+
+
+def test_the_audit_names_what_was_put_into_a_part_and_in_two_turns() -> None:
+    part = mcdrop.inject(mcdrop.inject(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), p=0.2), kind="dropconnect")
+    model = mcdrop.wrap(nn.Sequential(part, nn.Linear(2, 1)), example=torch.ones(2, 4), tuning={})
+    assert model.audit.injected == "dropout with p=0.2 at 0; dropconnect with p=0.1 at 0, 1"
+
+
+def test_a_loaded_model_is_still_called_injected(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    x = torch.randn(40, 4)
+    model = mcdrop.wrap(mcdrop.inject(net, p=0.2), example=x[:4], tuning={})
+    fitted = mcdrop.calibrate(model, x, x[:, :1], passes=4)
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="onnx"))
+    held = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "2", format="onnx", calibration=fitted))
+    assert loaded.audit.injected == held.audit.injected == model.audit.injected is not None
+    assert "injected, uncalibrated" in str(loaded.audit)
+    assert "injected, calibrated" in str(held.audit)

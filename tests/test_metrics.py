@@ -2,6 +2,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -121,3 +122,23 @@ def test_what_no_measure_can_count_is_refused() -> None:
         picp(hidden, [0, 0], [1, 1])
     with pytest.raises(InputError, match="masked values"):
         crps_samples(hidden, [[0, 0]])
+
+
+def test_a_spread_too_small_to_divide_by_is_as_good_as_none() -> None:
+    for std in (1e-300, 1e-310, 5e-324):
+        assert crps_gaussian([1.0, -2.0], [0.0, 0.0], [std, std]) == 1.5
+
+
+def test_coverage_of_what_is_unknown_is_unknown() -> None:
+    assert picp([0.0, 5.0], [-np.inf, 0.0], [np.inf, 1.0]) == 0.5
+    for y, lower, upper in ((np.nan, 0, 1), (0, np.nan, 1), (0, 0, np.nan)):
+        assert np.isnan(picp([0.5, y], [0, lower], [1, upper]))
+
+
+def test_numbers_are_measured_in_any_container_and_nothing_else_is() -> None:
+    y = torch.tensor([0.0, 3.0], requires_grad=True)
+    assert picp(y, torch.zeros(2), torch.ones(2, dtype=torch.bfloat16)) == 0.5
+    assert picp(0.5, 0, 1) == 1
+    for bad, said in ((["a", "b"], "the text 'a'"), ([[1], [1, 2]], "equal length"), ([None, 1], "missing")):
+        with pytest.raises(InputError, match=f"what is measured must be .*{said}"):
+            picp(bad, [0, 0], [1, 1])  # type: ignore[arg-type]

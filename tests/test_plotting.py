@@ -1,5 +1,6 @@
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,3 +90,28 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(MissingExtra, match=r"mcdrop\[plot\]"):
         plotting.reliability([0.5], [0.5])
+
+
+def test_scores_that_are_not_finite_are_counted_beside_the_others() -> None:
+    flagged = np.array([False, True, True, True])
+    found = SimpleNamespace(score=np.array([0.0, 2.0, np.nan, np.inf]), p_value=np.full(4, 0.1), is_anomaly=flagged)
+    ax = plotting.scores(found, reference=[0.0, 1.0, np.nan])
+    assert np.asarray(ax.get_lines()[0].get_xdata())[0] == 2.0
+    said = {"flagged from here (3)", "reference", "rows (2 not finite, left out)"}
+    assert {*ax.get_legend_handles_labels()[1]} == said
+    with pytest.raises(InputError, match="none of the 2 scores is finite"):
+        plotting.scores(SimpleNamespace(score=np.array([np.nan, np.inf]), p_value=np.ones(2), is_anomaly=flagged[:2]))
+
+
+def test_a_place_that_is_not_there_is_named(model: mcdrop.Model) -> None:
+    prediction = mcdrop.predict(model, X)
+    with pytest.raises(InputError, match="output must be a whole number from 0 to 0, got 3"):
+        plotting.band(X, prediction, output=3)
+    with pytest.raises(InputError, match="row must be a whole number from 0 to 2, got 3"):
+        plotting.convergence(np.zeros((5, 3, 1)), row=3)
+    with pytest.raises(InputError, match="keep_samples=True"):
+        plotting.convergence(prediction.samples)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"at least two passes.*\(1, 3, 1\)"):
+        plotting.convergence(np.zeros((1, 3, 1)))
+    with pytest.raises(InputError, match="what is drawn must be numbers, got the text 'a'"):
+        plotting.band(["a"] * 60, prediction)

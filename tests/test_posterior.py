@@ -209,6 +209,8 @@ def test_the_same_as_a_program_of_torch(name: str, tmp_path: Path) -> None:
         program = torch.export.load(path).module()
         for rows in (x[:1], torch.cat([x, x / 2])):
             _compare(program(rows), mcdrop.predict(model, rows, passes=70, interval="quantile"))
+    assert not any(weight.requires_grad for weight in program.parameters())  # its outputs turn into arrays
+    assert all(weight.requires_grad for weight in module.parameters())
 
 
 def _of_any_length() -> Any:
@@ -344,3 +346,18 @@ def test_a_wrong_spread_is_seen_beside_a_large_mean(dtype: torch.dtype, offset: 
     assert _worst(found, p, 1e-5) <= 1e-5
     for name in ("variance", "standard_error"):
         assert _worst({**found, name: found[name] * 1.02}, p, 1e-5) > 1e-5
+
+
+def test_rows_in_bfloat16_are_saved_and_exported(tmp_path: Path) -> None:
+    """Numpy has no such type; float32 holds every number of it."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Dropout(0.3), torch.nn.Linear(6, 2)).bfloat16()
+    x = torch.randn(5, 4).bfloat16()
+    model = mcdrop.wrap(net.eval(), example=x)
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2"))
+    np.testing.assert_array_equal(loaded.example.leaves[0], x.float().numpy())
+    expected = mcdrop.predict(model, x, passes=9)
+    np.testing.assert_array_equal(mcdrop.predict(loaded, x, passes=9).mean, expected.mean)
+    path = mcdrop.export_torch(model, tmp_path / "posterior.pt2", passes=9)
+    with quiet(), torch.no_grad():
+        _compare(torch.export.load(path).module()(x), mcdrop.predict(model, x, passes=9, level=0.95))

@@ -57,6 +57,7 @@ def test_a_python_block_runs(code: str, tmp_path: Path) -> None:
     printed = _run([sys.executable, "-c", f"{shim}import runpy; runpy.run_path({str(script)!r})"], tmp_path)
     if "calibrate" in code:
         assert "20 of 20 strange" in printed
+        assert abs(float(printed.split()[1]) - 0.9) < 0.03  # two standard deviations of 1000 rows
     elif "is_anomaly" in code:
         assert "[False  True]" in printed
     elif "exact_last" in code:

@@ -256,6 +256,21 @@ def test_rows_that_the_bank_holds_are_at_distance_0_and_others_are_not(distance:
     np.testing.assert_allclose(bank.measure(away), pairs.min(axis=1), rtol=1e-3)
 
 
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+def test_the_farther_of_two_rows_is_never_the_nearer_one(distance: str) -> None:
+    """In float32 the square of 2e19 is infinite, and so was what rounding was measured by: the row counted as equal."""
+    random = np.random.default_rng(0)
+    rows, way = random.normal(size=(50, 3)).astype(np.float32), np.array([[1.0, -2.0, 0.5]])
+    bank = build_bank(rows, distance=distance, layer=None)
+    found = np.concatenate([bank.measure((far * way).astype(np.float32)) for far in (1e4, 1e10, 1e19, 1e25, 1e38)])
+    if distance == "cosine":
+        np.testing.assert_allclose(found, found[0], rtol=1e-5)  # the length of a row does not count
+    else:
+        np.testing.assert_allclose(found / found[0], [1, 1e6, 1e15, 1e21, 1e34], rtol=1e-3)
+    with np.errstate(over="ignore"):
+        assert not (bank.measure(np.array([[np.inf, 1, 1], [np.nan, 1, 1]], np.float32)) < np.inf).any()
+
+
 def test_the_variance_is_summed_over_outputs() -> None:
     found = score_of("variance", summary(np.zeros((2, 3)), [[1.0, 2.0, 3.0], [0.0, 0.0, 0.5]]))
     np.testing.assert_array_equal(found, [6.0, 0.5])

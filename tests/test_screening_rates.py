@@ -1,7 +1,7 @@
 import gc
 import weakref
 from itertools import combinations
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import pytest
@@ -331,8 +331,29 @@ def test_a_stream_may_come_in_any_pieces() -> None:
     assert pieces.state == DriftMonitor(reference).update(stream)
     with pytest.raises(InputError, match="reference rows"):
         DriftMonitor([])
-    with pytest.raises(InputError, match="finite number, got nan"):  # sorted nowhere, it would make ranks of nothing
+    with pytest.raises(InputError, match="row 1 holds nan"):  # sorted nowhere, it would make ranks of nothing
         DriftMonitor([0.0, np.nan, 1.0])
+
+
+def test_scores_come_in_any_container_and_nothing_else_is_taken() -> None:
+    random = np.random.default_rng(3)
+    reference, stream = random.normal(size=50), random.normal(size=40)
+    expected = DriftMonitor(reference).update(stream)
+    assert DriftMonitor(iter(reference)).update(float(score) for score in stream) == expected
+    assert DriftMonitor(torch.as_tensor(reference)).update([np.float64(score) for score in stream]) == expected
+    for single in (float, np.float64, np.array, torch.tensor):
+        monitor = DriftMonitor(reference)
+        for score in stream:
+            monitor.update(single(score))
+        assert monitor.state == expected
+    for scores in ("text", None, ["a"], [None], [[1.0], [1.0, 2.0]], np.ma.masked_array([1.0, 2.0], [False, True])):
+        for take in (DriftMonitor, DriftMonitor(reference).update):
+            with pytest.raises(InputError, match="scores must"):
+                take(scores)  # type: ignore[arg-type]
+    for name, value in (("run_length", "a"), ("run_length", 0.5), ("seed", -1), ("seed", "a")):
+        asked: Any = {name: value}
+        with pytest.raises(InputError, match=f"{name.replace('_', ' ')} .*got {value!r}"):
+            DriftMonitor(reference, **asked)
 
 
 def test_a_screen_follows_the_weights() -> None:
