@@ -64,7 +64,7 @@ def _together(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: S
     before, rules = Left(module), _noting(read)
     try:
         output = run()
-        if not any(read) and not before.changed():  # other values may go another way only where some are read
+        if not any(read) and before.nothing():  # other values may go another way only where some are read
             known.add(way)
     finally:
         before.put_back()

@@ -167,25 +167,59 @@ def _inside(leaf: Any) -> list[Any]:
 
 
 class Left:
-    """What forwards leave on a module: attributes set anew, taken away or changed, such as a list that grows."""
+    """What forwards leave on a module: attributes set anew, taken away or changed, such as a list that grows.
+
+    What they leave in an object or a queue, which the user's own network shares, is put back too.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         """Remembers what is there now."""
         self._module = module
         self._before = {name: _Held(vars(owner), key) for name, owner, key in _attributes(module)}
+        shared = [one for _, owner, key in _attributes(module) for one in _shared(vars(owner)[key])]
+        self._shared = [(one, dict(one) if isinstance(one, dict) else [*one]) for one in shared]
 
     def changed(self) -> list[str]:
         """Names what is not as it was."""
         new = [name for name, _, _ in _attributes(self._module) if name not in self._before]
         return sorted([*new, *(name for name, held in self._before.items() if not held.stands())])
 
+    def nothing(self) -> bool:
+        """Whether all is as it was."""
+        return not self.changed() and all(_holds(*both) for both in self._shared)
+
     def put_back(self) -> None:
         """Makes all as it was."""
+        for shared, content in self._shared:
+            if not _holds(shared, content):
+                shared.clear()
+                (shared.extend if isinstance(shared, deque) else shared.update)(content)
         for name, owner, key in [*_attributes(self._module)]:
             if name not in self._before:
                 del vars(owner)[key]
         for held in self._before.values():
             held.put_back()
+
+
+def _shared(value: Any) -> list[Any]:
+    """Gives the queues, sets and dicts, also of objects, that a value is or has in its lists, tuples and dicts."""
+    found: list[Any] = []
+
+    def look(leaf: Any) -> None:
+        if isinstance(leaf, deque | set | dict):
+            found.append(leaf)
+        elif not isinstance(leaf, type | ModuleType | FunctionType | nn.Module | Tensor) and hasattr(leaf, "__dict__"):
+            found.append(vars(leaf))
+
+    mapped(value, look)
+    return found
+
+
+def _holds(shared: Any, content: Any) -> bool:
+    """Whether a queue, set or dict holds the very things that it held."""
+    if isinstance(shared, dict):
+        return [*shared] == [*content] and all(shared[key] is content[key] for key in shared)
+    return [*map(id, shared)] == [*map(id, content)]
 
 
 def clean_ways(module: nn.Module) -> set[object]:

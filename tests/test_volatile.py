@@ -205,6 +205,7 @@ class AddsUp(nn.Module):
         self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 1)
         self.first, self.second = nn.Dropout(0.4), nn.Dropout(0.4)
         self.by, self.aux, self.history, self.losses = by, 0.0, list[Tensor](), dict[str, Tensor]()
+        self.queue, self.meter = deque[Tensor](maxlen=3), SimpleNamespace(total=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(self.one(x))
@@ -216,13 +217,18 @@ class AddsUp(nn.Module):
             self.aux = torch.stack(self.history).mean()  # type: ignore[assignment]
         elif self.by == "dict":
             self.losses["first"] = self.losses.get("first", 0) + h.square().mean()
+        elif self.by == "queue":
+            self.queue.append(h.mean())
+            self.aux = torch.stack([*self.queue]).mean()  # type: ignore[assignment]
+        elif self.by == "object":
+            self.meter.total = self.meter.total + h.mean()
         if "branch" in self.by and float(h.abs().max()) > 2:
             h = h.clamp(-2, 2)
         out: Tensor = self.two(self.second(h))
         return out
 
 
-@pytest.mark.parametrize("by", ["loss", "history", "dict", "loss and a branch"])
+@pytest.mark.parametrize("by", ["loss", "history", "dict", "queue", "object", "loss and a branch"])
 def test_what_a_network_adds_up_on_itself_changes_no_pass(by: str) -> None:
     net, twin = AddsUp(by).eval(), AddsUp("branch" if "branch" in by else "nothing").eval()
     x = torch.randn(9, 4)
@@ -233,6 +239,7 @@ def test_what_a_network_adds_up_on_itself_changes_no_pass(by: str) -> None:
         assert apart(ours.std, theirs.std) < 1e-5
     assert [site.share for site in model.audit.live] == pytest.approx([site.share for site in plain.audit.live])
     assert (net.aux, net.history, net.losses) == (0.0, [], {})
+    torch.stack([*net.queue, torch.as_tensor(net.meter.total)])  # numbers, not batches of passes that are over
 
 
 @pytest.mark.parametrize("by", ["loss of many", "loss of large", "nothing"])
