@@ -157,13 +157,17 @@ def _inside(leaf: Any) -> list[Any]:
         if leaf.dtype.hasobject:
             return [*leaf.flat]
         return [hashlib.sha256(np.ascontiguousarray(leaf).view(np.uint8).data).digest()]
-    if isinstance(leaf, dict):
-        return [*leaf, *leaf.values()]
-    if isinstance(leaf, list | deque | set):
-        return [*leaf]
+    held = _holder(leaf)
+    return [*held, *held.values()] if isinstance(held, dict) else [*(held or ())]
+
+
+def _holder(leaf: Any) -> dict[Any, Any] | list[Any] | deque[Any] | set[Any] | None:
+    """Gives what holds what is in a container or an object; None of what holds nothing that a forward could change."""
+    if isinstance(leaf, dict | list | deque | set):
+        return leaf
     if isinstance(leaf, type | ModuleType | FunctionType | nn.Module | Tensor):
-        return []
-    return [*getattr(leaf, "__dict__", {}).values()]
+        return None
+    return getattr(leaf, "__dict__", None)
 
 
 class Left:
@@ -193,7 +197,7 @@ class Left:
         for shared, content in self._shared:
             if not _holds(shared, content):
                 shared.clear()
-                (shared.extend if isinstance(shared, deque) else shared.update)(content)
+                (shared.update if isinstance(shared, dict | set) else shared.extend)(content)
         for name, owner, key in [*_attributes(self._module)]:
             if name not in self._before:
                 del vars(owner)[key]
@@ -202,21 +206,14 @@ class Left:
 
 
 def _shared(value: Any) -> list[Any]:
-    """Gives the queues, sets and dicts, also of objects, that a value is or has in its lists, tuples and dicts."""
+    """Gives what holds what is in the objects and containers of a value that a shadow has no own of."""
     found: list[Any] = []
-
-    def look(leaf: Any) -> None:
-        if isinstance(leaf, deque | set | dict):
-            found.append(leaf)
-        elif not isinstance(leaf, type | ModuleType | FunctionType | nn.Module | Tensor) and hasattr(leaf, "__dict__"):
-            found.append(vars(leaf))
-
-    mapped(value, look)
-    return found
+    mapped(value, lambda leaf: found.append(_holder(leaf)))
+    return [one for one in found if one is not None]
 
 
 def _holds(shared: Any, content: Any) -> bool:
-    """Whether a queue, set or dict holds the very things that it held."""
+    """Whether a container holds the very things that it held."""
     if isinstance(shared, dict):
         return [*shared] == [*content] and all(shared[key] is content[key] for key in shared)
     return [*map(id, shared)] == [*map(id, content)]
