@@ -1,4 +1,6 @@
-"""Kept sub-networks: a pass computes with the kept units alone, where whole layers of them are dropped.
+"""Products with fewer units: those that a pass keeps, or those that are not 0 before the first draw (``active``).
+
+A pass computes with the kept units alone, where whole layers of them are dropped.
 
 Between two dropouts a linear layer needs only the columns of the units kept before it and the rows of those kept after
 it: with a rate of one half a quarter of the work. Gathering the weights costs the same for any number of rows, so it
@@ -12,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mcdrop.active import Active, product
 from mcdrop.exact import sources
 from mcdrop.kernels import LINEAR
-from mcdrop.rewrites import sizes
+from mcdrop.onednn import NARROW
+from mcdrop.rewrites import replace, sizes
 
-__all__ = ["make_kept"]
+__all__ = ["leave_out_inactive", "make_kept"]
 
 _MULTIPLY = torch.ops.aten.mul.Tensor
+_LARGE = 2**16  # weights of a layer, below which finding inactive units takes as long as the product saves
 
 Units = list[tuple[Tensor, Tensor]]  # for each pass the kept units and their factors
 Function = Callable[[Tensor], Tensor]
@@ -48,6 +53,25 @@ def make_kept(graph: fx.Graph, masks: Sequence[fx.Node]) -> bool:
         _write(graph, chain)
         found = True
     return found
+
+
+def leave_out_inactive(graph: fx.Graph, masks: Sequence[fx.Node]) -> None:
+    """Lets linear layers in float32 behind the first dropout leave out what is 0 in all rows, on a CPU."""
+    for layer in [*graph.nodes]:
+        value = layer.meta.get("val") if layer.target is LINEAR else None
+        if value is None or value.dtype != torch.float32 or value.device.type != "cpu" or value.shape[-1] in NARROW:
+            continue
+        hidden, factor = _dropout(layer, set(masks)) or (None, None)
+        if hidden is None or len(sizes(hidden) or ()) != 2 or sources(hidden) & set(masks):
+            continue
+        if layer.args[1].meta["val"].numel() < _LARGE:
+            continue
+        with graph.inserting_before(layer):
+            active = graph.call_function(Active, (hidden, layer.args[1]))
+            output = graph.call_function(product, (active, factor, layer.args[2]))
+        output.meta = dict(layer.meta)
+        replace(layer, output)
+    graph.eliminate_dead_code()
 
 
 def _chain_from(layer: fx.Node, masks: set[fx.Node]) -> _Chain | None:

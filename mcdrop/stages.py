@@ -20,7 +20,7 @@ from mcdrop.capture import Captured, NotCaptured
 from mcdrop.exact import make_exact, sources
 from mcdrop.fuse import fuse
 from mcdrop.heads import straighten_heads
-from mcdrop.kept import make_kept
+from mcdrop.kept import leave_out_inactive, make_kept
 from mcdrop.masks import Site
 from mcdrop.rewrites import REWRITES, channels_last, is_view, lower, sizes, split_linear, write_in_place
 
@@ -73,6 +73,8 @@ def make_stages(
     if kept and not make_kept(graph, given["masks"]):
         raise NotCaptured("it has no linear layers between dropouts")
     graph.eliminate_dead_code()  # before anything is written in place, which counts as being used
+    if fused:
+        leave_out_inactive(graph, given["masks"])
     split_linear(graph, passes, captured.symbols, fused=fused)
     if fused:  # else the compiler does both
         fuse(graph)

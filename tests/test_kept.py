@@ -150,3 +150,50 @@ def big() -> list[nn.Module]:
         nn.Linear(6, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5),
         nn.Linear(512, 2),
     ]  # fmt: skip
+
+
+# -- units that are 0 before the first draw ---------------------------------------------------------------------------
+
+
+def firing(units: int) -> nn.Module:
+    """A network of which so many of 512 units fire for some rows, the others for none."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*big()).eval()
+    with torch.no_grad():
+        net[0].bias[units:] = -1e3  # type: ignore[operator]
+    return net
+
+
+@pytest.mark.parametrize("units", [0, 1, 300])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_passes_without_units_that_never_fire_are_those_of_the_loop(units: int, rows: int) -> None:
+    model = mcdrop.wrap(firing(units), example=X[:4])
+    force(model, 1000)
+    assert apart(passes(model, X[:rows], 100), loop(model, X[:rows], 100)) < 1e-5
+
+
+def test_a_pass_costs_what_the_units_cost_that_fire() -> None:
+    """Operations counted by torch: of 512 x 512 weights only those of units that are above 0 for some row."""
+    net = firing(300)
+    model = mcdrop.wrap(net, example=X[:4])
+    force(model, 1000)
+    for rows in (1, 40):
+        fire = int((net[:2](X[:rows]) > 0).any(0).sum())  # type: ignore[index]
+        block = backend_of(model).block(model.rows(X[:rows]))
+        with FlopCounterMode(display=False) as counter:
+            block.forward(100, seed=0, start=1, sampler="iid")
+            block.forward(100, seed=0, start=101, sampler="iid")  # a further chunk of the same rows
+        assert counter.get_total_flops() == 2 * rows * (6 * 512 + 200 * (fire * 512 + 512 * 2))
+
+
+@pytest.mark.parametrize("make", [nn.Tanh, nn.ReLU], ids=["none is 0", "too few passes"])
+def test_other_passes_cost_what_all_units_cost(make: Callable[[], nn.Module]) -> None:
+    layers = big()
+    layers[1] = make()
+    model = mcdrop.wrap(nn.Sequential(*layers).eval(), example=X[:4])
+    force(model, 1000)
+    count = 2 if make is nn.ReLU else 100
+    block = backend_of(model).block(model.rows(X[:1]))
+    with FlopCounterMode(display=False) as counter:
+        block.forward(count, seed=0, start=1, sampler="iid")
+    assert counter.get_total_flops() == 2 * (6 * 512 + count * (512 * 512 + 512 * 2))
