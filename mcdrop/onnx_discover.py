@@ -21,6 +21,7 @@ from mcdrop.onnx_draws import drop_rates, masks_as_inputs
 from mcdrop.onnx_graph import drop_norm_training, drop_own_inputs, drop_unread_inputs, walk
 from mcdrop.onnx_inputs import GraphInput, graph_inputs, made_up, picked, placed
 from mcdrop.onnx_lost import RECIPE, lost
+from mcdrop.onnx_mixing import scaled_together
 from mcdrop.onnx_read import read_graph
 from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
@@ -92,7 +93,8 @@ def discover_graph(
     if not slots:
         raise NoStochasticSite(
             f"{name} has no live stochastic site: every variance would be 0. Looked at {len(nodes)} nodes and found no "
-            f"Dropout and no random operator, as in exports in eval mode, which drop them; {RECIPE}"
+            "Dropout and no random operator, as in exports in eval mode and in graphs that onnxruntime's optimiser "
+            f"wrote, which drop them; {RECIPE}"
         )
     if rows is None or len(rows.leaves) + len(slots) < len(model.graph.input):
         drop_unread_inputs(model)  # which may be given, but need not
@@ -192,7 +194,7 @@ def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Si
 def _coupled(backend: OnnxBackend, rows: Rows, off: NDArray[np.float64]) -> tuple[str, ...]:
     """Warns where a row of the example answers otherwise when it is alone, with the draws off or with the same masks.
 
-    Of many rows the first and the last are looked at.
+    Of many rows the first and the last are looked at. What scales rows together is told by its operators as well.
     """
     trace, so = backend.plan(rows).trace, "a row's answer depends on the other rows of its batch"
     drawn = sample_masks(trace.sites, 1, seed=0)
@@ -207,4 +209,10 @@ def _coupled(backend: OnnxBackend, rows: Rows, off: NDArray[np.float64]) -> tupl
             return (f"{so}, even with every draw off: row {row} of the example alone is off",)
         if difference(run, together[at], scale=largest(together)) > _APART:
             return (f"{so}: with the same masks row {row} of the example alone is off",)
+    scaling = scaled_together(backend.model)  # which few rows of a size do not show
+    if scaling:
+        return (
+            f"{so}: {scaling[0]} scales the numbers of all rows by their largest; wrap the graph from before it was "
+            "quantised, or quantise it with constant scales",
+        )
     return ()

@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, helper
 
 from mcdrop.errors import InputError, UncontrolledDraw
-from mcdrop.onnx_graph import Place, drop_unread_inputs, every_graph, opset, read_names, reads, walk
+from mcdrop.onnx_graph import Place, drop_unread_inputs, opset, read_names, reads, walk
 from mcdrop.onnx_names import constants, distinct_names, number
-from mcdrop.onnx_slots import Change, Slot, told, with_sites
+from mcdrop.onnx_slots import REAL, Change, Slot, told, types_of, with_sites
 
 __all__ = ["DRAWS", "drop_rates", "masks_as_inputs"]
 
 _COMPARISONS = {"Greater": False, "GreaterOrEqual": False, "Less": True, "LessOrEqual": True}
 _EXPAND = 8  # the opset that brought Expand
 _TRUTHS = 10  # the opset from which on the second output of Dropout holds truths, and no numbers
-_REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
 def drop_rates(inject: Mapping[str, float] | None) -> dict[str, float]:
@@ -51,25 +50,21 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
         UncontrolledDraw: a random operator, or a rate, that masks cannot stand for.
         ModelRefused: a value has a name that is kept for masks.
         ArtifactError: a constant that is a rate is damaged.
-        InputError: ``inject`` names a node that is not there.
+        InputError: ``inject`` names a node that is not there, or one that draws itself.
     """
     inject = drop_rates(inject)
     distinct_names(model)
     read = read_names(model)
-    try:
-        inferred = shape_inference.infer_shapes(model).graph
-    except Exception:  # of operators that it does not know; types are then asked of the graph itself
-        inferred = model.graph
-    types = dict[str, int]()
-    for graph in every_graph(inferred):
-        infos = (*graph.value_info, *graph.input, *graph.output)
-        types |= {info.name: info.type.tensor_type.elem_type for info in infos}
-        types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    change = Change(model, constants(model), types, [])
+    change = Change(model, constants(model), types_of(model), [])
     for place in [*walk(model.graph)]:
         if place.operator in DRAWS:
             DRAWS[place.operator](change, place)
         if place.path in inject:
+            if place.node not in list(place.graph.node):  # masks stand for it by now
+                raise InputError(
+                    f"inject cannot put a dropout after {place.path!r}, which draws itself; name a node that takes "
+                    "what it makes"
+                )
             _inject(change, place, inject.pop(place.path))
     if inject:
         names = ", ".join(place.path for place in walk(model.graph) if place.operator in ("Gemm", "MatMul", "Softmax"))
@@ -124,19 +119,20 @@ def _dropout(change: Change, place: Place) -> None:
     x = node.input[0]
     mask = change.add(place, new, at=x, **_drop_facts(_shortest(ratio)))
     new.append(helper.make_node("Mul", [x, change.typed(mask, x, new)], [node.output[0]], name=place.path))
-    if len(node.output) > 1 and node.output[1]:  # which units are kept, in the whole shape
+    kept = next((name for name in node.output[1:] if _consumers(place, name) or _given(place, name)), "")
+    if kept:  # which units are, in the whole shape
         whole = _expanded(change, mask, x, new)
         numbers = opset(change.model) < _TRUTHS
-        truths = f"{mask}.truths" if numbers else node.output[1]
+        truths = f"{mask}.truths" if numbers else kept
         new.append(helper.make_node("Cast", [whole], [truths], to=TensorProto.BOOL))
-        new.extend([change.cast(truths, x, node.output[1])] * numbers)
+        new.extend([change.cast(truths, x, kept)] * numbers)
     _replace(place, new)
 
 
 def _inject(change: Change, place: Place, p: float) -> None:
     new: list[Any] = []
     value = place.node.output[0]
-    raw = f"{value}.undropped"
+    raw = f"{change.next_mask}.undropped"
     place.node.output[0] = raw
     if value in change.types:
         change.types[raw] = change.types[value]
@@ -159,7 +155,7 @@ def _numbers(kind: str) -> Callable[[Change, Place], None]:
     def rule(change: Change, place: Place) -> None:
         node, new = place.node, list[Any]()
         given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        like = node.input[0] if node.input else f"{node.output[0]}.like"
+        like = node.input[0] if node.input else f"{change.next_mask}.like"
         if not node.input:
             shape = helper.make_tensor(f"{like}.shape", TensorProto.INT64, [len(given["shape"])], given["shape"])
             new.append(helper.make_node("Constant", [], [f"{like}.shape"], value=shape))
@@ -234,7 +230,7 @@ def _as_numbers(place: Place, value: str) -> tuple[list[Any], list[Any]]:
         if not users or _given(place, name) or any(node.op_type != "Cast" for node in users):
             return [], []
         for node in users:
-            real = helper.get_node_attr_value(node, "to") in _REAL
+            real = helper.get_node_attr_value(node, "to") in REAL
             (reals if real else between).append(node)
             left.extend([] if real else node.output)
     return reals, between
@@ -265,6 +261,8 @@ DRAWS: dict[str, Callable[[Change, Place], None]] = {
     "RandomUniform": _numbers("uniform"),
     "RandomUniformLike": _numbers("uniform"),
     "com.microsoft:BiasDropout": _refuse,
+    "com.microsoft:BitmaskBiasDropout": _refuse,
     "com.microsoft:BitmaskDropout": _refuse,
     "com.microsoft:DropoutGrad": _refuse,
+    "com.microsoft:Sampling": _refuse,
 }

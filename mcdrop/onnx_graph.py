@@ -20,6 +20,7 @@ __all__ = [
     "drop_own_inputs",
     "drop_unread_inputs",
     "every_graph",
+    "following",
     "opset",
     "pruned",
     "read_names",
@@ -149,6 +150,16 @@ def depends_on(graph: Graph, sources: Iterable[str]) -> set[str]:
     for node in graph.node:  # in topological order, as ONNX demands
         if reads(node) & found:
             found |= set(node.output) - {""}
+    return found
+
+
+def following(graph: Graph, outer: Collection[str] = ()) -> set[str]:
+    """The values, those of bodies included, that follow from the inputs of a graph or from some around it."""
+    own = {info.name for info in graph.input} - {tensor.name for tensor in graph.initializer}
+    found = depends_on(graph, {*outer, *own})
+    for node in graph.node:
+        for _, body in bodies(node):
+            found |= following(body, found)
     return found
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from mcdrop.errors import InputError, ModelRefused, UnknownName
+from mcdrop.onnx_graph import following
 from mcdrop.rows import Rows
 
 __all__ = ["PERCEPTRON", "GraphInput", "fed", "graph_inputs", "hidden", "made_up", "picked", "placed"]
@@ -110,7 +111,22 @@ def made_up(inputs: Sequence[GraphInput]) -> Rows:
 
 
 def picked(model: Any, output: str | int | None) -> str:
-    """Gives the name of the output that is read: the one that was asked for, or the only floating one."""
+    """Gives the name of the output that is read: the one that was asked for, or the only floating one.
+
+    Raises:
+        InputError: none was asked for and there are several, or it is no answer to the rows.
+        UnknownName: there is none of that name.
+    """
+    name, names = _asked_for(model, output), [info.name for info in model.graph.output]
+    handed_on = name in {info.name for info in model.graph.input}
+    if handed_on or name not in following(model.graph):
+        what = "an input that is handed on" if handed_on else "a constant"
+        others = ", ".join(one for one in names if one != name) or "none"
+        raise InputError(f"the output {name!r} is {what}, which no draw changes; choose another with output=: {others}")
+    return name
+
+
+def _asked_for(model: Any, output: str | int | None) -> str:
     names = [info.name for info in model.graph.output]
     if isinstance(output, int) and not isinstance(output, bool) and 0 <= output < len(names):
         return str(names[output])

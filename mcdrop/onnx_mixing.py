@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
-from mcdrop.onnx_graph import Graph, Node, bodies, depends_on, reads
+from mcdrop.onnx_graph import Graph, Node, bodies, depends_on, following, reads, walk
 from mcdrop.onnx_names import Constants, constants, number
 
-__all__ = ["united"]
+__all__ = ["scaled_together", "united"]
 
 Values = Mapping[str, NDArray[Any]]
 
 _SIZES = ("Shape", "Size")
+_NOT_UNITING = (*_SIZES, "CastLike")  # which is as large as its first input, and reads no number of its second
 _SCALING = "DynamicQuantize"  # how the names of operators begin that scale by the largest of all numbers
 _REDUCING = ("Reduce", "ArgMax", "ArgMin")
 _DECIDES, _UNITES = "decides by values of all rows", "makes one value of several rows"
@@ -28,7 +29,7 @@ def united(model: Any, masks: Iterable[str], few: Values, more: Values) -> str:
     """Says of all values on few rows and on more what keeps passes from sharing a batch; empty where nothing does."""
     random, known = depends_on(model.graph, masks), constants(model)
     for node in model.graph.node:
-        if random.isdisjoint(node.output) or node.op_type in _SIZES:
+        if random.isdisjoint(node.output) or node.op_type in _NOT_UNITING:
             continue
         told = [name for name in reads(node) if name in few and name in more]
         grown = any(few[name].shape != more[name].shape for name in told)
@@ -38,6 +39,13 @@ def united(model: Any, masks: Iterable[str], few: Values, more: Values) -> str:
         if found:
             return f"{node.op_type} {node.output[0]} {found}"
     return ""
+
+
+def scaled_together(model: Any) -> list[str]:
+    """Names the nodes that scale what follows from inputs by the largest of its numbers, those of all rows together."""
+    scaling = [place for place in walk(model.graph) if place.node.op_type.startswith(_SCALING)]
+    moving = following(model.graph) if scaling else set()
+    return [place.path for place in scaling if not moving.isdisjoint(place.node.input)]
 
 
 def _stays(node: Node, few: Values, more: Values) -> bool:

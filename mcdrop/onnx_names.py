@@ -101,6 +101,7 @@ def number(known: Constants, name: str) -> NDArray[Any] | None:
         for to in casts:
             with np.errstate(invalid="ignore"):
                 found = found.astype(helper.tensor_dtype_to_np_dtype(to))
-        return found.astype(np.uint8) if found.dtype.kind == "b" else found
+        as_known = {"b": np.uint8, "V": np.float32}.get(found.dtype.kind)  # V: types that numpy itself lacks
+        return found if as_known is None else found.astype(as_known)
     except Exception as error:  # whatever a tensor's type and bytes make of each other
         raise ArtifactError(f"the constant {name!r} of the graph is damaged: {error}") from error

@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, shape_inference
 
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.onnx_bodies import LOOPS, into_branch, into_loop, shape_outside
-from mcdrop.onnx_graph import Place, opset
+from mcdrop.onnx_graph import Place, every_graph, opset, walk
 from mcdrop.onnx_names import MASK, Constants
 
-__all__ = ["SITES", "Change", "Slot", "told", "with_sites"]
+__all__ = ["REAL", "SITES", "Change", "Slot", "told", "types_of", "with_sites"]
 
 SITES = "mcdrop.sites"  # metadata of a graph: number and module of each of its draws, in order
+REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 _SIGN, _RANGE = 9, 11  # the opsets that brought these operators
 _CAST_LIKE = 15  # from here on a value can be given the type of another that is not known
@@ -60,9 +61,14 @@ class Change:
     types: dict[str, int]
     slots: list[Slot]
 
+    @property
+    def next_mask(self) -> str:
+        """The name of the next mask; no name of a graph begins with it (see ``distinct_names``)."""
+        return f"{MASK}{len(self.slots)}"
+
     def add(self, place: Place, new: list[Any], *, at: str = "", **facts: Any) -> str:
         """Notes a slot; gives the value that holds its mask in the node's graph, made by nodes put into ``new``."""
-        name = f"{MASK}{len(self.slots)}"
+        name = self.next_mask
         around = [node.op_type for _, node, _ in place.chain]
         strange = [operator for operator in around if operator not in ("If", *LOOPS)]
         if strange:
@@ -101,6 +107,26 @@ class Change:
         if not to and opset(self.model) >= _CAST_LIKE:
             return helper.make_node("CastLike", [value, like], [output])
         return helper.make_node("Cast", [value], [output], to=to or TensorProto.FLOAT)
+
+
+def types_of(model: Any) -> dict[str, int]:
+    """Gives the types of values, 0 or nothing where they are not known, as of operators that are not standard ones.
+
+    Where no CastLike can ask for those, they are taken to make real numbers of the type that they take.
+    """
+    try:
+        inferred = shape_inference.infer_shapes(model).graph
+    except Exception:  # of operators that it does not know; types are then asked of the graph itself
+        inferred = model.graph
+    types = dict[str, int]()
+    for graph in every_graph(inferred):
+        infos = (*graph.value_info, *graph.input, *graph.output)
+        types |= {info.name: info.type.tensor_type.elem_type for info in infos}
+        types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in (place.node for place in walk(model.graph) if opset(model) < _CAST_LIKE):
+        taken = next((types[name] for name in node.input if types.get(name) in REAL), 0)
+        types |= {name: types.get(name) or taken for name in node.output}
+    return types
 
 
 def told(model: Any) -> str:

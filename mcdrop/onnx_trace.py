@@ -235,12 +235,15 @@ def ordered(trace: Trace, rows: Rows, run: Callable[..., Array], tolerance: floa
         return trace
     several, drawn = trace.several, sample_masks(trace.sites, _TOLD_BY, seed=0)
 
-    def differs(outer: Mapping[str, int], on: frozenset[str], count: int) -> bool | None:
+    def differs(outer: Mapping[str, int], on: frozenset[str], counts: Sequence[int]) -> bool | None:
         some = {name: drawn[name] for mask in on for name in trace.of_slot[mask]}
         given = some, _TOLD_BY, trace.placed(outer), "loop"
         with suppress(Exception):  # whatever a graph does with so many rows
-            each = (run(rows.take([row] * count), *given) for row in range(min(2, rows.count)))
-            return not all(uneven(passes) <= _LOOSE * tolerance for passes in each)
+            for row in range(min(2, rows.count)):
+                passes = np.concatenate([run(rows.take([row] * count), *given) for count in counts], axis=1)
+                if not uneven(passes) <= _LOOSE * tolerance:
+                    return True
+            return False
         return None
 
     told = told_orders(several, differs)

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import mcdrop
 from mcdrop.errors import ArtifactError, InputError, ModelNotFound, ModelRefused
+from mcdrop.wrapping import wrap_graph
 
 FLOAT = TensorProto.FLOAT
 
@@ -201,3 +202,22 @@ def test_outputs_that_float32_would_round_keep_their_digits(kind: int) -> None:
     # the squares of 2 m - 1 are 1: only the mean's own error, 1 / T, is left
     np.testing.assert_allclose(found.variance, 1.0, atol=20 / passes)
     np.testing.assert_allclose(found.deterministic, 10**9 + 1, rtol=1e-15)
+
+
+OUTPUTS = {
+    "scalar": ([helper.make_node("ReduceMean", ["y"], ["other"], keepdims=0)], "one number for all rows"),
+    "constant": ([helper.make_node("Relu", ["p"], ["other"])], "'other' is a constant.*: y"),
+    "initial": ([], "'p' is a constant.*: y"),
+    "input": ([], "'x' is an input that is handed on.*: y"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_an_output_without_the_rows_or_without_draws_is_refused(case: str) -> None:
+    nodes, said = OUTPUTS[case]
+    name = {"initial": "p", "input": "x"}.get(case, "other")
+    model = parsed(by_hand([helper.make_node("Dropout", ["x", "p"], ["y"]), *nodes], initial=(number("p", 0.25),)))
+    shape: list[Any] = ["n", 6] if case == "input" else []
+    model.graph.output.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    with pytest.raises(InputError, match=said):
+        wrap_graph(model, example=X, output=name)

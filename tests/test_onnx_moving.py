@@ -156,3 +156,19 @@ def test_rows_that_depend_on_those_before_them_are_named(how: str) -> None:
 def test_rows_that_do_not_are_not() -> None:
     one = number("one", 1, INT64)
     assert _wrapped([_node("Dropout", "x p", "z"), _node("CumSum", "z one", "y")], one).audit.warnings == ()
+
+
+def _quantised(what: str) -> list[Any]:
+    nodes = [_node("DynamicQuantizeLinear", what, "q scale zero_point"), _node("DequantizeLinear", "q scale", "h")]
+    return [*nodes, _node("Mul", "x h", "weighed"), _node("Dropout", "weighed p", "y")]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rows_that_are_scaled_together_are_named_even_where_the_example_is_one_row(rows: int) -> None:
+    (said,) = mcdrop.wrap(parsed(by_hand(_quantised("x"), initial=(P,))), example=X[:rows]).audit.warnings
+    assert "depends on the other rows" in said
+
+
+def test_weights_that_are_scaled_are_not() -> None:
+    weights = number("weights", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert _wrapped(_quantised("weights"), weights).audit.warnings == ()

@@ -182,6 +182,8 @@ class OnnxBackend:
         return output
 
     def _checked(self, outputs: Array, rows: Rows) -> Outputs:
+        if outputs.ndim == 1:
+            raise InputError(f"the output {self.output!r} is one number for all rows; its first axis must be the rows")
         if outputs.shape[1] != rows.count:
             raise InputError(
                 f"the output has {outputs.shape[1]} rows for {rows.count}; its first axis must be the rows"

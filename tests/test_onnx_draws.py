@@ -1,0 +1,102 @@
+"""Draws of a graph become masks whatever they are named, typed or mixed with, and are not injected after."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from graphs import X, by_hand, dropped, number, parsed, passes_of
+from onnx import TensorProto, helper
+
+import mcdrop
+from mcdrop.errors import InputError, UncontrolledDraw
+from mcdrop.wrapping import wrap_graph
+
+FLOAT, BFLOAT16 = TensorProto.FLOAT, TensorProto.BFLOAT16
+P = number("p", 0.25)
+
+
+def _node(operator: str, inputs: str, outputs: str, **given: Any) -> Any:
+    return helper.make_node(operator, inputs.split(), outputs.split(), **given)
+
+
+def _with_microsoft(data: bytes) -> Any:
+    model = parsed(data)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+# -- inject ------------------------------------------------------------------------------------------------------------
+
+COIN = [
+    _node("RandomUniformLike", "x", "u", name="numbers"),
+    _node("Less", "u p", "hit", name="comparison"),
+    _node("Cast", "hit", "kept", to=FLOAT),
+    _node("Mul", "x kept", "y"),
+]
+
+
+@pytest.mark.parametrize(("nodes", "name"), [
+    ([_node("Dropout", "x p", "y", name="drop")], "drop"),
+    ([_node("RandomNormalLike", "x", "n", name="noise"), _node("Add", "x n", "y")], "noise"),
+    ([_node("Bernoulli", "x", "b", name="bits"), _node("Mul", "x b", "y")], "bits"),
+    (COIN, "numbers"),
+    (COIN, "comparison"),
+])  # fmt: skip
+def test_nothing_is_injected_after_what_draws_itself(nodes: list[Any], name: str) -> None:
+    with pytest.raises(InputError, match=f"after '{name}', which draws itself"):
+        wrap_graph(by_hand(nodes, initial=(P,)), example=X, inject={name: 0.25})
+
+
+def test_an_injected_dropout_takes_no_name_that_is_there() -> None:
+    nodes = [
+        _node("Relu", "x", "h", name="here"),
+        _node("Identity", "h", "h.undropped"),
+        _node("Add", "h h.undropped", "y"),
+    ]
+    passes = passes_of(wrap_graph(by_hand(nodes), example=X, inject={"here": 0.25}), X)
+    assert np.abs(passes - 2 * dropped(np.maximum(X, 0))).max() <= 1e-6
+
+
+def test_a_draw_of_a_given_shape_takes_no_name_that_is_there() -> None:
+    nodes = [
+        _node("Identity", "x", "u.like"),
+        _node("RandomUniform", "", "u", shape=[1, 6]),
+        _node("Mul", "u.like u", "y"),
+    ]
+    u = mcdrop.sample_masks([mcdrop.Site("site0", (1, 6), 0.0, "uniform")], 20, seed=5, start=3, sampler="balanced")
+    assert np.abs(passes_of(mcdrop.wrap(parsed(by_hand(nodes)), example=X), X) - X * u["site0"]).max() <= 1e-6
+
+
+# -- rates, masks and types --------------------------------------------------------------------------------------------
+
+
+def test_a_rate_of_a_type_that_numpy_lacks_is_that_number() -> None:
+    nodes = [_node("Dropout", "x p", "y")]
+    model = mcdrop.wrap(parsed(by_hand(nodes, opset=22, initial=(number("p", 0.25, BFLOAT16),))), example=X)
+    assert np.abs(passes_of(model, X) - dropped(X)).max() <= 1e-6
+
+
+def test_a_mask_that_nobody_reads_needs_no_newer_operators() -> None:
+    data = by_hand([_node("Dropout", "x", "y mask", ratio=0.25)], opset=7)
+    assert np.abs(passes_of(mcdrop.wrap(parsed(data), example=X), X) - dropped(X)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("opset", [11, 13, 15])
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, FLOAT, TensorProto.DOUBLE])
+def test_what_an_operator_of_the_runtime_alone_makes_is_dropped_in_its_own_type(kind: int, opset: int) -> None:
+    drop = _node("Dropout", "h", "y", ratio=0.25) if opset < 12 else _node("Dropout", "h p", "y")
+    nodes = [_node("FusedMatMul", "x eye", "h", domain="com.microsoft"), drop]
+    eye = number("eye", np.eye(6), kind)
+    x = X.astype(helper.tensor_dtype_to_np_dtype(kind))
+    given = _with_microsoft(by_hand(nodes, opset=opset, dtype=kind, initial=(eye, P)[: 1 + (opset >= 12)]))
+    model = mcdrop.wrap(given, example=x)
+    assert model.audit.tier == "fold"
+    rounding = max(np.finfo(x.dtype).eps, np.finfo(np.float32).eps)  # masks are in float32
+    assert np.abs(passes_of(model, x) - dropped(x)).max() <= 4 * rounding * np.abs(x).max()
+
+
+@pytest.mark.parametrize("operator", ["BiasDropout", "BitmaskBiasDropout", "BitmaskDropout", "Sampling"])
+def test_draws_of_the_runtime_alone_are_refused_beside_others(operator: str) -> None:
+    nodes = [_node("Dropout", "x p", "h"), _node(operator, "h", "y", domain="com.microsoft")]
+    with pytest.raises(UncontrolledDraw, match=operator):
+        mcdrop.wrap(_with_microsoft(by_hand(nodes, initial=(P,))), example=X)
