@@ -48,6 +48,8 @@ _HOMES = {
     "wrap": "wrapping",
 }
 
+_MODULES = ("layers", "metrics", "plotting")  # used by their own names
+
 __all__ = [
     "Audit",
     "Calibration",
@@ -83,6 +85,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mcdrop import layers as layers
+    from mcdrop import metrics as metrics
+    from mcdrop import plotting as plotting
     from mcdrop.artifact import load, save
     from mcdrop.audit import Audit
     from mcdrop.batchnorm import recalibrate_batchnorm
@@ -104,6 +109,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"mcdrop.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'mcdrop' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"mcdrop.{_HOMES[name]}"), name)
@@ -123,4 +130,4 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

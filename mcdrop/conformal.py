@@ -3,6 +3,10 @@
 Scores are larger the worse y fits. With q the ceil((n + 1) level)-th smallest of n held-out scores, all y whose score
 is at most q cover at least ``level`` of exchangeable rows (Vovk, Gammerman and Shafer 2005). To add a method, add one
 score, its inverse and one line to ``CONFORMAL``.
+
+The last digits of an output depend on the batch that its row comes in. Where many scores are equal, as of rows that
+repeat, rounding would decide about all of them at once, so an inverse takes in what is above q by rounding alone: that
+can only cover more.
 """
 
 import math
@@ -12,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from mcdrop.engine import ROUNDING
 from mcdrop.intervals import predictive_bounds
 from mcdrop.summaries import Summary
 
@@ -23,6 +28,9 @@ Bounds = tuple[Array, Array]
 
 # The fixed penalty that Angelopoulos et al. 2021 ship: 0.01 for each class beyond the fifth.
 _PENALTY, _UNPENALISED = 0.01, 5
+
+_DIGITS = 4  # so many units of its last digit may a number be off
+_LEAST = 1e-9  # of a score of classes: what it is made of is up to 1, and is rounded even where the score is 0
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,26 @@ def conformal_rank(count: int, level: float) -> int:
     return max(1, math.ceil(round((count + 1) * level, 9)))
 
 
+def _slack(summary: Summary, width: Array, far: Array) -> Array:
+    """How far rounding moves a bound: relative to its width, and by last digits of what the network gave."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold
+        single = summary.deterministic == summary.deterministic.astype(np.float32)
+    unit: Array = np.where(single, np.finfo(np.float32).eps, np.finfo(np.float64).eps)
+    return ROUNDING * width + _DIGITS * unit * np.abs(far)
+
+
+def _around_mean(summary: Summary, half: Array) -> Bounds:
+    half = half + _slack(summary, half, summary.mean)
+    return summary.mean - half, summary.mean + half
+
+
 def _absolute(summary: Summary, y: Array, level: float, offset: Array | None) -> Array:
     """Distance from the mean."""
     return np.abs(y - summary.mean)
 
 
 def _absolute_bounds(summary: Summary, q: Array, level: float, offset: Array | None) -> Bounds:
-    return summary.mean - q, summary.mean + q
+    return _around_mean(summary, q)
 
 
 def _unit(summary: Summary, offset: Array | None) -> Array:
@@ -72,8 +93,7 @@ def _standardised(summary: Summary, y: Array, level: float, offset: Array | None
 
 
 def _standardised_bounds(summary: Summary, q: Array, level: float, offset: Array | None) -> Bounds:
-    half = q * _unit(summary, offset)
-    return summary.mean - half, summary.mean + half
+    return _around_mean(summary, q * _unit(summary, offset))
 
 
 def _quantiles(summary: Summary, level: float, offset: Array | None) -> Bounds:
@@ -90,6 +110,7 @@ def _cqr(summary: Summary, y: Array, level: float, offset: Array | None) -> Arra
 
 def _cqr_bounds(summary: Summary, q: Array, level: float, offset: Array | None) -> Bounds:
     lower, upper = _quantiles(summary, level, offset)
+    q = q + _slack(summary, np.maximum(np.abs(q), upper - lower), np.maximum(np.abs(lower), np.abs(upper)))
     crossed = lower - q > upper + q  # a q far below zero: no y scores that low, and the interval is a point
     middle = (lower + upper) / 2
     return np.where(crossed, middle, lower - q), np.where(crossed, middle, upper + q)
@@ -128,7 +149,8 @@ def _sets(scores: Callable[[Summary], Array], *, never_empty: bool) -> Conformal
         return _of_label(scores(summary), y)
 
     def members(summary: Summary, q: Array) -> NDArray[np.bool_]:
-        inside: NDArray[np.bool_] = scores(summary) <= q[..., None]
+        most = (q + ROUNDING * np.maximum(np.abs(q), _LEAST))[..., None]
+        inside: NDArray[np.bool_] = ~(scores(summary) > most)  # and every class where scores are NaN: nothing is known
         if never_empty:
             np.put_along_axis(inside, summary.mean.argmax(axis=-1)[..., None], True, axis=-1)
         return inside

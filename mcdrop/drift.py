@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mcdrop.engine import ROUNDING
 from mcdrop.errors import InputError
 from mcdrop.masks import is_whole
 from mcdrop.rows import numbers
@@ -44,8 +45,8 @@ class DriftMonitor:
 
     The bets are those of the simple jumper (Vovk, Petej, Nouretdinov, Ahlberg, Carlsson and Gammerman 2021, "Retrain or
     not retrain"), 1 + e (p - 1/2) with e in {-1, 0, 1}, so that growing and shrinking scores are both noticed. The
-    scores must be those of single rows in order of arrival, under one plan; ties are broken by ``seed``. It keeps every
-    score, eight bytes a row. An alarm stays until ``reset``.
+    scores must be those of single rows in order of arrival, under one plan; ties, which are equal but for rounding, are
+    broken by ``seed``. It keeps every score, eight bytes a row. An alarm stays until ``reset``.
 
     Raises:
         InputError: no reference scores, one that is no finite number, a run length below 1, or a seed below 0.
@@ -90,7 +91,8 @@ class DriftMonitor:
         return Drift(self._rows, self._evidence, self._log_wealth, self._run_length, self._alarm)
 
     def _take(self, score: float) -> None:
-        left, right = bisect_left(self._seen, score), bisect_right(self._seen, score)
+        slack = ROUNDING * abs(score)  # the last digits of a score depend on the batch that its row comes in
+        left, right = bisect_left(self._seen, score - slack), bisect_right(self._seen, score + slack)
         larger, ties = len(self._seen) - right, right - left
         p = (larger + self._random.random() * (ties + 1)) / (len(self._seen) + 1)
         insort(self._seen, score)

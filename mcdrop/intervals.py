@@ -209,7 +209,7 @@ def _noise(summary: Summary) -> Array:
             "interval 'predictive' needs to know the noise of y: give a network with a log-variance head "
             "(task='gaussian'), or fit the noise on held-out rows with mcdrop.calibrate(model, x_held, y_held)"
         )
-    return summary.aleatoric[None] if summary.noise_samples is None else summary.noise_samples.astype(np.float64)
+    return summary.aleatoric[None] if summary.log_noise is None else np.exp(summary.log_noise, dtype=np.float64)
 
 
 def _scale(summary: Summary) -> Array | float:

@@ -175,13 +175,15 @@ def _classification(builder: Operators, values: Any, shape: tuple[int, ...], pas
         builder.constant([0.0, 1.0], np.float32), axis=-1,
     )  # fmt: skip
     share = builder.node("ReduceMax", _mean_of(builder, builder.real(votes), 0), builder.whole(-1), keepdims=0)
+    # 1, and NaN where a pass has no probabilities: it votes for none
+    whole = builder.node("Add", builder.constant(1.0), _times(builder, expected, 0.0))
     information = builder.node("Relu", builder.node("Sub", entropy, expected))
     more = {
         "label": builder.node("ArgMax", gathered.mean, axis=-1, keepdims=0),
         "entropy": entropy,
         "expected_entropy": expected,
         "mutual_information": information,
-        "variation_ratio": builder.node("Sub", builder.constant(1.0), share),
+        "variation_ratio": builder.node("Sub", whole, share),
     }
     return _Read(gathered, more, (0.0, 1.0))
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.bank import Bank
-from mcdrop.engine import PassPlan, plain
+from mcdrop.engine import ROUNDING, PassPlan, plain
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.rows import Rows
 from mcdrop.summaries import Summary
@@ -31,8 +31,6 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-
-_ROUNDING = 1e-5  # of a score, relative: in batches of other sizes float32 networks came out up to 4e-6 apart
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Score:
     needs_features: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Screen:
     """A fitted screen: inlier rows with their scores under one plan, and the false-positive rate of its flags.
 
@@ -140,7 +138,7 @@ def p_values(scores: Array, reference: Array) -> Array:
 
 def _but_for_rounding(scores: Array) -> Array:
     """The smallest that equal scores may be; what is infinite or NaN stays so."""
-    return np.subtract(scores, _ROUNDING * np.abs(scores), out=scores.copy(), where=np.isfinite(scores))
+    return np.subtract(scores, ROUNDING * np.abs(scores), out=scores.copy(), where=np.isfinite(scores))
 
 
 def benjamini_hochberg(p: Array, fdr: float) -> NDArray[np.bool_]:

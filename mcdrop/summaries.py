@@ -34,13 +34,14 @@ __all__ = [
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classes:
     """What the passes of a classifier say about each row, (N,); entropies in nats.
 
     ``mutual_information`` lies between 0 and the smaller of log T and log C. From T passes it comes out too small, by
     sum_c Var(p_c) / (2 T p_c) to first order, because the entropy of an estimated mean is too small while the expected
-    entropy is unbiased; ``corrected_mutual_information`` adds that back.
+    entropy is unbiased; ``corrected_mutual_information`` adds that back. Where a pass has no probabilities, since its
+    logits overflowed, all but the label are NaN, and the label is no answer.
     """
 
     label: NDArray[np.int64]
@@ -50,7 +51,7 @@ class Classes:
     variation_ratio: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """Statistics of the passes, (N, D): the mean function's mean and variance, and the noise that a head reports.
 
@@ -58,9 +59,9 @@ class Summary:
     on, and too large by up to 1 / T of it below. ``aleatoric`` is the mean of the noise variance that the network gives
     itself, or None. ``standard_error`` is the Monte Carlo error of the mean, with its ``degrees`` of freedom (N,);
     below 64 balanced passes it is that of independent ones, which is wider (see ``Gathered.read``). ``passes`` (N,).
-    ``support`` is where the mean function can lie. ``samples`` are all passes (T, N, D) where kept, ``noise_samples``
-    the noise variance of each where a head gives one. ``scale`` (D,) is what a calibration multiplies the standard
-    deviation of predictions of y by.
+    ``support`` is where the mean function can lie. ``samples`` are all passes (T, N, D) where kept, ``log_noise`` the
+    logarithm of the noise variance of each where a head gives one. ``scale`` (D,) is what a calibration multiplies the
+    standard deviation of predictions of y by.
     """
 
     passes: NDArray[np.int64]
@@ -73,7 +74,7 @@ class Summary:
     samples: NDArray[np.floating[Any]] | None
     support: tuple[float, float]
     classes: Classes | None = None
-    noise_samples: NDArray[np.floating[Any]] | None = None
+    log_noise: NDArray[np.floating[Any]] | None = None
     scale: Array | None = None
 
     @property
@@ -85,7 +86,7 @@ class Summary:
         """Gives the summary of some rows: a slice, an index array or a mask."""
         by_row = ("passes", "degrees", "mean", "epistemic", "aleatoric", "standard_error", "deterministic")
         rows = {name: value[which] for name in by_row if (value := getattr(self, name)) is not None}
-        passes = ("samples", "noise_samples")
+        passes = ("samples", "log_noise")
         rows |= {name: value[:, which] for name in passes if (value := getattr(self, name)) is not None}
         if self.classes is not None:
             rows["classes"] = Classes(**{name: value[which] for name, value in vars(self.classes).items()})
@@ -164,6 +165,10 @@ def _identity(outputs: Any) -> Any:
     return outputs
 
 
+def _first_half(values: Array) -> Array:
+    return values[..., : values.shape[-1] // 2]
+
+
 def _read_regression(result: PassResult) -> Summary:
     return _basic(result, "regression")
 
@@ -173,6 +178,13 @@ def _split_gaussian(outputs: Array) -> Array:
     _check_gaussian(outputs.shape)
     mean, log_variance = np.split(outputs, 2, axis=2)
     return np.concatenate([mean, np.exp(log_variance)], axis=-1)
+
+
+def _with_log_variance(values: Array) -> Array:
+    """Means and log-variances, as the head gave them: the variances themselves may be too large for its type."""
+    mean, variance = np.split(values, 2, axis=-1)
+    with np.errstate(divide="ignore"):  # of one that is 0
+        return np.concatenate([mean, np.log(variance)], axis=-1)
 
 
 def _split_gaussian_there(outputs: "Tensor") -> "Tensor":
@@ -193,7 +205,7 @@ def _check_gaussian(shape: tuple[int, ...]) -> None:
 def _read_gaussian(result: PassResult) -> Summary:
     half = result.mean.shape[-1] // 2
     summary = _basic(result, "gaussian", aleatoric=result.mean[..., half:])
-    return replace(summary, noise_samples=None if result.samples is None else result.samples[..., half:])
+    return replace(summary, log_noise=None if result.samples is None else result.samples[..., half:])
 
 
 @np.errstate(invalid="ignore")
@@ -241,14 +253,18 @@ def _read_classes(result: PassResult) -> Summary:
         entropy=entropy,
         expected_entropy=expected,
         mutual_information=np.maximum(entropy - expected, 0.0),  # never negative but for rounding (Jensen)
-        variation_ratio=1 - votes.max(axis=-1),
+        variation_ratio=np.where(np.isnan(expected), np.nan, 1 - votes.max(axis=-1)),  # NaN votes for none
     )
     summary = _basic(result, "classification", support=(0.0, 1.0))
     return replace(summary, classes=classes)
 
 
 TASKS: dict[str, Task] = {
-    "classification": Task(Statistics(_class_statistics, _class_statistics_there, _half, kept=_half), _read_classes),
-    "gaussian": Task(Statistics(_split_gaussian, _split_gaussian_there, _half, kept=_all), _read_gaussian),
-    "regression": Task(Statistics(_identity, _identity, _all, kept=_all), _read_regression),
+    "classification": Task(
+        Statistics(_class_statistics, _class_statistics_there, _half, kept=_first_half), _read_classes
+    ),
+    "gaussian": Task(
+        Statistics(_split_gaussian, _split_gaussian_there, _half, kept=_with_log_variance), _read_gaussian
+    ),
+    "regression": Task(Statistics(_identity, _identity, _all, kept=_identity), _read_regression),
 }

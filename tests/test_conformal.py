@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +165,76 @@ def test_ties_only_widen() -> None:
     y = np.repeat([0.0, 1.0], 10)[:, None]
     made = summary(np.zeros_like(y))
     lower, upper = fitted("absolute", made, y).bounds(made, 0.5)
-    assert (lower[0, 0], upper[0, 0]) == (-1.0, 1.0)  # the 11th of 20 scores
+    assert (-lower[0, 0], upper[0, 0]) == pytest.approx((1.0, 1.0), rel=2e-5)  # the 11th of 20 scores
+
+
+def repeated(method: str, seed: int) -> tuple[Summary, np.ndarray]:
+    """400 rows of four kinds, whole targets or labels: many scores are equal; of a network of float32."""
+    random = np.random.default_rng(seed)
+    kind = random.integers(0, 4, 400)
+    chance = random.uniform(0.05, 0.95, (4, 1)).astype(np.float32).astype(np.float64)
+    y = (random.uniform(size=(400, 1)) < chance[kind]).astype(np.int64)
+    if method in SETS:
+        return classes(np.hstack([1 - chance, chance])[kind]), y[:, 0]
+    samples = (1000 * seed + chance + random.normal(size=(8, 4, 1)) * 0.1)[:, kind]
+    mean = 1000 * seed + chance[kind]
+    single = mean.astype(np.float32).astype(np.float64)
+    return summary(mean, (0.01 * chance)[kind], samples=samples, deterministic=single), y + 1000.0 * seed
+
+
+def moved(made: Summary, random: np.random.Generator) -> Summary:
+    """The same rows in a batch of another size: a last digit of float32 further."""
+    apart = np.float32(np.finfo(np.float32).eps) * random.choice([-1, 0, 1], made.mean.shape)
+    samples = None if made.samples is None else made.samples * (1 + apart)
+    return replace(made, mean=made.mean * (1 + apart), epistemic=made.epistemic * (1 + apart), samples=samples)
+
+
+@pytest.mark.parametrize("method", sorted(CONFORMAL))
+def test_rounding_does_not_cost_coverage_where_scores_repeat(method: str) -> None:
+    """Of the held-out rows themselves at least ``level`` have a score of at most q, in whichever batch they come."""
+    random = np.random.default_rng(1)
+    for seed in range(4):
+        made, y = repeated(method, seed)
+        known: dict[str, Any] = {} if method in SETS else {"noise": 0.25}  # no rows are spent on it
+        task = "classification" if method in SETS else "regression"
+        calibration = fit_calibration(
+            made, y, task=task, plan=PassPlan(), fingerprint="", method=method, levels=[0.6, 0.8], **known
+        )
+        for level in (0.6, 0.8):
+            for again in (made, moved(made, random), moved(made, random)):
+                if method in SETS:
+                    members = calibration.prediction_set(again, level)
+                    assert members is not None
+                    inside = np.take_along_axis(members, y[:, None], axis=1)
+                else:
+                    lower, upper = calibration.bounds(again, level)
+                    inside = (lower <= y) & (y <= upper)
+                assert inside.mean() >= level, (seed, level)
+
+
+@pytest.mark.parametrize("method", NUMBERS)
+def test_bounds_are_no_wider_than_rounding(method: str) -> None:
+    """Of a network of float64 far from 0: on the scale of float32's digits this would be wider by more than itself."""
+    made, y = rows(300, 1)
+    assert made.samples is not None
+    far = replace(made, mean=made.mean + 1e7, deterministic=made.deterministic + 1e7, samples=np.add(made.samples, 1e7))
+    for one, targets in ((made, y), (far, y + 1e7)):
+        calibration = fitted(method, one, targets)
+        lower, upper = calibration.bounds(one, 0.9)
+        inside = CONFORMAL[method].score(one, targets, 0.9, calibration.offset) <= calibration.quantile(0.9)
+        gap = np.maximum(lower - targets, targets - upper)
+        np.testing.assert_array_equal(inside, gap <= 0)  # none is taken in beyond those that score as low
+        last = gap.max(axis=0, where=inside, initial=-np.inf)  # the held-out row that q is the score of
+        assert (last >= -3e-5 * (upper - lower).max(axis=0)).all()
+
+
+@pytest.mark.parametrize("method", SETS)
+def test_a_row_without_probabilities_may_be_of_every_class(method: str) -> None:
+    made, y = labelled(100, 0)
+    members = fitted(method, made, y, 0.5).prediction_set(classes([[np.nan] * 6, made.mean[0]]), 0.5)
+    assert members is not None
+    assert members[0].all()
+    assert not members[1].all()
 
 
 def test_cqr_is_fitted_for_levels() -> None:

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made import classes, net, summary
@@ -19,7 +20,7 @@ NOISE = RANDOM.exponential(size=(30, 5, 2))
 
 def mixed() -> Summary:
     mean, spread = SAMPLES.mean(axis=0), SAMPLES.var(axis=0, ddof=1)
-    return summary(mean, spread, samples=SAMPLES, aleatoric=NOISE.mean(axis=0), noise_samples=NOISE)
+    return summary(mean, spread, samples=SAMPLES, aleatoric=NOISE.mean(axis=0), log_noise=np.log(NOISE))
 
 
 def test_mixture_bounds_solve_the_mixture_equation() -> None:
@@ -79,6 +80,23 @@ def test_a_gaussian_head_needs_no_calibration() -> None:
     assert kept.interval_kind == "prediction"
     normal = mcdrop.predict(model, x, interval="predictive")
     np.testing.assert_allclose(kept.lower, normal.lower, rtol=0.2)
+
+
+@pytest.mark.parametrize("interval", ["predictive", "conformal"])
+def test_noise_beyond_the_numbers_of_the_network_has_bounds_with_kept_passes_too(interval: str) -> None:
+    """A log-variance of 95 is a variance of 1e41, which float32 cannot hold."""
+    x = RANDOM.normal(size=(40, 2)).astype(np.float32)
+    head = net(outputs=2)
+    with torch.no_grad():
+        head[3].bias[1] = 95.0  # type: ignore[index]
+    model = mcdrop.wrap(head, example=x, task="gaussian")
+    std = np.exp(95 / 2)
+    y = std * RANDOM.normal(size=40)
+    method = "cqr" if interval == "conformal" else None
+    calibration = mcdrop.calibrate(model, x, y, method=method, levels=[0.9])
+    kept = mcdrop.predict(model, x, interval=interval, level=0.9, keep_samples=True, calibration=calibration)
+    assert np.isfinite(kept.upper).all()
+    assert ((0.5 * std < kept.upper) & (kept.upper < 4 * std)).all()
 
 
 # -- summaries ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The public names: all are there, documented, sorted, loaded when first used."""
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -12,7 +13,7 @@ NAMES = [name for name in mcdrop.__all__ if not name.startswith("_") and name !=
 
 
 def test_all_names_are_there_and_no_other() -> None:
-    assert dir(mcdrop) == sorted(mcdrop.__all__)
+    assert dir(mcdrop) == sorted([*mcdrop.__all__, "layers", "metrics", "plotting"])
     for name in mcdrop.__all__:
         assert getattr(mcdrop, name) is not None
     with pytest.raises(AttributeError, match="module 'mcdrop' has no attribute 'nope'"):
@@ -51,6 +52,12 @@ def test_the_functions_win_over_the_modules_of_the_same_name() -> None:
     script = "import mcdrop, mcdrop.predict, mcdrop.audit; print(callable(mcdrop.predict))"
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_modules_that_are_used_by_their_own_names_are_there_when_asked_for() -> None:
+    """As ``mcdrop.layers.DropConnect`` after ``import mcdrop`` alone; what has been imported is an attribute anyway."""
+    for name in ("layers", "metrics", "plotting"):
+        assert mcdrop.__getattr__(name) is importlib.import_module(f"mcdrop.{name}")
 
 
 def test_the_version_is_that_of_the_project() -> None:

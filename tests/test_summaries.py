@@ -13,6 +13,7 @@ from scipy import special, stats
 
 from mcdrop.engine import PassPlan, PassResult
 from mcdrop.errors import InputError
+from mcdrop.intervals import predictive_cdf
 from mcdrop.moments import Gathered
 from mcdrop.summaries import TASKS, Summary
 
@@ -31,7 +32,7 @@ def read(outputs: Array, task: str) -> Summary:
     for part in np.array_split(values, 3):
         if len(part):
             gathered.add(part.copy())
-    kept = values[..., : statistics.kept(values.shape[-1])].astype(np.float32)
+    kept = statistics.kept(values).astype(np.float32)
     plan = PassPlan(len(outputs), sampler="iid", keep_samples=True)
     return TASKS[task].read(PassResult.of(gathered, values[0], kept, plan))
 
@@ -88,6 +89,16 @@ def test_a_gaussian_head_is_read_by_the_law_of_total_variance(outputs: Array) ->
     np.testing.assert_allclose(summary.samples, mean, rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("log_variance", [-95.0, 95.0])
+def test_kept_noise_may_be_larger_than_the_numbers_of_the_network(log_variance: float) -> None:
+    outputs = np.zeros((4, 2, 2))
+    outputs[..., 1] = log_variance
+    summary = read(outputs, "gaussian")  # which keeps in float32, whose largest number is e^88.7
+    assert summary.log_noise is not None
+    close(np.exp(summary.log_noise, dtype=np.float64), np.exp(outputs[..., 1:]))
+    close(predictive_cdf(summary, summary.mean + 2 * np.sqrt(summary.aleatoric)), special.ndtr(2))  # type: ignore[arg-type]
+
+
 def test_a_head_without_a_log_variance_for_each_mean_is_refused() -> None:
     with pytest.raises(InputError, match="an even number of outputs; this one gives 3"):
         read(np.zeros((4, 2, 3)), "gaussian")
@@ -138,6 +149,21 @@ def test_passes_that_agree_have_no_mutual_information_and_passes_that_split_have
         assert found is not None
         close(found.mutual_information, [expected])
         close(found.variation_ratio, [ratio])
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_pass_without_probabilities_leaves_nothing_known_of_its_row(bad: float) -> None:
+    outputs = np.random.default_rng(0).normal(size=(6, 3, 4))
+    fine = read(outputs, "classification").classes
+    outputs[2, 1, 3] = bad
+    there = TASKS["classification"].statistics.there(torch.tensor(outputs))
+    assert there[2, 1, [0, -1]].isnan().all()  # its chances and its entropy
+    found = read(outputs, "classification").classes
+    assert fine is not None
+    assert found is not None
+    for name in ("entropy", "expected_entropy", "mutual_information", "variation_ratio"):
+        assert np.isnan(getattr(found, name)).tolist() == [False, True, False]
+        close(getattr(found, name)[[0, 2]], getattr(fine, name)[[0, 2]])
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
