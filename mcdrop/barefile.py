@@ -55,7 +55,7 @@ def read_plain(path: Path, *, sha256: str | None = None, most: int = _MOST) -> b
             raise ArtifactError(f"{path} must be a plain file, not a link or a special file")
         if status.st_size > most:
             raise ArtifactError(f"{path} has {status.st_size} bytes, above the limit of {most}")
-        data = file.read(most + 1)
+        data = file.read(status.st_size)  # not "most": room for as much would be asked for first
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256.lower():
         raise ArtifactError(f"{path} is not the file that was asked for: its sha256 is {found}, not {sha256}")

@@ -152,6 +152,11 @@ def calibrate(
     loaded = load(folder, devices=device or ())
     if loaded.task == "classification" and len(target) > 1:
         raise typer.BadParameter("a classifier has one column of labels, so give it once", param_hint="--target")
+    read = [feature.strip() for feature in loaded.features or ()]
+    wrong = next((name for name in target if target.count(name) > 1 or name in read), None)
+    if wrong is not None:
+        why = "one that the model reads" if target.count(wrong) == 1 else "given twice"
+        raise typer.BadParameter(f"{wrong!r} is {why}; give the true values of each output", param_hint="--target")
     y = read_targets(rows, target)
     with progress(str(rows), "", "reading") as advance:
         x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])
@@ -252,7 +257,8 @@ def serve(
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or str(error), "serve") from None
     given = {"store": store, "host": host, "port": port, "devices": device}
-    server.serve(settings.read_settings(**{name: value for name, value in given.items() if value is not None}))
+    # as of a variable: one that is empty says nothing
+    server.serve(settings.read_settings(**{name: value for name, value in given.items() if value not in (None, "")}))
 
 
 def predicted(

@@ -27,6 +27,8 @@ def check_output(
 ) -> None:
     """Calls an output wrong usage that would replace an input, lie in a model folder, or be of another format.
 
+    Standard output takes tables alone.
+
     Args:
         output: the file to write.
         suffixes: those of the formats that the command writes; a suffix that is of no format is fine too.
@@ -39,8 +41,10 @@ def check_output(
     target = Path(output)
     suffix = target.suffix.lower()
     if str(output) == STANDARD_STREAM:
-        return
-    if any(_same_file(Path(source), target) for source in inputs):
+        if not {*suffixes}.isdisjoint(_OF_TABLES):
+            return
+        problem = f"standard output takes no network; give a file with the suffix {' or '.join(suffixes)}"
+    elif any(_same_file(Path(source), target) for source in inputs):
         problem = "the output would replace the input; choose another file"
     elif (target.resolve().parent / MANIFEST).is_file():
         problem = f"{target.parent} is a model folder, which holds the model alone; choose another folder"

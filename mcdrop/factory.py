@@ -8,12 +8,11 @@ import importlib
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from mcdrop.errors import ArtifactError
@@ -98,18 +97,20 @@ def _made(function: Any, arguments: Mapping[str, Any]) -> Any:
         return function(**arguments)
 
 
-def fill(module: nn.Module, path: Path) -> None:
-    """Reads the weights of a network from a safetensors file.
+def fill(module: nn.Module, data: bytes, file: str) -> None:
+    """Puts the weights of the safetensors file ``file``, whose content is ``data``, into a network.
+
+    Its tensors are copies: a file that stayed mapped could be written over while the network answers.
 
     Raises:
         ArtifactError: they are not those of this network.
     """
     tied = _tied(module)
     try:
-        state = load_file(str(path))
+        state = load(data)
         found = module.load_state_dict(state, strict=False, assign=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ArtifactError(f"{path} does not fit the network: {str(error)[:500]}") from error
+    except (SafetensorError, RuntimeError, KeyError) as error:  # the last names a type that torch does not have
+        raise ArtifactError(f"{file} does not fit the network: {str(error)[:500]}") from error
     missing = set(found.missing_keys)
     for names in tied:
         if stored := sorted(set(names) & set(state)):
@@ -118,7 +119,7 @@ def fill(module: nn.Module, path: Path) -> None:
             missing -= set(names)
     if found.unexpected_keys or missing:
         unexpected = sorted(found.unexpected_keys)
-        raise ArtifactError(f"{path} does not fit the network: missing {sorted(missing)}, unexpected {unexpected}")
+        raise ArtifactError(f"{file} does not fit the network: missing {sorted(missing)}, unexpected {unexpected}")
 
 
 def _tied(module: nn.Module) -> list[list[str]]:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, MissingExtra
+from mcdrop.rows import check_named
 from mcdrop.streams import check_place, explained, reading, whole
-from mcdrop.table import Block, Table, check_spelling, read_rows, write_rows
+from mcdrop.table import Block, Table, read_rows, write_rows
 
 if TYPE_CHECKING:
     from mcdrop.model import InputSpec, Model
@@ -159,9 +160,13 @@ def _header(source: str | Path) -> list[str]:
 
 
 def _features(model: "Model", source: str | Path, without: Sequence[str]) -> list[str] | None:
-    if model.features is not None or not without:
+    if not without:
         return model.features
-    left = [name for name in _header(source) if name not in without]
+    header = _header(source)
+    if model.features is not None:  # by place, the targets themselves would be read
+        check_named([name.strip() for name in model.features], header, str(source))
+        return model.features
+    left = [name for name in header if name not in without]
     if not left:
         raise InputError(f"{source} has no columns beside {', '.join(without)}; the model needs some to read")
     return left
@@ -224,9 +229,7 @@ def _batches(file: Any, source: str | Path, names: Sequence[str] | None = None) 
 def _parquet_blocks(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[tuple[int, NDArray[Any]]]:
     spec, names = only_input(model), _features(model, source, without) or _header(source)
     width, header = math.prod(spec.shape[1:]), _header(source)
-    if missing := [name for name in names if name not in header]:
-        check_spelling(missing, [name for name in header if name not in names], str(source))
-        raise InputError(f"{source} lacks the column {missing[0]!r}; the model takes {', '.join(names[:20])}")
+    check_named(names, header, str(source))
     if len(names) != width:
         raise InputError(f"{source} must have {width} columns that the model reads, got {len(names)}")
     return _picked(source, names, spec.dtype)

@@ -21,6 +21,7 @@ from mcdrop.wrapping import wrap, wrap_graph
 __all__ = ["FORMATS", "Format", "Source", "check_features", "default_format", "load_file", "positional"]
 
 _RUNNING = ("compile", "precision", "tuning")  # of what wrap was asked for, how passes are run
+_MOST_WEIGHTS = 16 * 2**30  # bytes, as for every file of a folder
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _read_weights(source: Source, example: Any, task: str) -> Model:
     from mcdrop.factory import fill, network  # here, because a graph needs no torch
 
     module = network(source.said)
-    fill(module, source.path)
+    # not given a name: the bytes are freed as soon as the network has its weights
+    fill(module, read_plain(source.path, sha256=source.sha256, most=_MOST_WEIGHTS), str(source.path))
     return _wrapped(module, example, task, source.devices, source.said.get("wrap", {}))
 
 

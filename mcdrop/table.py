@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
+from mcdrop.rows import check_spelling
 from mcdrop.streams import STANDARD_STREAM, reading, writing
 
 if TYPE_CHECKING:
     from mcdrop.predict import Prediction
 
-__all__ = ["Block", "Table", "check_spelling", "read_rows", "with_prediction", "write_rows"]
+__all__ = ["Block", "Table", "read_rows", "with_prediction", "write_rows"]
 
 CELLS_PER_BLOCK = 1 << 16  # a block of rows holds about this many cells, whatever the width of the table
 MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no table
@@ -79,7 +80,7 @@ def read_rows(
 
     The model's ``width`` columns are found by the names in ``features`` where the header has them all, else by position
     where the table has just that many columns. The first row is a header if it holds those names, or no number at all;
-    ``note`` is told where it is none.
+    ``note`` is told where it is none, and where its names are not those that the model has.
 
     Raises:
         InputError: no rows, ragged rows, or a cell that is not a finite number of this ``dtype``; with line and column.
@@ -93,8 +94,8 @@ def read_rows(
         layout = _layout(first[1], width, features, name)
         if not layout.named:
             records = itertools.chain([first], records)
-            if note is not None:
-                note(f"the first line of {name} holds numbers, so it is read as a row, not as the names of columns")
+        if note is not None and (said := _said(layout, features or (), name)):
+            note(said)
         size = chunk or max(1, CELLS_PER_BLOCK // len(layout.header))
         batch = list(itertools.islice(records, size))
         if not batch:
@@ -191,16 +192,14 @@ def _layout(first: list[str], width: int, features: Sequence[str] | None, name: 
     return _Layout(first if named else wanted or [f"x_{i}" for i in range(width)], list(range(width)), named)
 
 
-def check_spelling(missing: Iterable[str], others: Iterable[str], name: str) -> None:
-    """Refuses other columns whose names differ from a missing one in case or surrounding blanks alone.
-
-    Raises:
-        InputError: there is one; it may be meant, or may not.
-    """
-    alike = {other.strip().casefold(): other for other in others}
-    for feature in missing:
-        if (found := alike.get(feature.strip().casefold())) is not None:
-            raise InputError(f"{name} has a column {found!r}, but the model takes {feature!r}; rename the column")
+def _said(layout: _Layout, features: Sequence[str], name: str) -> str:
+    """What whoever gave a table should hear of how it is read."""
+    if not layout.named:
+        return f"the first line of {name} holds numbers, so it is read as a row, not as the names of columns"
+    titles = [title.strip() for title in layout.header]
+    if not features or features[0].strip() in titles:
+        return ""
+    return f"{name} names none of the columns that the model reads, so they go by position: {_listed([*features])}"
 
 
 def _remedy(first: list[str], wanted: list[str]) -> str:

@@ -89,7 +89,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if app.state.settings.wait_for_models:
         await loading
     try:
-        yield
+        with suppress(asyncio.CancelledError):  # a second Ctrl-C ends the server so, which is no failure to be logged
+            yield
     finally:
         loading.cancel()
 

@@ -127,8 +127,7 @@ class Registry:
                 raise ArtifactError(
                     f"{entry.folder} says that it is {entry.name} {entry.version}, and so does another folder"
                 )
-            watch = None if model.screen is None else Watch(f"{entry.name} {entry.version}", model.screen)
-            versions[entry.version] = Served(model, entry.manifest, watch)
+            versions[entry.version] = Served(model, entry.manifest, _watch(entry, model))
         return models
 
     def _loaded(self, entry: Entry) -> Model:
@@ -144,6 +143,17 @@ class Registry:
         where, took = ", ".join(model.audit.devices), time.monotonic() - began
         logger.info("%s %s: prepared in %.1f s on %s", entry.name, entry.version, took, where)
         return model
+
+
+def _watch(entry: Entry, model: Model) -> Watch | None:
+    """The drift alarm of a model that has a screen; where it cannot have one the log says why."""
+    if model.screen is None:
+        return None
+    try:
+        return Watch(f"{entry.name} {entry.version}", model)
+    except InputError as error:
+        logger.warning("%s %s: drift is not watched: %s", entry.name, entry.version, error)
+        return None
 
 
 def _check_layout(store: Path) -> None:

@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     wait_for_models: bool = Field(
         default=False, description="load before the first request, instead of answering 503 meanwhile"
     )
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1, description="an empty one would be every network there is")
     port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port")
     threads: int = Field(default=2, ge=1, description="requests that are computed at the same time; the others wait")
     max_waiting: int = Field(

@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.drift import Drift, DriftMonitor
+from mcdrop.errors import InputError
+from mcdrop.model import Model
 from mcdrop.predict import Prediction
-from mcdrop.screening import Screen
+from mcdrop.sampling import reference_scores
 
 __all__ = ["Watch"]
 
@@ -21,19 +23,30 @@ ROWS_OF_A_REQUEST = 1000  # the first of them, so that watching stays cheap besi
 class Watch:
     """Feeds a drift monitor from requests that come at the same time.
 
-    Only requests under the screen's own passes and seed count, because only their scores can be compared with it.
+    Only requests at the model's default passes and seed count: the scores of others are those of other masks, and
+    cannot be compared with them.
     """
 
-    def __init__(self, name: str, screen: Screen) -> None:
-        """Takes the name of the model, for the log, and its screen."""
-        self._name, self._plan = name, screen.plan
-        self._monitor = DriftMonitor(_finite(screen.scores))
+    def __init__(self, name: str, model: Model) -> None:
+        """Takes the name of the model, for the log, and the model; its screen's rows are scored under its defaults.
+
+        Raises:
+            InputError: the model has no screen, or one that compares hidden features of other weights.
+        """
+        if model.screen is None:
+            raise InputError("it has no screen")
+        self._name = name
+        self._passes, self._seed = model.defaults.passes, model.defaults.seed
+        self._monitor = DriftMonitor(_finite(reference_scores(model, model.screen, model.defaults.plan)))
         self._lock = threading.Lock()
 
-    def see(self, prediction: Prediction) -> None:
-        """Takes the scores of an answer in; a first alarm goes to the log."""
-        plan = self._plan
-        if prediction.score is None or (int(prediction.passes[0]), prediction.seed) != (plan.passes, plan.seed):
+    def see(self, prediction: Prediction, passes: int | None = None) -> None:
+        """Takes the scores of an answer in; a first alarm goes to the log.
+
+        ``passes`` are those that were asked for, if any: with a tolerance those of an answer differ by row.
+        """
+        asked = self._passes if passes is None else passes
+        if prediction.score is None or (asked, prediction.seed) != (self._passes, self._seed):
             return
         with self._lock:
             before = self._monitor.state

@@ -35,7 +35,7 @@ def answer(body: bytes, registry: Registry, settings: Settings) -> bytes:
     )
     _check_given(prediction, settings)
     if served.watch is not None:
-        served.watch.see(prediction)
+        served.watch.see(prediction, request.passes)
     return dump(prediction_body(model, prediction))
 
 

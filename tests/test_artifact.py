@@ -49,6 +49,31 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
         assert float(loaded.back.weight.mean()) == 7
 
 
+def test_a_file_that_changes_after_it_was_read_changes_no_answer(tmp_path: Path) -> None:
+    """Mapped weights would become those that are written over them, and a shorter file end the process."""
+    _, folder = saved(tmp_path)
+    weights, loaded = folder / "weights.safetensors", mcdrop.load(folder)
+    before = mcdrop.predict(loaded, X, passes=10)
+    content = weights.read_bytes()
+    with weights.open("r+b") as file:  # as cp does; a rename would leave the mapped file alone
+        file.write(content[:-200] + bytes(200))  # other numbers under the same header
+    np.testing.assert_array_equal(mcdrop.predict(loaded, X, passes=10).mean, before.mean)
+    with weights.open("r+b") as file:
+        file.truncate(0)
+    np.testing.assert_array_equal(mcdrop.predict(loaded, X, passes=9, seed=1).deterministic, before.deterministic)
+
+
+def test_a_loaded_network_can_be_trained_on(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    loaded, stored = mcdrop.load(folder), (folder / "weights.safetensors").read_bytes()
+    before = {name: tensor.clone() for name, tensor in loaded.module.state_dict().items()}
+    descent = torch.optim.SGD(loaded.module.parameters(), lr=0.1)
+    loaded.module(torch.from_numpy(X)).square().mean().backward()
+    descent.step()
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in loaded.module.named_parameters())
+    assert (folder / "weights.safetensors").read_bytes() == stored
+
+
 def test_screen_names_and_defaults_come_back(tmp_path: Path) -> None:
     model = trained(plain, X)
     screen = mcdrop.fit_screen(model, X, fpr=0.05, passes=30, seed=2)

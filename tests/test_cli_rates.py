@@ -100,6 +100,29 @@ def test_calibrate_refuses_columns_and_targets_that_do_not_fit(store: Path, tmp_
     assert mcdrop.load(model).calibration is None
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [(["y", "y"], "'y' is given twice"), (["x"], "'x' is one that the model reads"), (["y", "x"], "'x' is one that")],
+    ids=str,
+)
+def test_a_column_is_one_target_or_one_input(line: Path, tmp_path: Path, targets: list[str], said: str) -> None:
+    held = table(tmp_path / "held.csv", x=X, y=Y)
+    result = run("calibrate", line, held, *(part for name in targets for part in ("--target", name)))
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert mcdrop.load(line).calibration is None
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_target_is_never_read_as_the_input_by_its_place(line: Path, tmp_path: Path, suffix: str) -> None:
+    held = table(tmp_path / f"held.{suffix}", y=Y)
+    result = run("calibrate", line, held, "--target", "y")
+    assert (result.exit_code, result.stderr) == (1, f"error: {held} lacks the column 'x'; the model takes x\n")
+    spelt = table(tmp_path / f"spelt.{suffix}", X=X, y=Y)
+    assert "has a column 'X', but the model takes 'x'" in run("calibrate", line, spelt, "--target", "y").stderr
+    assert mcdrop.load(line).calibration is None
+
+
 def test_calibrate_keeps_it_where_a_link_and_a_dot_lead(
     line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

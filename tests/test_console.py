@@ -67,6 +67,17 @@ def test_a_file_of_another_format_is_not_promised(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [("export", "model", "-"), ("convert", "weights.pth", "-")], ids=" ".join)
+def test_a_network_is_not_written_to_standard_output_nor_to_a_file_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "standard output takes no network; give a file with the suffix ." in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_suffix_of_no_format_is_fine(store: Path, tmp_path: Path) -> None:
     for name in ("out", "out.2024", "out.txt", "out.CSV"):
         assert run("predict", store / "line", "-", "-o", tmp_path / name, given="x\n1\n").exit_code == 0

@@ -15,16 +15,19 @@ import numpy as np
 import pytest
 import torch
 from fastapi import FastAPI
-from serving import PATIENCE, Server, running, start
+from serving import PATIENCE, Server, running, start, until
+from typer.testing import CliRunner
 
 import mcdrop
 from mcdrop.artifact import load
-from mcdrop.errors import ArtifactError
+from mcdrop.cli import app as cli
+from mcdrop.errors import ArtifactError, InputError
 from mcdrop.intervals import INTERVALS
 from mcdrop.predict import predict
 from service import Settings, create_app
 from service.registry import Registry
 from service.schemas import PredictRequest, PredictResponse
+from service.settings import read_settings
 
 ROWS = [[-0.5], [0.0], [3.0]]
 LINE = {"model": "line", "inputs": ROWS, "passes": 50}
@@ -267,6 +270,36 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, store: Path)
     assert Registry(store, found.default_model).entries()
     with pytest.raises(ArtifactError, match=r"'' is not in .*; it holds: classes, line; set MCDROP_DEFAULT_MODEL to"):
         Registry(store, "").entries()
+
+
+def test_an_empty_address_is_not_that_of_every_network(tmp_path: Path) -> None:
+    """A socket that is bound to "" listens on all of them; on the command line an empty option says nothing."""
+    with pytest.raises(InputError, match="MCDROP_HOST: String should have at least 1 character, got ''"):
+        read_settings(host="")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = CliRunner().invoke(cli, ["serve", str(tmp_path), "--host", "", "--port", port])
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+def test_a_second_interrupt_ends_the_app_without_a_failure(tmp_path: Path) -> None:
+    """Uvicorn then leaves its lifespan to be cancelled; what failed in one is logged with a traceback."""
+    told: list[str] = []
+
+    async def interrupted() -> None:
+        async def tell(message: Any) -> None:
+            told.append(message["type"])
+
+        async def hear() -> Any:
+            return await asyncio.Event().wait() if told else {"type": "lifespan.startup"}
+
+        running = asyncio.create_task(create_app(Settings(store=tmp_path))({"type": "lifespan"}, hear, tell))
+        await until(lambda: bool(told))
+        running.cancel()
+        await running
+
+    asyncio.run(interrupted())
+    assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 def test_stopping_finishes_the_running_request(store: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -58,6 +59,31 @@ def test_a_file_without_a_header_works_and_gets_names(tmp_path: Path) -> None:
     assert only(path, width=2).header == ["x_0", "x_1"]
     block = only(path, width=2, features=["a", "b"])
     assert (block.header, block.values.tolist()) == (["a", "b"], [[1, 2], [3, 4]])
+
+
+def test_names_that_are_all_other_are_read_by_position_and_noted(tmp_path: Path) -> None:
+    told: list[str] = []
+    path = write(tmp_path, "first,second\n1,2\n")
+    for features in (["a", "b"], None):  # a model without names has none to be mistaken for others
+        list(read_rows(path, width=2, features=features, note=told.append))
+    list(read_rows(write(tmp_path, "b,a\n1,2\n"), width=2, features=["a", "b"], note=told.append))
+    assert told == [f"{path} names none of the columns that the model reads, so they go by position: 'a', 'b'"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_the_same_letters_in_another_code_are_never_passed_over(
+    tmp_path: Path, form: Literal["NFC", "NFD", "NFKC", "NFKD"]
+) -> None:
+    """macOS writes names of files with the accents as characters of their own."""
+    features = ["länge", "ﬁsch"]  # the second begins with one character for two letters
+    path = write(tmp_path, normalize(form, "ﬁsch,länge\n1,2\n"))
+    if form == "NFC":
+        assert only(path, width=2, features=features).values.tolist() == [[2, 1]]
+    else:
+        assert "; rename the column" in message(path, width=2, features=features)
+    if form == "NFD":
+        said = r"has a column 'la\u0308nge', but the model takes 'l\xe4nge'"
+        assert said in message(path, width=2, features=features)
 
 
 def test_only_a_file_without_a_header_is_noted(tmp_path: Path) -> None:
