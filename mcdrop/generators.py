@@ -1,9 +1,16 @@
-"""Generators of random numbers: which move out of sight, what stays as it was, which are seeded in every pass."""
+"""Generators of random numbers: which move out of sight, what stays as it was, which are seeded in every pass.
+
+Global generators are one for the whole process, and other threads may draw from them at any time. Only what a network
+draws itself says something of it, and only that is put back: else numbers of the other threads would come twice.
+"""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,48 +18,161 @@ from torch import Tensor
 
 from mcdrop.intercept import Interception
 
-__all__ = ["Foreign", "Noted", "moved_on", "noting", "own_generator"]
+__all__ = ["Noted", "doubted", "moved_on", "noting", "out_of_sight", "own_generator"]
 
 Noted = list[tuple[torch.Generator, Tensor]]  # generators that draws were given, with their states then
 
-
-class Foreign:
-    """Notices draws from global generators that happen out of sight."""
-
-    def __init__(self) -> None:
-        self._before = self._state()
-
-    @staticmethod
-    def _state() -> tuple[Any, Any, bytes]:
-        return random.getstate(), _numpy_numbers(), torch.get_rng_state().numpy().tobytes()
-
-    def moved(self, *, known: bool) -> list[tuple[str, str]]:
-        """Names the generators that moved; torch's own only if no operation of this thread explains it."""
-        names = ("Python's random", "numpy.random", "torch's generator in another thread")
-        pairs = zip(names, self._before, self._state(), strict=True)
-        return [("", name) for name, before, after in pairs if before != after and not (known and "torch" in name)]
+_TRIES = 5  # by chance others draw in all of so many passes, and in no wait of such length, once in 40 000 times
+_MOST = 20  # where others draw
+_SECONDS = 0.002  # the shortest wait
 
 
-def _numpy_numbers() -> tuple[str, bytes]:
-    """The state of numpy's global generator, to see whether it moved."""
-    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    return repr(numpy["state"]["pos"]), numpy["state"]["key"].tobytes()
+class _Global(NamedTuple):
+    """How a global generator is read, put back, and moved on by a number."""
+
+    state: Callable[[], Any]
+    put_back: Callable[[Any], None]
+    step: Callable[[], object]
+
+
+def _torch_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_torch(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+_TORCH = "torch's generator in another thread"  # in this one its operations are seen
+_GLOBAL = {
+    "Python's random": _Global(random.getstate, random.setstate, random.random),
+    "numpy.random": _Global(
+        lambda: np.random.get_state(legacy=False),  # noqa: NPY002
+        np.random.set_state,
+        np.random.random_sample,
+    ),
+    _TORCH: _Global(_torch_state, _set_torch, lambda: torch.rand(1, device="cpu")),
+}
+
+
+@dataclass
+class _Own:
+    """The global generators that the network of a ``own_generator`` draws from, and those where nobody knows."""
+
+    drawn: set[str] = field(default_factory=set)
+    doubted: set[str] = field(default_factory=set)
+
+
+_NOW = threading.local()  # its ``own`` are those of this thread, the innermost last
+
+
+def _states(names: Collection[str] = tuple(_GLOBAL)) -> dict[str, Any]:
+    return {name: _GLOBAL[name].state() for name in names}
+
+
+def _moved(before: Mapping[str, Any]) -> set[str]:
+    """Names the generators that stand elsewhere than before."""
+    return {name for name, state in _states(before).items() if _told(state) != _told(before[name])}
+
+
+def _told(state: Any) -> Any:
+    """What a state is told by; of torch's the one of the CPU."""
+    if isinstance(state, dict):
+        return {key: _told(value) for key, value in state.items()}
+    if isinstance(state, tuple) and isinstance(state[0], Tensor):
+        return state[0].numpy().tobytes()
+    return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
 @contextmanager
 def own_generator() -> Iterator[None]:
-    """Leaves all global generators as they were, whatever escapes control inside."""
-    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
-    before = _numpy_numbers()
+    """Leaves the global generators that a network draws from inside (``out_of_sight``) as they were, and no others."""
+    before, own = _states(), _Own()
+    outer: list[_Own] = getattr(_NOW, "own", [])
+    _NOW.own = [*outer, own]
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
-        # only where it moved, so that what other threads drew meanwhile stays drawn
-        if random.getstate() != python:
-            random.setstate(python)
-        if _numpy_numbers() != before:
-            np.random.set_state(numpy)  # noqa: NPY002
+        _NOW.own = outer
+        for name in own.drawn:
+            _GLOBAL[name].put_back(before[name])
+        for around in outer[-1:]:
+            around.drawn |= own.drawn
+            around.doubted |= own.doubted
+
+
+def doubted(name: str) -> list[str]:
+    """Says of which generators nobody could tell in this ``own_generator`` whether a network draws from them."""
+    names = sorted(_NOW.own[-1].doubted - _NOW.own[-1].drawn)
+    return [f"something else draws from {one} all the time: it cannot be told whether {name} does" for one in names]
+
+
+def out_of_sight(run: Callable[[], bool], again: Callable[[], object]) -> list[str]:
+    """Runs a pass in ``own_generator``, and names the global generators that it draws from out of sight.
+
+    ``run`` says whether operations of this thread drew from torch's, and ``again`` runs the same pass once more. Where
+    others draw meanwhile, a pass in which nothing moved tells, and as long a wait without one.
+    """
+    own, before, began = _NOW.own[-1], _states(), time.perf_counter()
+    try:
+        known = {_TORCH} if run() else set()
+        moved, seconds = _moved(before) - known, max(time.perf_counter() - began, _SECONDS)
+        found = moved & {name for one in _NOW.own for name in one.drawn}
+        found |= _of_the_pass(moved - found, again, seconds) if moved - found else set()
+    except BaseException:
+        moved = _moved(before)
+        own.drawn |= moved - _meanwhile(moved, _SECONDS)
+        raise
+    own.drawn |= found | known
+    return [name for name in _GLOBAL if name in found]
+
+
+def _of_the_pass(moved: set[str], again: Callable[[], object], seconds: float) -> set[str]:
+    """Names those of the generators that move in every pass, and without one in none of the waits."""
+    others: set[str] = set()
+    for number in range(_MOST):
+        others |= _meanwhile(moved, seconds)
+        moved = _once_more(moved - (others & {_TORCH}), others, again)
+        if not moved & others and (not moved or number + 1 >= _TRIES):
+            break
+    _NOW.own[-1].doubted |= moved & others
+    return moved - others
+
+
+def _once_more(names: set[str], others: set[str], again: Callable[[], object]) -> set[str]:
+    """Names those of some generators that move in another pass, or are seeded anew where no others draw."""
+    before = _states(names)
+    if names:
+        again()
+    moved = _moved(before)
+    return moved | _seeded(names - moved - others, again)
+
+
+def _seeded(names: set[str], again: Callable[[], object]) -> set[str]:
+    """Names those of some generators that a pass does not leave a number further: it puts them where it always does."""
+    before, seeded = _states(names), set[str]()
+    for name in names:
+        _GLOBAL[name].step()
+    stepped = _states(names)
+    if names:
+        again()
+    for name in names:  # each at once, so that hardly anybody draws between the two
+        if _moved({name: stepped[name]}):
+            seeded.add(name)
+        else:
+            _GLOBAL[name].put_back(before[name])
+    return seeded
+
+
+def _meanwhile(names: set[str], seconds: float) -> set[str]:
+    """Names those of some generators that move without a pass."""
+    before = _states(names)
+    if names:
+        time.sleep(seconds)
+    return _moved(before)
 
 
 def noting(rules: Mapping[Callable[..., Any], Callable[..., Any]], noted: Noted) -> dict[Any, Callable[..., Any]]:

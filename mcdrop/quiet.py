@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mcdrop.locks import forkable
+
 __all__ = ["ALONE", "first_line", "quiet"]
 
 # Torch's tracers and compiler, and the filters of warnings, keep their state in the process: two threads in them at
 # once leave it wrong for good. Held by one thread while it is there.
-ALONE = threading.RLock()
+ALONE = forkable(threading.RLock())
 
 
 @contextmanager

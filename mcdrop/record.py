@@ -1,8 +1,8 @@
 """One forward pass seen from outside: what it draws, what escapes control, what it writes to."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcdrop.forward import forward
-from mcdrop.generators import Foreign, Noted, noting, own_generator
+from mcdrop.generators import Noted, noting, out_of_sight, own_generator
 from mcdrop.intercept import Interception
 from mcdrop.masks import Site, sample_masks
 from mcdrop.mixing import NUMBERS_READ, Result, result_of
 from mcdrop.outputs import Pick
+from mcdrop.rewound import rewinding
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 from mcdrop.standing import kept_tensors
+from mcdrop.volatile import Left, own_tensor_dicts
 
 __all__ = ["ALL_HIGH", "ALL_LOW", "Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "record"]
 
@@ -29,6 +31,7 @@ _EXTREMES = {
     ALL_LOW: {"bernoulli": 0.0, "uniform": 0.0, "normal": -3.0},
     ALL_HIGH: {"bernoulli": 1.0, "uniform": 1 - 2.0**-24, "normal": 3.0},
 }
+_READ = {"_local_scalar_dense.default", *(f"Tensor.{read.__name__}" for read in NUMBERS_READ)}
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Spy(TorchDispatchMode):
     escaped: list[tuple[str, str]] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
     swapped: set[str] = field(default_factory=set)
+    rewound: set[str] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
     generators: Noted = field(default_factory=list)
     drawn: Callable[[], bool] = bool
@@ -154,6 +158,11 @@ class Spy(TorchDispatchMode):
             if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() not in self.watched:
                 taken = () if place else given
                 self.results.append(result_of(name, value, taken, drawn=self.drawn(), counted=counted))
+
+    @property
+    def by_values(self) -> bool:
+        """Whether numbers were read out of torch, or sizes follow from values: others may go another way."""
+        return any(one.counted or one.name in _READ for one in self.results)
 
     def _is_write(self, func: Any, given: dict[str, Any], name: str, value: Any) -> bool:
         """Whether an operation writes to this argument and it is watched; then it gets a copy to write to."""
@@ -199,50 +208,6 @@ def named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str
     return {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
 
 
-class _Noting(dict[str, Any]):
-    """A module's parameters or buffers; notes which are set or taken away."""
-
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        super().__init__(tensors)
-        self.touched: set[str] = set()
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.touched.add(name)
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self.touched.add(name)
-        super().__delitem__(name)
-
-
-@contextmanager
-def _own_tensor_dicts(module: nn.Module, spy: Spy) -> Iterator[None]:
-    """Notes which parameters and buffers are set anew, or swapped for a while, and leaves the user's as they were."""
-    shared = [
-        (path, child, kind, getattr(child, kind))
-        for path, child in module.named_modules()
-        for kind in ("_parameters", "_buffers")
-    ]
-    for _, child, kind, tensors in shared:
-        child.__dict__[kind] = _Noting(tensors)
-    try:
-        yield
-    finally:
-        for path, child, kind, tensors in shared:
-            own = child.__dict__[kind]
-            child.__dict__[kind] = tensors
-            changed = {name for name in {*own, *tensors} if own.get(name) is not tensors.get(name)}
-            spy.written |= {_full(path, name) for name in changed}
-            if any(
-                _full(path, name) not in spy.written for name in own.touched
-            ):  # set as ``x += 1`` does, it is written
-                spy.swapped.add(path)
-
-
-def _full(path: str, name: str) -> str:
-    return f"{path}.{name}".removeprefix(".")
-
-
 def watched(module: nn.Module) -> dict[int, str]:
     """Maps the storage address of every parameter, buffer and plain attribute to its name."""
     state = (*kept_tensors(module), *module.named_buffers(), *module.named_parameters())  # of a view, its base
@@ -269,21 +234,39 @@ def _readings(spy: Spy) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def record(
     module: nn.Module, rows: Rows, pick: Pick, *, seed: int | None, force: Callable[[str], bool] = nowhere,
-    draws: list[Draw] | None = None, low: Collection[str] = (),
+    draws: list[Draw] | None = None, low: Collection[str] = (), rewinds: bool = False,
 ) -> tuple[Recorder, Spy]:  # fmt: skip
-    """Runs one pass and gives what it drew, also in ``draws`` where it fails, and what the spy saw."""
-    paths = module_paths(module)
-    leaf = rows.leaves[0]
-    source = Recorder(paths, leaf.device, seed=seed, force=force, low=low)
-    source.draws = source.draws if draws is None else draws
-    spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in source.draws))
+    """Runs one pass and gives what it drew, also in ``draws`` where it fails, and what the spy saw.
+
+    Only with ``rewinds``, which takes twice as long, it sees where states of generators are put back.
+    """
+    paths, leaf = module_paths(module), rows.leaves[0]
+
+    def watch(drawn: list[Draw], pick: Pick) -> tuple[Recorder, Spy, Callable[[], bool]]:
+        source = Recorder(paths, leaf.device, seed=seed, force=force, low=low)
+        source.draws = drawn
+        spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in drawn))
+        rules = noting({**RULES, **_readings(spy)}, spy.generators)
+
+        def run() -> bool:
+            seen = rewinding(lambda: len(drawn), lambda: spy.rewound.add(caller(paths))) if rewinds else nullcontext()
+            with own_tensor_dicts(module, spy.written, spy.swapped), spy, Interception(source, rules), seen:
+                forward(module, rows, pick)
+            return bool(spy.escaped)
+
+        return source, spy, run
+
+    def again() -> None:
+        left = Left(module)
+        try:
+            watch([], lambda result: leaf)[2]()
+        finally:
+            left.put_back()
+
     stays = [*kept_tensors(module)]  # where a forward sets others, so that none of these takes the memory of one
-    rules = noting({**RULES, **_readings(spy)}, spy.generators)
+    source, spy, run = watch([] if draws is None else draws, pick)
     with own_generator():
-        foreign = Foreign()
-        with _own_tensor_dicts(module, spy), spy, Interception(source, rules):
-            forward(module, rows, pick)
-        spy.escaped += foreign.moved(known=bool(spy.escaped))
-        spy.escaped += [(path, "a draw in torch.vmap with randomness='different'") for path in source.lanes]
+        spy.escaped += [("", name) for name in out_of_sight(run, again)]
+    spy.escaped += [(path, "a draw in torch.vmap with randomness='different'") for path in source.lanes]
     del stays
     return source, spy

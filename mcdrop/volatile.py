@@ -4,22 +4,23 @@ A buffer that is written to in eval, the hidden state that a recurrent network k
 grows: passes that went on from one another would depend on their order, and on how many there were before.
 """
 
-import hashlib
 import threading
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import FunctionType, ModuleType
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mcdrop.errors import ModelRefused
+from mcdrop.holders import holders, holds, made_hold, what_it_holds
+from mcdrop.locks import forkable
 from mcdrop.standing import attributes, kept_tensors, mapped
 
-__all__ = ["Left", "alike", "clean_ways", "from_start", "inside", "own", "placed_starts", "starts", "volatile"]
+__all__ = [
+    "Left", "alike", "clean_ways", "from_start", "own", "own_tensor_dicts", "placed_starts", "starts", "volatile",
+]  # fmt: skip
 
 _VOLATILE = "_mcdrop_volatile"  # on a shadow's root: what its forwards start from, by name as in state_dict
 _KEEPING = "_mcdrop_keeping"  # there too: its modules with parametrized tensors, and the names of these
@@ -28,7 +29,7 @@ _ABSENT = object()
 _PLAIN = (bool, int, float, str, bytes)
 # what ``parametrize.cached`` keeps, and for how long, is one for the whole process: a forward that other threads end it
 # for, or put it on for, would draw more or fewer weights. So forwards that read any go one at a time
-_TURN = threading.RLock()
+_TURN = forkable(threading.RLock())
 
 
 def volatile(module: nn.Module) -> dict[str, Any]:
@@ -144,44 +145,17 @@ def _parametrized(module: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
     return found
 
 
-def inside(module: nn.Module) -> dict[str, list[Any]]:
-    """Gives what objects, arrays and other containers hold that a network keeps: nothing puts back what they held."""
-    found: dict[str, list[Any]] = {}
-    for name, owner, key in _attributes(module):
-        mapped(vars(owner)[key], lambda leaf, name=name: found.setdefault(name, []).extend(_inside(leaf)))  # type: ignore[misc]
-    return found
-
-
-def _inside(leaf: Any) -> list[Any]:
-    if isinstance(leaf, np.ndarray):
-        if leaf.dtype.hasobject:
-            return [*leaf.flat]
-        return [hashlib.sha256(np.ascontiguousarray(leaf).view(np.uint8).data).digest()]
-    held = _holder(leaf)
-    return [*held, *held.values()] if isinstance(held, dict) else [*(held or ())]
-
-
-def _holder(leaf: Any) -> dict[Any, Any] | list[Any] | deque[Any] | set[Any] | None:
-    """Gives what holds what is in a container or an object; None of what holds nothing that a forward could change."""
-    if isinstance(leaf, dict | list | deque | set):
-        return leaf
-    if isinstance(leaf, type | ModuleType | FunctionType | nn.Module | Tensor):
-        return None
-    return getattr(leaf, "__dict__", None)
-
-
 class Left:
     """What forwards leave on a module: attributes set anew, taken away or changed, such as a list that grows.
 
-    What they leave in an object or a queue, which the user's own network shares, is put back too.
+    What they leave in an object, a queue or a hook, which the user's own network shares, is put back too.
     """
 
     def __init__(self, module: nn.Module) -> None:
         """Remembers what is there now."""
         self._module = module
         self._before = {name: _Held(vars(owner), key) for name, owner, key in _attributes(module)}
-        shared = [one for _, owner, key in _attributes(module) for one in _shared(vars(owner)[key])]
-        self._shared = [(one, dict(one) if isinstance(one, dict) else [*one]) for one in shared]
+        self._shared = [(holder, what_it_holds(holder)) for _, holder in holders(module)]
 
     def changed(self) -> list[str]:
         """Names what is not as it was."""
@@ -190,33 +164,18 @@ class Left:
 
     def nothing(self) -> bool:
         """Whether all is as it was."""
-        return not self.changed() and all(_holds(*both) for both in self._shared)
+        return not self.changed() and all(holds(*both) for both in self._shared)
 
     def put_back(self) -> None:
         """Makes all as it was."""
         for shared, content in self._shared:
-            if not _holds(shared, content):
-                shared.clear()
-                (shared.update if isinstance(shared, dict | set) else shared.extend)(content)
+            if not holds(shared, content):
+                made_hold(shared, content)
         for name, owner, key in [*_attributes(self._module)]:
             if name not in self._before:
                 del vars(owner)[key]
         for held in self._before.values():
             held.put_back()
-
-
-def _shared(value: Any) -> list[Any]:
-    """Gives what holds what is in the objects and containers of a value that a shadow has no own of."""
-    found: list[Any] = []
-    mapped(value, lambda leaf: found.append(_holder(leaf)))
-    return [one for one in found if one is not None]
-
-
-def _holds(shared: Any, content: Any) -> bool:
-    """Whether a container holds the very things that it held."""
-    if isinstance(shared, dict):
-        return [*shared] == [*content] and all(shared[key] is content[key] for key in shared)
-    return [*map(id, shared)] == [*map(id, content)]
 
 
 def clean_ways(module: nn.Module) -> set[object]:
@@ -256,6 +215,51 @@ class _Held:
         self._place[self._key] = self._value
         if not alike(self._value, self._content):
             _refill(self._value, self._content)
+
+
+class _Noting(dict[str, Any]):
+    """A module's parameters or buffers; notes which are set or taken away."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        super().__init__(tensors)
+        self.touched: set[str] = set()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.touched.add(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.touched.add(name)
+        super().__delitem__(name)
+
+
+@contextmanager
+def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str]) -> Iterator[None]:
+    """Leaves the user's parameters and buffers as they were, and notes what a forward does to their places.
+
+    ``written`` takes the names of those that are set anew, ``swapped`` the modules that have others for a while.
+    """
+    shared = [
+        (path, child, kind, getattr(child, kind))
+        for path, child in module.named_modules()
+        for kind in ("_parameters", "_buffers")
+    ]
+    for _, child, kind, tensors in shared:
+        child.__dict__[kind] = _Noting(tensors)
+    try:
+        yield
+    finally:
+        for path, child, kind, tensors in shared:
+            own = child.__dict__[kind]
+            child.__dict__[kind] = tensors
+            changed = {name for name in {*own, *tensors} if own.get(name) is not tensors.get(name)}
+            written |= {_full(path, name) for name in changed}
+            if any(_full(path, name) not in written for name in own.touched):  # set as ``x += 1`` does, it is written
+                swapped.add(path)
+
+
+def _full(path: str, name: str) -> str:
+    return f"{path}.{name}".removeprefix(".")
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

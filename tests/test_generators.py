@@ -1,0 +1,141 @@
+"""Who draws from a global generator, and what is put back, whatever other threads draw meanwhile."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mcdrop
+from mcdrop.errors import UncontrolledDraw
+from mcdrop.generators import doubted, out_of_sight, own_generator
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "Python's random": random.random,
+    "numpy.random": np.random.rand,
+    "torch's generator in another thread": lambda: float(torch.rand(1, dtype=torch.float64)),
+}
+SEEDS: dict[str, Callable[[int], object]] = {
+    "Python's random": random.seed,
+    "numpy.random": np.random.seed,
+    "torch's generator in another thread": torch.manual_seed,
+}
+every = pytest.mark.parametrize("name", DRAWS)
+
+
+@contextmanager
+def drawing(draw: Callable[[], float], seconds: float) -> Iterator[list[float]]:
+    """Lets another thread draw all the time, and gives what it has drawn."""
+    seen: list[float] = []
+    stop = threading.Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            seen.append(draw())
+            time.sleep(seconds)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+
+
+def named(act: Callable[[], object]) -> tuple[list[str], list[str]]:
+    """Names the generators that a pass draws from, and those of which nobody knows."""
+
+    def run() -> bool:
+        act()
+        return False
+
+    with own_generator():
+        return out_of_sight(run, run), doubted("Net")
+
+
+@every
+def test_who_draws_is_named_and_the_generator_put_back(name: str) -> None:
+    SEEDS[name](3)
+    first = DRAWS[name]()
+    SEEDS[name](3)
+    assert named(DRAWS[name]) == ([name], [])
+    assert DRAWS[name]() == first
+
+
+@every
+def test_who_seeds_is_named_and_the_generator_put_back(name: str) -> None:
+    """It stands in the same place after each pass, as one that nobody draws from does."""
+    SEEDS[name](3)
+    first = DRAWS[name]()
+    SEEDS[name](3)
+    assert named(lambda: SEEDS[name](5)) == ([name], [])
+    assert DRAWS[name]() == first
+
+
+@every
+def test_one_draw_of_another_thread_is_not_the_networks_and_stays_drawn(name: str) -> None:
+    SEEDS[name](3)
+    expected = [DRAWS[name]() for _ in range(3)][1:]
+    SEEDS[name](3)
+    once = iter([DRAWS[name]])  # in the first pass alone, at the moment that another thread has it
+    assert named(lambda: [draw() for draw in once]) == ([], [])
+    assert [DRAWS[name]() for _ in range(2)] == expected
+
+
+@every
+def test_what_another_thread_draws_all_the_time_is_never_named_and_never_drawn_twice(name: str) -> None:
+    with drawing(DRAWS[name], 0.0005) as seen:
+        time.sleep(0.002)
+        assert named(lambda: time.sleep(0.005))[0] == []
+        time.sleep(0.002)
+    assert len(set(seen)) == len(seen) > 5
+
+
+def test_where_others_draw_in_every_pass_it_is_said_that_nobody_can_tell() -> None:
+    """Of torch's generator it can be told, since operations of this thread are seen."""
+    for name, draw in DRAWS.items():
+        with drawing(draw, 0):
+            found, said = named(lambda: time.sleep(0.003))
+        assert found == []
+        assert len(said) == ("torch" not in name)
+        assert all(f"something else draws from {name}" in one for one in said)
+
+
+class Net(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.one, self.drop, self.two, self.act = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.two(self.act(self.drop(self.one(x))))
+        return out
+
+
+def test_a_network_is_wrapped_while_another_thread_trains() -> None:
+    """Its numbers are those of its seed, as without us, and all that it draws from is not the network's."""
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 4)
+    expected = mcdrop.predict(mcdrop.wrap(net, example=x), x, passes=20, seed=1).mean
+    torch.manual_seed(7)
+    with drawing(DRAWS["torch's generator in another thread"], 0.001) as seen:
+        model = mcdrop.wrap(net, example=x)
+    np.testing.assert_array_equal(mcdrop.predict(model, x, passes=20, seed=1).mean, expected)
+    assert len(model.audit.live) == 1
+    torch.manual_seed(7)
+    assert seen == [DRAWS["torch's generator in another thread"]() for _ in seen]
+
+
+def test_a_network_that_draws_itself_is_refused_also_while_another_thread_draws() -> None:
+    net = Net(lambda x: x * float(np.random.rand()))  # noqa: NPY002
+    with (
+        drawing(DRAWS["torch's generator in another thread"], 0.001),
+        pytest.raises(UncontrolledDraw, match=r"numpy\.random in the root module") as caught,
+    ):
+        mcdrop.wrap(net, example=torch.ones(5, 4))
+    assert "torch's generator" not in str(caught.value)
