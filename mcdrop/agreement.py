@@ -15,6 +15,7 @@ _FEWEST_TELLING, _MOST_TELLING = 3, 64  # rows
 _TRIES = 64  # orders of several draws at once
 
 _Draw = TypeVar("_Draw")
+_Differs = Callable[[Mapping[_Draw, int], frozenset[_Draw], Sequence[int]], bool | None]
 
 
 def difference(got: Any, expected: Any, *, scale: float | None = None, passes: Any = None) -> float:
@@ -95,23 +96,29 @@ def _orders(multiple: int) -> list[int]:
     return [1, multiple, *(outer for outer in range(2, multiple) if multiple % outer == 0)]
 
 
-def told_orders(
-    multiples: Mapping[_Draw, int], differs: Callable[[Mapping[_Draw, int], frozenset[_Draw], int], bool | None]
-) -> dict[_Draw, int] | None:
+def told_orders(multiples: Mapping[_Draw, int], differs: _Differs[_Draw]) -> dict[_Draw, int] | None:
     """Says of each draw how many of a row's entries stand before the rows, usually none; None where nothing fits.
 
     Args:
         multiples: how many entries a row has in a draw, for each that has several.
-        differs: whether so many rows, which are one and the same, answer otherwise than one another, where the draws
-            are taken to stand in some orders and some of them are on; None where so many cannot be run.
+        differs: whether rows, which are one and the same, answer otherwise than one another, where they are given so
+            many at a time, the draws are taken to stand in some orders and some of them are on; None where so many
+            cannot be run.
     """
+    # also a row alone, which has but one order: in a wrong one many rows may be even too, such as where all copies of
+    # a row get one mask. Left out where it tells nothing, as of networks whose rows look at one another
+    return _told(multiples, differs, (1,)) or _told(multiples, differs, ())
+
+
+def _told(multiples: Mapping[_Draw, int], differs: _Differs[_Draw], beside: tuple[int, ...]) -> dict[_Draw, int] | None:
     choices = {draw: _orders(multiple) for draw, multiple in multiples.items()}
     everything = frozenset(multiples)
 
     def fits(outer: Mapping[_Draw, int], on: frozenset[_Draw]) -> bool:
-        told = [differs(outer, on, count) for count in _telling_rows([multiples[draw] for draw in on])]
+        counts = _telling_rows([multiples[draw] for draw in on])
+        told = [differs(outer, on, (*beside, count)) for count in counts]
         if all(one is None for one in told):
-            told = [differs(outer, on, _FEWEST_TELLING)]
+            told = [differs(outer, on, (*beside, _FEWEST_TELLING))]
         return False in told and True not in told
 
     usual = dict.fromkeys(multiples, 1)

@@ -23,6 +23,7 @@ from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
 from mcdrop.store import FORMAT, MANIFEST, anew, check_replaceable, name_and_version, read_manifest, resolve, verify
 from mcdrop.store import sha256 as hash_of
+from mcdrop.streams import path_of
 from mcdrop.wrapping import devices_of
 
 __all__ = ["CALIBRATION", "load", "save"]
@@ -92,7 +93,7 @@ def save(
 
 
 def _target(folder: str | Path, overwrite: bool) -> Path:
-    target = Path(folder)
+    target = path_of(folder)
     if target.exists() and not overwrite:
         raise ArtifactError(f"{target} exists; choose another version or give overwrite=True")
     check_replaceable(target)
@@ -198,13 +199,13 @@ def load(
     Raises:
         ModelNotFound: no model lies there.
         ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
-        InputError: a device that cannot be used.
+        InputError: a device that cannot be used, or no path.
     """
-    devices = tuple(map(str, devices_of(devices)))
-    if Path(folder).is_file():
+    devices, folder = tuple(map(str, devices_of(devices))), path_of(folder)
+    if folder.is_file():
         return load_file(
-            Path(folder), sha256=sha256, task=task or "regression", example=example, output=output, inject=inject,
-            devices=devices,
+            folder, sha256=sha256, task="regression" if task is None else task, example=example, output=output,
+            inject=inject, devices=devices,
         )  # fmt: skip
     if (task, example, output, inject) != (None, None, None, None):
         raise InputError("task, example, output and inject are for bare files; a model folder knows its own")

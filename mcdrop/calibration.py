@@ -38,7 +38,7 @@ DEFAULTS = {"classification": "lac", "gaussian": "standardised", "regression": "
 _SPENT_STEP = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """What was fitted on ``rows`` held-out rows, and for which passes of which model.
 
@@ -131,15 +131,18 @@ class Calibration:
         """
         try:
             fields = dict(data)
-            fields["scores"] = np.asarray(fields["scores"], np.float64).reshape(fields.pop("shape"))
-            for name in ("offset", "noise", "scale"):
-                fields[name] = None if fields[name] is None else np.asarray(fields[name], np.float64)
-            fields |= {"levels": tuple(fields["levels"]), "plan": PassPlan(**fields["plan"])}
-            read = cls(**fields)
+            fields["scores"] = scores = np.asarray(fields["scores"], np.float64).reshape(fields.pop("shape"))
+            given = {name: fields[name] for name in ("offset", "noise", "scale") if fields[name] is not None}
+            fields |= {name: np.asarray(value, np.float64).reshape(scores.shape[2:]) for name, value in given.items()}
+            levels, plan = tuple(map(check_level, fields["levels"])), PassPlan(**fields["plan"])
+            read = cls(**fields | {"levels": levels, "plan": plan})
+            UnknownName.check("calibration method", read.method, CONFORMAL)
+            UnknownName.check("task", read.task, DEFAULTS)
+            others = (read.offset, read.noise, read.scale, read.temperature)
+            if not all(np.isfinite(values).all() for values in (scores, *others) if values is not None):
+                raise ValueError("some of its numbers are not finite")
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"this is not a calibration: {type(error).__name__}: {error}") from error
-        if read.method not in CONFORMAL or not np.isfinite(read.scores).all():
-            raise ArtifactError("this is not a calibration: its method is unknown or its scores are not numbers")
         return read
 
 

@@ -36,6 +36,7 @@ from mcdrop.record import draws
 from mcdrop.rows import Rows
 from mcdrop.standing import Standing, State, constants_of, holding, state_of
 from mcdrop.trace import Trace, one_pass
+from mcdrop.volatile import Left
 
 __all__ = ["Captured", "NotCaptured", "capture"]
 
@@ -127,12 +128,15 @@ def capture(
                 raise error from None
             return _captured(module, rows, pick, found, masks, dtype, (*counts, _MANY))
 
+    before = Left(module)  # stand-ins that stay in a hook are of no use to anybody
     try:
         return written()
     except _ByValues:
         # libraries that look into a mask to save work, such as transformers, do not where an exporter asks them
         with _compiling_state_context():
             return written()
+    finally:
+        before.put_back()
 
 
 def _own_tensors(module: nn.Module, rows: Rows, masks: Sequence[Tensor | None]) -> list[Tensor]:

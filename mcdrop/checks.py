@@ -1,8 +1,7 @@
 """Checks of a traced network: masks change it; same masks, same answer; rows alone; its expectation is eval's."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -13,25 +12,33 @@ from torch import Tensor, nn
 from mcdrop.agreement import difference, identical
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.forward import draws_off
-from mcdrop.generators import Noted, moved_on
+from mcdrop.forward import draws_off, may_fail, out_of_memory
+from mcdrop.generators import moved_on
+from mcdrop.holders import inside
+from mcdrop.intercept import EachRow
+from mcdrop.layouts import FEW
 from mcdrop.masks import sample_masks
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
-from mcdrop.record import record
+from mcdrop.record import Spy, record
+from mcdrop.rewound import REWOUND
 from mcdrop.rows import Rows
-from mcdrop.trace import Trace, one_pass
-from mcdrop.volatile import alike, inside
+from mcdrop.trace import Trace, one_pass, repeat_rows
+from mcdrop.volatile import alike
 
 __all__ = ["Alone", "alone", "changing", "mean_preserving", "same_again", "seeded_anew", "unrepeatable"]
 
 _SAME = 1e-6  # a GPU adds up in no order
-_FAILS = (UncontrolledDraw, RuntimeError, ValueError, IndexError, AssertionError)
 _SO = "so a row's answer depends on its batch, all rows of which share the masks of a pass"
+_BETWEEN = (
+    ": rows are compared with one another, or picked, by this draw: with one mask for all rows of a pass its spread is "
+    "not that of training, where each row has its own"
+)
 _TRIES = 6
 _APART = 1000  # seeds of other masks
 _FEW = 8
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
+_FAR_LESS = 0.1  # of what masks of rows' own move
 
 
 def _masks(found: Trace, rows: Rows, *, seed: int = 0) -> list[Tensor]:
@@ -45,9 +52,7 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Callable[
     """Gives what says of a site whether another mask on it alone changes the output; one pass is shared by all."""
     # the others drawn too: some draws only show where another one is not at its expectation
     drawn = cache(lambda seed: _masks(found, rows, seed=seed))
-    # half of the units whatever the rate, so that a rare drop is seen as well as a common one
-    halved = replace(found, sites=tuple(replace(site, p=0.5) for site in found.sites))
-    others = cache(lambda seed: _masks(halved, rows, seed=_APART + seed))
+    others = cache(lambda seed: _masks(_halved(found), rows, seed=_APART + seed))
 
     @torch.no_grad()
     def output(masks: Sequence[Tensor | None]) -> Tensor:
@@ -72,6 +77,11 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Callable[
         return not identical(one, other)
 
     return changes
+
+
+def _halved(found: Trace) -> Trace:
+    """Drops half of the units whatever the rate, so that a rare drop is seen as well as a common one."""
+    return replace(found, sites=tuple(replace(site, p=0.5) for site in found.sites))
 
 
 def _opposite(mask: Tensor, kind: str) -> Tensor:
@@ -105,10 +115,11 @@ def same_again(first: Tensor, again: Tensor, other: Tensor) -> bool:
     return difference(again, first, passes=torch.stack([first, other])) <= _SAME
 
 
-def seeded_anew(live: nn.Module, rows: Rows, pick: Pick, noted: Noted) -> list[str]:
-    """Says so where a pass seeds a generator of its own: its numbers are always the same, and masks would not be."""
-    if not noted:
-        return []
+def seeded_anew(live: nn.Module, rows: Rows, pick: Pick, spy: Spy) -> list[str]:
+    """Says so where a pass seeds a generator of its own, or puts a state back: numbers come again, masks would not."""
+    rewound, noted = [f"{REWOUND} in {path or 'the root module'}" for path in sorted(spy.rewound)], spy.generators
+    if rewound or not noted:
+        return rewound
     with moved_on(noted):
         again = record(live, rows, pick, seed=0)[1].generators
     if not any(torch.equal(state, other) for (_, state), (_, other) in zip(noted, again, strict=False)):
@@ -141,11 +152,16 @@ class Alone(NamedTuple):
 
 
 @torch.no_grad()
-def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alone:
-    """Looks whether a row that is alone answers as it does among the others, with the same masks.
+def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: frozenset[str]) -> Alone:
+    """Looks whether a row that is alone answers as it does among the others, with the same masks, and with other ones.
 
     Seen on the example rows: a network may still couple others, as by a branch on a value.
     """
+    single = _same_masks(module, rows, pick, found)
+    return single._replace(said=(*single.said, *_compared(module, rows, pick, found, excluded)))
+
+
+def _same_masks(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alone:
     if found.unclear or rows.count == 1:  # said of each draw, and not to be tried with another number of rows
         return Alone()
     masks = _masks(found, rows)
@@ -161,8 +177,10 @@ def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alone:
     for row in range(rows.count):
         try:
             worst = off(row, 1)
-        except _FAILS as error:
-            with suppress(*_FAILS):
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            with may_fail():
                 if not any(off(other, 2) for other in range(rows.count)):
                     return Alone(beside=True)
             if isinstance(error, UncontrolledDraw):
@@ -172,3 +190,47 @@ def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alone:
             said = f"row {row} of the example alone is off by {worst:.1e} from the same row among others, {_SO}"
             return Alone((said,))
     return Alone()
+
+
+def _compared(live: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: frozenset[str]) -> list[str]:
+    """Names the draws by which rows are compared or picked: they move the output where rows have masks of their own.
+
+    That is so in training; a pass has one for all rows. Draws of excluded modules are not named.
+    """
+    own = {i for i, layout in enumerate(found.layouts) if layout is not None}
+    few = rows if rows.count > 1 else repeat_rows(rows, FEW)
+    one, other = (_masks(_halved(found), few, seed=seed) for seed in (0, 1))
+
+    def changed(at: Collection[int]) -> list[Tensor]:
+        return [other[i] if i in at else mask for i, mask in enumerate(one)]
+
+    def shared(masks: Sequence[Tensor]) -> Tensor:
+        return one_pass(live, few, pick, found, masks)
+
+    def in_turn(*pair: Sequence[Tensor]) -> Tensor:
+        """Every second row gets the second masks."""
+        counts = [few.count if i in own else 1 for i in range(len(one))]
+        each = [torch.stack([pair[row % 2][i] for row in range(count)]) for i, count in enumerate(counts)]
+        return one_pass(live, few, pick, found, each, EachRow)
+
+    def look_at_one_another() -> bool:
+        masks, passes = (one, changed(own)), torch.stack([shared(one), shared(changed(own))])
+        worst = 0.0
+        for first in (0, 1):
+            expected = passes[first].clone()
+            expected[1::2] = passes[1 - first, 1::2]
+            worst = max(worst, difference(in_turn(masks[first], masks[1 - first]), expected, passes=passes))
+        return worst > _LOOSE * tolerance(passes.dtype)
+
+    def vanishes(index: int) -> bool:
+        base, others = shared(one), changed({index})
+        alike = difference(shared(others), base, scale=1.0)
+        apart = (difference(in_turn(*pair), base, scale=1.0) for pair in ((one, others), (others, one)))
+        return alike < _FAR_LESS * max(apart)
+
+    with may_fail():
+        if own and not found.unclear and look_at_one_another():
+            names = {i: found.sites[i].name for i in sorted(own)}
+            off = found.left_off(excluded)
+            return [f"{name}{_BETWEEN}" for i, name in names.items() if name not in off and vanishes(i)]
+    return []

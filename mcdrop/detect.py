@@ -18,7 +18,7 @@ __all__ = ["Detector", "Screened", "screen"]
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Screened:
     """What a screen found in N rows: ``score``, ``p_value`` and ``is_anomaly`` are (N,).
 

@@ -4,8 +4,8 @@ The probe says which training flags draw; then every draw is traced, and a mask 
 Whatever draws and cannot be controlled is named, and by default the network is refused.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.checks import alone, changing, mean_preserving, same_again, seeded_anew, unrepeatable
 from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
+from mcdrop.flags import Flags, in_front, lost_draws, lost_message
 from mcdrop.forward import draws_off, to_tensors
-from mcdrop.generators import own_generator
+from mcdrop.generators import doubted, own_generator
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
 from mcdrop.quiet import first_line
@@ -29,7 +30,7 @@ __all__ = ["UNUSABLE", "Discovery", "Overrules", "discover", "matching"]
 
 UNUSABLE = "the network cannot take these inputs"
 
-_FEW_ROWS = 4
+_FEW_ROWS, _MANY_ROWS = 4, 64
 _WHOLE_GRAPH = "; call torch.compiler.set_stance('force_eager') before, which runs what it compiles as it stands"
 
 
@@ -53,7 +54,8 @@ class Discovery:
     """A network's two shadows (draws on; all off), modules whose draws stay off, forced calls, and the audit.
 
     ``found`` is the trace of the example, of which ``rows`` are a few; ``beside`` says that the network takes no single
-    row, and one beside itself as it takes several.
+    row, and one beside itself as it takes several. ``front`` has the numbers of later rows of the example that show
+    what the first ones do not: put in front of those they are the few. ``flags`` are those of the live shadow.
     """
 
     live: nn.Module
@@ -64,11 +66,17 @@ class Discovery:
     rows: Rows
     found: Trace
     beside: bool
+    flags: Flags
+    front: tuple[int, ...] = ()
 
 
 @own_generator()
-def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = Overrules()) -> Discovery:
+def discover(
+    module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = Overrules(), *, front: tuple[int, ...] = ()
+) -> Discovery:  # fmt: skip
     """Finds every random draw of the module's training behaviour and proves each one live.
+
+    ``front`` has the numbers of rows that stand in front already.
 
     Raises:
         InputError: the module cannot take the rows, or an overrule names nothing in it.
@@ -85,7 +93,9 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
     _own_swapped((live, plain), spy.swapped)
     _check_reach(module, live, few, pick)
     verdicts = _overruled(live, probe(live, few, pick), overrules.include, overrules.exclude)
-    _switch_on(live, verdicts)
+    flags = Flags.of(live, few, pick, verdicts, strict=overrules.strict)
+    if not front and (telling := flags.telling(to_tensors(rows.take(slice(0, _MANY_ROWS)), live))):
+        return discover(module, in_front(rows, telling), pick, overrules, front=(*telling,))
     warnings += _own_written((live, plain), spy := _look(live, few, pick)[1])
     refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")
 
@@ -94,27 +104,20 @@ def discover(module: nn.Module, rows: Rows, pick: Pick, overrules: Overrules = O
 
     found = trace(live, few, pick, force)
     _own_swapped((live,), found.swapped)
-    seeded = seeded_anew(live, few, pick, spy.generators)
-    lost = _lost(found, verdicts) + unrepeatable(live, few, pick, found) + seeded
+    seeded = seeded_anew(live, few, pick, spy)
+    lost = lost_draws(found, verdicts) + unrepeatable(live, few, pick, found) + seeded
     if lost and overrules.strict:
-        raise UncontrolledDraw(_lost_message(name, lost))
-    warnings += lost + _unclear(found) + [*(single := alone(live, few, pick, found)).said]
+        raise UncontrolledDraw(lost_message(name, lost))
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
+    single = alone(live, few, pick, found, excluded)
+    warnings += [*lost, *_in_doubt(name, overrules), *_unclear(found), *single.said]
     changes = changing(live, few, pick, found)
-    reports = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))
-    audit = Audit(
-        model=name,
-        modules=sum(1 for _ in live.modules()),
-        sites=reports,
-        stochastic=tuple(path for path, verdict in verdicts.items() if verdict.kind == "stochastic"),
-        kept={p: v.reason for p, v in verdicts.items() if v.kind in ("norm", "refused", "excluded")},
-        mean_preserving=mean_preserving(live, plain, few, pick, found),
-        injected="; ".join(text for part in module.modules() if (text := vars(part).get("_mcdrop_injected"))) or None,
-        warnings=tuple(warnings),
-    )
+    sites = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))
+    preserving = mean_preserving(live, plain, few, pick, found)
+    audit = replace(_audit(module, verdicts, warnings), sites=sites, mean_preserving=preserving)
     if not audit.live:
-        raise NoStochasticSite(_none_message(audit, found))
-    return Discovery(live, plain, excluded, force, audit, few, found, single.beside)
+        raise NoStochasticSite("; ".join([_none_message(audit, found), *single.said]))
+    return Discovery(live, plain, excluded, force, audit, few, found, single.beside, flags, front)
 
 
 def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
@@ -150,7 +153,7 @@ def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
         return outputs[-1]
 
     left = Left(live)
-    source, spy = record(live, rows, keep, seed=0)
+    source, spy = record(live, rows, keep, seed=0, rewinds=True)
     changed = left.changed()
     if changed:
         try:
@@ -207,13 +210,6 @@ def matching(module: nn.Module, which: str | type) -> list[str]:
     return [path for path, child in named if (path == which if isinstance(which, str) else isinstance(child, which))]
 
 
-def _switch_on(live: nn.Module, verdicts: dict[str, Verdict]) -> None:
-    by_path = dict(live.named_modules())
-    for path, verdict in verdicts.items():
-        if verdict.kind == "stochastic":
-            by_path[path].training = True
-
-
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +230,20 @@ def _own_swapped(shadows: tuple[nn.Module, ...], paths: Collection[str]) -> None
         for path in paths:
             owner = shadow.get_submodule(path)
             owner.__dict__.update(_parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
+
+
+def _audit(module: nn.Module, verdicts: dict[str, Verdict], warnings: Sequence[str]) -> Audit:
+    """What is said of a network besides its sites."""
+    return Audit(
+        model=type(module).__name__,
+        modules=sum(1 for _ in module.modules()),
+        sites=(),
+        stochastic=tuple(path for path, verdict in verdicts.items() if verdict.kind == "stochastic"),
+        kept={p: v.reason for p, v in verdicts.items() if v.kind in ("norm", "refused", "excluded")},
+        mean_preserving=False,
+        injected="; ".join(text for part in module.modules() if (text := vars(part).get("_mcdrop_injected"))) or None,
+        warnings=tuple(warnings),
+    )
 
 
 def _report(found: Trace, index: int, excluded: frozenset[str], changes: Callable[[int], bool]) -> SiteReport:
@@ -261,24 +271,10 @@ def _unclear(found: Trace) -> list[str]:
     ]
 
 
-def _lost(found: Trace, verdicts: dict[str, Verdict]) -> list[str]:
-    """Names what draws and no mask controls: operations without a rule, and draws of flags that stay off."""
-    lost = sorted({f"{operation} in {path or 'the root module'}" for path, operation in found.escaped})
-    forced = [found.off[index] for index in found.forced]
-    for path, verdict in verdicts.items():
-        if verdict.kind == "refused" and verdict.draws > forced.count(path):
-            lost.append(
-                f"{verdict.draws - forced.count(path)} draws in {path or 'the root module'}, which {verdict.reason}"
-            )
-    return lost
-
-
-def _lost_message(name: str, lost: list[str]) -> str:
-    return (
-        f"{name} draws random numbers that no mask controls: {'; '.join(lost)}. Write the draw with torch.bernoulli, "
-        "torch.rand, torch.randn or F.dropout in a module of its own, teach mcdrop with mcdrop.register, or accept "
-        "partial coverage with strict=False"
-    )
+def _in_doubt(name: str, overrules: Overrules) -> list[str]:
+    if overrules.strict and doubted(name):
+        raise UncontrolledDraw(f"{doubted(name)[0]}; wrap it while nothing else does, or accept that: strict=False")
+    return doubted(name)
 
 
 def _none_message(audit: Audit, found: Trace) -> str:

@@ -1,11 +1,11 @@
 """Masks as arrays, the latest kept: what a backend without torch draws."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
+from mcdrop.locks import new_lock
 from mcdrop.masks import BLOCKS, Site, sample_masks
 
 __all__ = ["Drawn", "LatestMasks"]
@@ -20,7 +20,7 @@ class LatestMasks:
         """Takes the bound; what was drawn last is kept in any case."""
         self._most = most
         self._held: dict[object, Drawn] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def get(self, sites: Sequence[Site], passes: int, *, seed: int, start: int, sampler: str) -> Drawn:
         """Gives the draws of some passes; passes that depend on one another are drawn together, once."""

@@ -108,7 +108,8 @@ def fit_screen(
         rows = rows.take(np.flatnonzero(~spent))
     check_fpr(fpr, rows.count)
     scores = scores_under(model, rows, plan, score, bank)
-    return Screen(score, rows, scores, plan, fpr, bank, model.digest)
+    # rows of its own, as they may be scored anew when the user's tensor holds something else
+    return Screen(score, rows.copy(), scores, plan, fpr, bank, model.digest)
 
 
 def _with_typical(model: Model, rows: Rows, plan: PassPlan, bank: Bank) -> Bank:

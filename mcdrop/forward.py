@@ -22,6 +22,7 @@ __all__ = [
     "as_numpy",
     "draws_off",
     "forward",
+    "may_fail",
     "moved",
     "out_of_memory",
     "place_of",
@@ -148,6 +149,16 @@ def as_numpy(output: Outputs | Tensor) -> Outputs:
     there = output.is_cpu and output.dtype in (torch.float32, torch.float64)
     array: Outputs = (output if there else output.to("cpu", torch.float64 if wide else torch.float32)).detach().numpy()
     return array
+
+
+@contextmanager
+def may_fail() -> Iterator[None]:
+    """Ends quietly where a network fails, which may raise anything; not where memory is out."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
 
 
 def out_of_memory(error: Exception) -> bool:

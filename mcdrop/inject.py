@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mcdrop.calibration import labels_of, targets_of
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.layers import drop_block2d, drop_weights, stochastic_depth
-from mcdrop.model import Model
+from mcdrop.model import Model, not_a_network
 from mcdrop.predict import predict
 from mcdrop.shadow import live_shadow
 from mcdrop.wrapping import each_once, wrap
@@ -52,11 +52,13 @@ def inject(module: nn.Module, *, kind: str = "dropout", p: float = 0.1, where: W
             the kind, but the last one, the output, where the kind acts after a layer. Stochastic depth must be told.
 
     Raises:
-        InputError: an unknown kind, a rate outside (0, 1), or no layer that fits.
+        InputError: no network, an unknown kind, a rate outside (0, 1), or no layer that fits.
     """
     UnknownName.check("kind of injection", kind, KINDS)
     if not isinstance(p, int | float | np.number) or not 0 < p < 1:
         raise InputError(f"p must be a number between 0 and 1, got {p!r}")
+    if not isinstance(module, nn.Module):
+        raise not_a_network(module)
     shadow = live_shadow(module)
     chosen = _chosen(shadow, KINDS[kind], where)
     if not chosen:

@@ -41,6 +41,10 @@ _OUT_OF_SIGHT = (
     "write it with operations instead, such as torch.where or scaled_dot_product_attention"
 )
 _OTHER_WAY = "the network takes another way through these rows than through its example"
+_REMEDY = (
+    "; to sample these, wrap the network with an example of rows that go this way; or, where a draw says whether a "
+    "layer runs, run it always and let the draw be a factor: x + keep * layer(x)"
+)
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
 
 
@@ -121,18 +125,19 @@ class Given:
         """
         index, self._next = self._next, self._next + 1
         if index >= len(self._masks):
-            raise UncontrolledDraw(f"{_OTHER_WAY}: a draw of {kind} {shape} is one too many")
+            raise UncontrolledDraw(f"{_OTHER_WAY}: a draw of {kind} {shape} is one too many{_REMEDY}")
         layout = self._layouts[index]
         mask = self._masks[index]
+        unit = shape if layout is None else layout.unit_shape(shape)
+        if self._sites:
+            site = self._sites[index]
+            same = index in self._rates or (kind, p) == (site.kind, site.p)
+            if not same or len(shape) != len(site.shape) + (layout is not None and layout.multiple == 1):
+                was, now = (f"{site.kind} {site.shape} p={site.p:g}", f"{kind} {unit} p={p:g}")
+                raise UncontrolledDraw(f"{_OTHER_WAY}: {site.name} was {was}, now {now}{_REMEDY}")
         if layout is not None:
             layout.check(shape, self._rows)
         if self._sites:
-            site = self._sites[index]
-            unit = shape if layout is None else layout.unit_shape(shape)
-            same = index in self._rates or (kind, p) == (site.kind, site.p)
-            if not same or len(unit) != len(site.shape):
-                was, now = (f"{site.kind} {site.shape} p={site.p:g}", f"{kind} {unit} p={p:g}")
-                raise UncontrolledDraw(f"{_OTHER_WAY}: {site.name} was {was}, now {now}")
             if any(size > most for size, most in zip(unit, site.shape, strict=True)):
                 raise LargerDraw(f"{_OTHER_WAY}: {site.name} had the shape {site.shape}, now {unit}")
             if mask is not None and unit != site.shape:  # the smaller mask is the corner of the larger one
@@ -147,7 +152,8 @@ class Given:
             UncontrolledDraw: the pass made fewer draws than the trace.
         """
         if self._next < len(self._masks):
-            raise UncontrolledDraw(f"{_OTHER_WAY}: {self._next} draws where the example had {len(self._masks)}")
+            fewer = f"{self._next} draws where the example had {len(self._masks)}"
+            raise UncontrolledDraw(f"{_OTHER_WAY}: {fewer}{_REMEDY}")
 
     def forces(self, p: float) -> bool:
         """Counts the switched-off dropout calls and forces the chosen ones."""

@@ -13,7 +13,7 @@ To add a sampler, add one line to ``SAMPLERS``; to add a kind of draw, one to ``
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,10 +62,13 @@ def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 
     True
 
     Raises:
-        InputError: a seed outside 0 to 2**64 - 1, no passes, a first one below 0, a drop rate outside [0, 1], or an
-            unknown sampler or kind.
+        InputError: what are no sites, a shape that is none, a seed outside 0 to 2**64 - 1, no passes, a first one below
+            0, a drop rate outside [0, 1], or an unknown sampler or kind.
     """
-    drawn = {site.name: draw(site, passes, seed=seed, start=start, sampler=sampler) for site in sites}
+    listed = list(sites) if isinstance(sites, Iterable) else [None]
+    if not all(isinstance(site, Site) for site in listed):
+        raise InputError(f"sites must be a list such as [mcdrop.Site('drop', (4,))], got {sites!r}")
+    drawn = {site.name: draw(site, passes, seed=seed, start=start, sampler=sampler) for site in listed}
     return {name: values.astype(np.float32, copy=False) for name, values in drawn.items()}
 
 
@@ -104,7 +107,11 @@ def _check(site: Site, passes: int, seed: int, start: int, sampler: str) -> None
         raise InputError(f"start must be a whole number from 0, got {start!r}")
     UnknownName.check("sampler", sampler, SAMPLERS)
     UnknownName.check("kind of draw", site.kind, KINDS)
-    if site.kind == "bernoulli" and not (isinstance(site.p, int | float | np.number) and 0 <= site.p <= 1):
+    shape = site.shape if isinstance(site.shape, tuple | list) else (None,)
+    if not all(is_whole(size) and size >= 0 for size in shape):
+        raise InputError(f"the shape of site {site.name!r} must be whole numbers such as (4,), got {site.shape!r}")
+    number = isinstance(site.p, int | float | np.number) and not isinstance(site.p, bool)
+    if site.kind == "bernoulli" and not (number and 0 <= site.p <= 1):
         raise InputError(f"the drop rate p of site {site.name!r} must be a number from 0 to 1, got {site.p!r}")
 
 

@@ -15,10 +15,14 @@ from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.intervals import INTERVALS, check_level
+from mcdrop.locks import new_lock
 from mcdrop.rows import Rows
 from mcdrop.screening import Screen
 
-__all__ = ["InputSpec", "Model", "Options", "check_model"]
+__all__ = ["InputSpec", "Model", "Options", "check_fitted", "check_model", "not_a_network"]
+
+# How a tensor is brought to a type, by numpy's name of it; its own methods, since torch takes long to import.
+_CASTS = {"bool": "bool", "int8": "char", "int16": "short", "int32": "int", "int64": "long", "uint8": "byte"}
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,11 @@ class Model:
     reads: str = ""
     saved_as: Mapping[str, str] = field(default_factory=dict)
     references: dict[Any, Any] = field(default_factory=dict, repr=False)  # scores of the screen's rows, by plan
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    lock: threading.Lock = field(default_factory=new_lock, repr=False)
 
     def __deepcopy__(self, memo: object) -> "Model":
         """Gives a model that shares the network, which is safe from several threads, and its backend."""
-        return replace(self, references={}, lock=threading.Lock())
+        return replace(self, references={}, lock=new_lock())
 
     def __copy__(self) -> "Model":
         """Gives a model that shares the network, its backend and what is held for them."""
@@ -117,13 +121,23 @@ class Model:
         return self.saved_as.get(digest, digest)
 
     def with_screen(self, screen: Screen | None) -> "Model":
-        """Gives the same model with a fitted screen."""
-        return replace(self, screen=screen, references={}, lock=threading.Lock())
+        """Gives the same model with a fitted screen, or without one.
+
+        Raises:
+            InputError: it is something else.
+        """
+        check_fitted(screen, None)
+        return replace(self, screen=screen, references={}, lock=new_lock())
 
     def with_calibration(self, calibration: Calibration | None) -> "Model":
-        """Gives the same model with a calibration; it holds for the passes, seed and weights it was fitted with."""
+        """Gives the same model with a calibration; it holds for the passes, seed and weights it was fitted with.
+
+        Raises:
+            InputError: it is something else.
+        """
+        check_fitted(None, calibration)
         audit = replace(self.audit, calibrated=calibration is not None)
-        return replace(self, calibration=calibration, audit=audit, references={}, lock=threading.Lock())
+        return replace(self, calibration=calibration, audit=audit, references={}, lock=new_lock())
 
     def rows(self, x: Any, *, later: bool = False) -> Rows:
         """Reads inputs and checks them against what the network was wrapped with; ``later`` as for ``Rows.of``.
@@ -173,6 +187,26 @@ def check_model(model: object) -> None:
         )
 
 
+def check_fitted(screen: object, calibration: object) -> None:
+    """Refuses what is neither a screen nor None, and what is neither a calibration nor None.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(screen, Screen | None):
+        raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
+    if not isinstance(calibration, Calibration | None):
+        raise InputError(f"calibration must be what mcdrop.calibrate gave, got {calibration!r}")
+
+
+def not_a_network(given: object) -> InputError:
+    """Gives the error for what came where a network of torch should, such as its class or a wrapped one."""
+    said = "a model; give its network, model.module" if isinstance(given, Model) else type(given).__name__
+    if isinstance(given, type):
+        said = f"the class {given.__name__}; give a network of it, {given.__name__}(...)"
+    return InputError(f"a network is needed, a torch.nn.Module, got {said}")
+
+
 def _fit(leaf: Any, spec: InputSpec) -> Any:
     """Checks one leaf against its specification and gives it in the specified type."""
     # a real (N, F) input has F columns; longer inputs and token ids may vary in length
@@ -192,12 +226,13 @@ def _fit(leaf: Any, spec: InputSpec) -> Any:
 
 
 def _fit_tensor(leaf: Any, spec: InputSpec) -> Any:
-    """The same for a tensor, which keeps its device and, where it is a real number's, its precision."""
+    """The same for a tensor, which keeps its device and, where it is of real numbers, its precision."""
     real = leaf.is_floating_point()
     if _whole(spec):
         if real or not np.can_cast(str(leaf.dtype).removeprefix("torch."), spec.dtype):
             _check_whole((leaf.double() if real else leaf).cpu().numpy(), spec)
-        return leaf.long() if real else leaf
+        same = str(leaf.dtype) == f"torch.{spec.dtype}"
+        return leaf if same else getattr(leaf, _CASTS.get(spec.dtype, "long"))()
     if not real:
         return leaf.double() if spec.dtype == "float64" else leaf.float()
     if leaf.element_size() > np.dtype(spec.dtype).itemsize:
@@ -217,10 +252,10 @@ def _check_whole(values: NDArray[Any], spec: InputSpec) -> None:
     if np.can_cast(values.dtype, kind):
         return
     if values.dtype.kind == "f":
-        values = values.astype(np.promote_types(values.dtype, np.float64), copy=False)
         cut = values[values != np.floor(values)]
         if cut.size:
-            raise InputError(f"input {spec.name!r} must be whole numbers, got {cut[0]:g}")
+            raise InputError(f"input {spec.name!r} must be whole numbers, got {cut[0]!s}")
+        values = values.astype(np.promote_types(values.dtype, np.float64), copy=False)
     low, high = (0, 1) if kind.kind == "b" else (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
     # not "> high": the largest 64-bit number is no float64, and would round up to the first one that is too large
     outside = values[(values < low) | (values >= high + 1)]

@@ -1,7 +1,7 @@
 """One pass of a shadow with some training flags on: what it draws, gives and leaves, and whose flag it reads."""
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
 from mcdrop.volatile import Left
 
-__all__ = ["Observation", "Observer", "same"]
+__all__ = ["Observation", "Observer", "Readers", "same", "unwatched", "watched"]
 
 _LOOKS_UP = nn.Module.__getattr__.__code__
 
@@ -32,6 +32,7 @@ class _Flags(dict[str, Any]):
     owner: nn.Module
     training: bool
     readers: Readers
+    plain: dict[str, Any]
 
     def __contains__(self, name: object) -> bool:
         """Has the flag where the module looks an attribute up; not where it sets one."""
@@ -50,21 +51,36 @@ class _Flags(dict[str, Any]):
         return self.training
 
 
+def watched(children: Iterable[nn.Module], readers: Readers) -> list[nn.Module]:
+    """Has modules note in ``readers`` that their ``training`` is read, and whether by themselves; gives those that do.
+
+    A flag that is set anew is a plain attribute again, and none that is noted.
+    """
+    found = [child for child in children if "training" in child.__dict__]
+    for child in found:
+        flags = _Flags(child._modules)
+        flags.owner, flags.training, flags.readers, flags.plain = child, child.training, readers, child._modules
+        child.__dict__["_modules"] = flags
+        del child.__dict__["training"]
+    return found
+
+
+def unwatched(children: Iterable[nn.Module]) -> None:
+    """Takes away what was added to modules, and makes their flags what they were."""
+    for child in children:
+        flags = child.__dict__["_modules"]
+        assert isinstance(flags, _Flags)
+        child.__dict__.update(training=flags.training, _modules=flags.plain)
+
+
 @contextmanager
 def _noting(module: nn.Module, readers: Readers) -> Iterator[None]:
     """Collects whose ``training`` is read, by id, and of each time whether by itself; what is added is taken away."""
-    children = [child for child in module.modules() if "training" in child.__dict__]
-    shared = [(child.training, child._modules) for child in children]
-    for child, (training, modules) in zip(children, shared, strict=True):
-        flags = _Flags(modules)
-        flags.owner, flags.training, flags.readers = child, training, readers
-        child.__dict__["_modules"] = flags
-        del child.__dict__["training"]
+    children = watched(module.modules(), readers)
     try:
         yield
     finally:
-        for child, (training, modules) in zip(children, shared, strict=True):
-            child.__dict__.update(training=training, _modules=modules)
+        unwatched(children)
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,8 @@ class Observation:
 
     ``rates`` are kind, rate and module of each draw, ``values`` all tensors that came out, ``picked`` the one that is
     read (None where nothing is found); ``changed`` are attributes, as (module, name). ``readers`` are those of
-    ``Observer``.
+    ``Observer``; ``escaped`` are the draws that no rule controls, as (module, operation); ``by_values`` says whether
+    values, or how many they are, may have told the way.
     """
 
     draws: int
@@ -84,6 +101,8 @@ class Observation:
     written: frozenset[str]
     changed: frozenset[tuple[str, str]]
     readers: Readers
+    escaped: tuple[tuple[str, str], ...]
+    by_values: bool
 
 
 def same(one: Observation, other: Observation) -> bool:
@@ -106,13 +125,13 @@ class Observer:
         self.readers: Readers = {}
         self.notes = True
 
-    def base(self, seed: int) -> Observation:
-        """Gives a pass with all flags off; a network that needs its flag as an attribute is looked at without notes."""
+    def base(self, seed: int, on: Collection[nn.Module] = ()) -> Observation:
+        """Gives a first pass; a network that needs its flag as an attribute is looked at without notes from then on."""
         try:
-            return self.observe((), seed=seed)
+            return self.observe(on, seed=seed)
         except (KeyError, AttributeError):
             self.notes = False
-            return self.observe((), seed=seed)
+            return self.observe(on, seed=seed)
 
     def observe(
         self, on: Collection[nn.Module], *, seed: int, drawn: list[Draw] | None = None, low: Collection[str] = ()
@@ -128,8 +147,9 @@ class Observer:
             return self._seen(seed, drawn, low)
         finally:
             for child, attributes in kept:  # counters and the like: passes start where the user's module is
-                child.__dict__.clear()
-                child.__dict__.update(attributes)
+                child.__dict__.update(attributes)  # never empty: other threads may run a captured graph meanwhile
+                for name in child.__dict__.keys() - attributes.keys():
+                    del child.__dict__[name]
             left.put_back()
             for child in on:  # where it is no plain attribute
                 child.training = False
@@ -154,7 +174,10 @@ class Observer:
             picked = None
         rates = tuple((draw.kind, draw.p, draw.path) for draw in source.draws)
         draws = len(source.draws) + len(spy.escaped)
-        return Observation(draws, rates, structure, values, picked, frozenset(spy.written), changed, self.readers)
+        return Observation(
+            draws, rates, structure, values, picked, frozenset(spy.written), changed, self.readers,
+            tuple(spy.escaped), spy.by_values,
+        )  # fmt: skip
 
 
 def _flat(result: Any) -> tuple[list[Any], Any]:

@@ -4,7 +4,6 @@ These are operations of torch that its own compiler writes; they are nodes of a 
 """
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count
 
 from mcdrop.convolve import folded
+from mcdrop.locks import new_lock
 
 __all__ = [
     "FLOPS",
@@ -53,7 +53,7 @@ class Packed:
         """Takes the weight, and how it is convolved with."""
         self._weight, self._how = weight.detach().contiguous(), (padding, stride, dilation, groups)
         self._held: dict[torch.Size, Tensor] = {}
-        self._turn = threading.Lock()
+        self._turn = new_lock()
 
     def of(self, x: Tensor) -> Tensor:
         """Gives the weight for an input; of no use to anything else."""

@@ -14,6 +14,7 @@ from mcdrop.capture import Captured, NotCaptured, capture
 from mcdrop.checks import mean_preserving
 from mcdrop.digits import tolerance
 from mcdrop.errors import InputError, ModelRefused, UnknownName
+from mcdrop.flags import Flags
 from mcdrop.forward import draws_off, place_of
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, calibrated, straight
@@ -52,7 +53,7 @@ def check_precision(module: nn.Module, precision: str) -> None:
 def make_plan(
     live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, found: Trace, off: frozenset[str],
     stacks_of: Callable[[Trace, int], Stacks], *, precision: str = "fp32", compiled: bool = False,
-    tuning: Tuning | None = None,
+    tuning: Tuning | None = None, flags: Flags,
 ) -> Plan:  # fmt: skip
     """Gives the way to run passes of such rows: each way is compared with the loop on the same masks first.
 
@@ -73,7 +74,10 @@ def make_plan(
     try:
         if dtype is not None:  # in full precision first, for what few digits would hide
             prove(Program(capture(live, few, pick, found, stacks)), live, few, pick, found, stacks)
+        flags.begin()
         captured = capture(live, few, pick, found, stacks, dtype=dtype)
+        if flags.read:  # where a graph is written down for other numbers of rows
+            raise NotCaptured("other numbers of rows reach layers that these do not")
         program = Program(captured, dtype=dtype, few_digits=precision == "tf32")
         if compiled:
             program = program.compiled()

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from mcdrop.decisions import Parted
 from mcdrop.digits import digits
 from mcdrop.errors import InputError
+from mcdrop.flags import Flags
 from mcdrop.forward import Outputs, as_numpy, draws_off, out_of_memory, place_of, placed, said_of
+from mcdrop.locks import new_lock
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
 from mcdrop.planning import make_plan
@@ -38,25 +40,25 @@ class Plans:
 
     def __init__(
         self, live: nn.Module, plain: nn.Module, pick: Pick, excluded: frozenset[str], force: Callable[[str], bool], *,
-        precision: str, compiled: bool, tuning: Tuning | None,
+        precision: str, compiled: bool, tuning: Tuning | None, flags: Flags,
     ) -> None:  # fmt: skip
         """Takes what a backend takes."""
         self.live, self.plain, self.pick, self.excluded, self.force = live, plain, pick, excluded, force
-        self.precision, self.compiled, self.tuning = precision, compiled, tuning
+        self.precision, self.compiled, self.tuning, self._flags = precision, compiled, tuning, flags
         held = [(one, tensor) for one in state_of(live) if (tensor := one.now()) is not None]
         held.sort(key=lambda one: not isinstance(one[1], nn.Parameter))  # buffers may have more digits than weights
         floating = next((one for one, tensor in held if tensor.is_floating_point()), None)
         self._telling = [one for one in (held[0][0] if held else None, floating) if one is not None]
         self._plans: dict[object, Plan] = {}
         self._known: tuple[object, Trace | None] = None, None
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._latest = threading.local()
         self._eager_tiers: dict[int, str] = {}
         device = self._place()[0]
         share = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE if device.type == "cuda" else 0
         self._masks, self._values = Kept(max(_MASK_BYTES, share)), Kept(max(_VALUE_BYTES, share))
         # forwards of the shadows go one at a time: networks keep things on themselves while they run
-        self.turn = threading.Lock()
+        self.turn = new_lock()
 
     def prepare(self, rows: Rows) -> tuple[Plan, Rows]:
         """Gives how passes of such rows are run, and the rows as tensors."""
@@ -135,7 +137,9 @@ class Plans:
     def _proved(self, tensors: Rows) -> Plan:
         (known, found), self._known = self._known, (None, None)
         if found is None or known != self._signature(tensors, self._place()):
+            self._flags.look(tensors)
             found = trace(self.live, tensors, self.pick, self.force)
+            self._flags.check(found)
         off = found.left_off(self.excluded)
         if len(off) == len(found.sites):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tensors.leaves)
@@ -149,6 +153,7 @@ class Plans:
         plan = make_plan(
             self.live, self.plain, tensors, self.pick, found, off, some,
             precision=self.precision, compiled=self.compiled, tuning=self.tuning,
+            flags=self._flags,
         )  # fmt: skip
         # what is drawn together is of use to the passes that follow, also where it is large
         self._masks.most = max(self._masks.most, sum(block_bytes(site, self._place()[0]) for site in plan.on))
@@ -216,6 +221,13 @@ class Plans:
         # a single pass has nothing to batch, and vmap's rules only cost
         single = all(stack is None or len(stack) == 1 for stack in stacks)
         tier = "loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier
+        self._flags.begin()
+        output = self._by(tier, plan, tensors, stacks)
+        while self._flags.end(tensors):
+            output = self._by(tier, plan, tensors, stacks)
+        return output
+
+    def _by(self, tier: str, plan: Plan, tensors: Rows, stacks: Stacks) -> Tensor:
         run = one_by_one if tier == "direct" else TIERS[tier]
         mixed = tier == "vmap" and bool(plan.trace.united)
         try:

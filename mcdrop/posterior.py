@@ -21,7 +21,7 @@ from mcdrop.model import Model, Options, check_model
 from mcdrop.posterior_statistics import BY_PLACE, statistics
 from mcdrop.predict import Prediction, predict
 from mcdrop.rowfile import as_array
-from mcdrop.streams import whole
+from mcdrop.streams import path_of, whole
 
 if TYPE_CHECKING:
     from mcdrop.backends.onnx import OnnxBackend
@@ -67,11 +67,11 @@ def export_onnx(
 
     Raises:
         ModelRefused: the network cannot be written as a graph.
-        InputError: an interval that a graph cannot hold, or too few passes for it.
+        InputError: an interval that a graph cannot hold, too few passes for it, or no path.
         ArtifactError: what was written does not answer as ``predict`` does.
         MissingExtra: onnx, onnxruntime or onnxscript is not installed.
     """
-    plan, options = _asked(model, passes, level, interval, seed, sampler)
+    path, (plan, options) = path_of(path), _asked(model, passes, level, interval, seed, sampler)
     backend = graph_backend(model)
     graph = _posterior(backend, model, plan, options)
     data = graph.SerializeToString()
@@ -99,12 +99,12 @@ def export_torch(
 
     Raises:
         ModelRefused: torch cannot export the network, or it is an ONNX graph.
-        InputError: an interval that a program cannot hold, or too few passes for it.
+        InputError: an interval that a program cannot hold, too few passes for it, or no path.
         ArtifactError: what was written does not answer as ``predict`` does.
     """
     from mcdrop.posterior_torch import posterior_program, run_program
 
-    plan, options = _asked(model, passes, level, interval, seed, sampler)
+    path, (plan, options) = path_of(path), _asked(model, passes, level, interval, seed, sampler)
     data = posterior_program(
         model.backend, model.example, plan, task=model.task, level=options.level, interval=interval
     )
@@ -116,14 +116,15 @@ def _asked(
     model: Model, passes: int, level: float, interval: str, seed: int | None, sampler: str | None
 ) -> tuple[PassPlan, Options]:
     check_model(model)
-    seed, sampler = (model.defaults.seed if seed is None else seed), sampler or model.defaults.sampler
+    seed = model.defaults.seed if seed is None else seed
+    sampler = model.defaults.sampler if sampler is None else sampler
     return PassPlan(passes, seed, sampler), Options(passes, level, interval, seed, sampler=sampler)
 
 
-def _written(data: bytes, path: str | Path) -> Path:
+def _written(data: bytes, path: Path) -> Path:
     with whole(path) as beside:
         beside.write_bytes(data)
-    return Path(path)
+    return path
 
 
 def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Options) -> Any:

@@ -15,7 +15,7 @@ from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan, PassResult
 from mcdrop.errors import InputError
 from mcdrop.intervals import INTERVALS, interval_of
-from mcdrop.model import Model, Options, check_model
+from mcdrop.model import Model, Options, check_fitted, check_model
 from mcdrop.sampling import fingerprint, reference_scores, sample
 from mcdrop.screening import Screen, check_fpr, p_values, score_of
 from mcdrop.summaries import TASKS, Summary
@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 _MAX_PASSES = 2000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What the passes say about N rows. Arrays are (N, D), or (N,) where said; what is unknown is None.
 
@@ -79,13 +79,13 @@ def interpret(
     """Reads passes: intervals at the asked level, and what the model's calibration and screen (or those given) add.
 
     Raises:
-        InputError: passes of another task, too few or not kept for the interval, without the hidden features that the
-            screen compares, a calibration of another model or plan, or an ``fpr`` that the screen's reference rows
-            cannot resolve.
+        InputError: passes of another task, too few or not kept for the interval or the options, without the hidden
+            features that the screen compares, a calibration of another model or plan, or an ``fpr`` that the screen's
+            reference rows cannot resolve.
     """
     check_model(model)
-    _check_fitted(screen, calibration)
-    summary = _summary(model, result)
+    check_fitted(screen, calibration)
+    summary = _summary(model, result, options)
     flags = _flags(model, summary, result, screen, fpr)
     calibration = _binding(model, result.plan, options, calibration)
     if calibration is not None:
@@ -120,20 +120,22 @@ def interpret(
     )
 
 
-def _summary(model: Model, result: PassResult) -> Summary:
-    """Reads the passes, which must be those of a model for the same task."""
+def _summary(model: Model, result: PassResult, options: Options) -> Summary:
+    """Reads the passes, which must be those of a model for the same task, and kept where they are asked for."""
+    if not isinstance(result, PassResult):
+        raise InputError(f"result must be what mcdrop.sample gave, got {type(result).__name__}")
+    if not isinstance(options, Options):
+        raise InputError(f"options must be mcdrop.Options(...), got {options!r}")
     task = TASKS[model.task]
     if result.statistics not in (None, task.statistics):
         made = next((name for name, one in TASKS.items() if one.statistics == result.statistics), "another task")
         raise InputError(f"these passes are of a model for {made} and cannot be read as {model.task}")
+    if options.keep_samples and result.samples is None:
+        raise InputError(
+            "options ask for every pass, and these passes were not kept; sample them with keep_samples=True, or leave "
+            "it out of the options"
+        )
     return task.read(result)
-
-
-def _check_fitted(screen: object, calibration: object) -> None:
-    if not isinstance(screen, Screen | None):
-        raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
-    if not isinstance(calibration, Calibration | None):
-        raise InputError(f"calibration must be what mcdrop.calibrate gave, got {calibration!r}")
 
 
 def _binding(model: Model, plan: PassPlan, options: Options, given: Calibration | None) -> Calibration | None:
@@ -231,10 +233,9 @@ def predict(
     """
     if isinstance(model, Model) and task not in (None, model.task):
         raise InputError(f"this model was wrapped for {model.task}, not for {task!r}")
-    _check_fitted(screen, calibration)
+    check_fitted(screen, calibration)
     defaults = model.defaults if isinstance(model, Model) else Options()
     if calibration is not None:
-        interval = interval or (defaults.interval if calibration.task == "classification" else "conformal")
         defaults = _bound(defaults, calibration)
     passes = _most_passes(passes, tolerance, max_passes, usual=defaults.tolerance)
     keep_samples = keep_samples or (False if tolerance or exact_last else keep_samples)  # no default goes with these
@@ -244,7 +245,7 @@ def predict(
     }  # fmt: skip
     options = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
     if not isinstance(model, Model):
-        model = wrap(model, example=x, task=task or "regression", tuning={})  # for one answer a timing does not pay
+        model = wrap(model, example=x, task="regression" if task is None else task, tuning={})  # timing does not pay
     plan, holding = options.plan, calibration or model.calibration
     if options.interval == "conformal" and holding is not None and holding.needs_samples:
         plan = replace(plan, keep_samples=True)
@@ -254,9 +255,10 @@ def predict(
 
 
 def _bound(defaults: Options, calibration: Calibration) -> Options:
-    """Defaults with the plan that a calibration was fitted with."""
+    """Defaults with the plan that a calibration was fitted with, and the interval that it gives."""
     names = ("passes", "seed", "sampler", "tolerance", "exact_last")
-    return replace(defaults, **{name: getattr(calibration.plan, name) for name in names})
+    interval = defaults.interval if calibration.task == "classification" else "conformal"
+    return replace(defaults, interval=interval, **{name: getattr(calibration.plan, name) for name in names})
 
 
 def _most_passes(

@@ -38,7 +38,7 @@ def register(
             its own.
 
     Raises:
-        InputError: nothing to do was given, or flags for a function.
+        InputError: nothing to do was given, what is no function or no flags, or flags for a function.
 
     >>> import torch
     >>> class Mask(torch.nn.Module):  # draws with numpy, out of sight
@@ -46,6 +46,10 @@ def register(
     >>> register(Mask, lambda layer, x: x * torch.bernoulli(torch.full_like(x, 0.9)) / 0.9)
     >>> unregister(Mask)
     """
+    if forward is not None and not callable(forward):
+        raise InputError(f"forward must be a function, got {forward!r}")
+    if not isinstance(flags, Mapping | None) or not all(isinstance(name, str) for name in flags or ()):
+        raise InputError(f"flags must be a dict of attributes such as {{'mc': True}}, got {flags!r}")
     if isinstance(target, type):
         if forward is None and not flags:
             raise InputError(f"give a forward function or flags for {target.__name__}")

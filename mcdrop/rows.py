@@ -1,16 +1,24 @@
 """Rows: what a network is given, as leaves whose first dimension is the rows."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 
-__all__ = ["Rows", "by_name", "check_dense", "column_names", "numbers"]
+__all__ = ["Rows", "by_name", "check_dense", "check_named", "check_spelling", "column_names", "numbers"]
+
+_NOT_PLAIN = {  # what no network is given as rows, and why or what to give instead
+    "is_meta": "one on the meta device holds no numbers",
+    "is_nested": "of a nested one give to_padded_tensor(0.0)",
+    "is_quantized": "of a quantized one give dequantize()",
+}
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,12 @@ class Rows:
         whoever runs it does so, or calls ``look``.
 
         Raises:
-            InputError: text, ragged rows, no rows, a number that is not finite, or leaves of unequal length.
+            InputError: text, ragged rows, no rows, a number that is not finite, leaves of unequal length, or a tensor
+                that holds no plain numbers.
         """
         if isinstance(x, Rows):
             return x
-        if hasattr(x, "shape"):  # a single array or tensor, which is neither of the others
+        if hasattr(x, "detach") or hasattr(x, "shape"):  # a single tensor or array, which is neither of the others
             named = {"inputs": x}
         elif isinstance(x, tuple):
             named = {f"input {i}": value for i, value in enumerate(x)}
@@ -99,6 +108,10 @@ class Rows:
         """Gives the chosen rows: a slice or an index array."""
         return self.map(lambda leaf: leaf[which])
 
+    def copy(self) -> "Rows":
+        """Gives the same inputs in memory of their own, which nobody else writes to or keeps alive."""
+        return self.map(lambda leaf: leaf.clone() if hasattr(leaf, "detach") else leaf.copy())
+
     def split(self, size: int) -> Iterator["Rows"]:
         """Cuts into blocks of at most ``size`` rows."""
         for begin in range(0, self.count, size):
@@ -129,6 +142,36 @@ def column_names(x: Any) -> list[str] | None:
     return [str(column) for column in columns] if columns and named else None
 
 
+def check_named(names: Sequence[str], header: Sequence[str], table: str) -> None:
+    """Refuses a table whose header lacks a column that is read by its name.
+
+    Raises:
+        InputError: a column is missing, or spelt in another way.
+    """
+    if missing := [name for name in names if name not in header]:
+        check_spelling(missing, [name for name in header if name not in names], table)
+        raise InputError(f"{table} lacks the column {missing[0]!r}; the model takes {', '.join(names[:20])}")
+
+
+def check_spelling(missing: Iterable[str], others: Iterable[str], name: str) -> None:
+    """Refuses other columns whose names differ from a missing one only in case, blanks around or how letters are coded.
+
+    Raises:
+        InputError: there is one; it may be meant, or may not.
+    """
+    alike = {_folded(other): other for other in others}
+    for feature in missing:
+        if (found := alike.get(_folded(feature))) is not None:
+            shown = ascii if normalize("NFC", found) == normalize("NFC", feature) else repr  # else they look the same
+            raise InputError(
+                f"{name} has a column {shown(found)}, but the model takes {shown(feature)}; rename the column"
+            )
+
+
+def _folded(name: str) -> str:
+    return normalize("NFKC", normalize("NFKC", name).casefold()).strip()
+
+
 def check_dense(value: Any, name: str) -> None:
     """Checks a single tensor.
 
@@ -140,14 +183,22 @@ def check_dense(value: Any, name: str) -> None:
         raise InputError(f"{name} must be dense, got a tensor of layout {layout}; give to_dense() of it")
 
 
+def _check_plain(value: Any, name: str) -> None:
+    """Refuses a tensor without numbers of its own, or without rows of one length."""
+    said = [why for kind, why in _NOT_PLAIN.items() if getattr(value, kind, False)]
+    if said:
+        raise InputError(f"{name} must be a plain tensor; {said[0]}")
+
+
 def numbers(value: Any, name: str, *, finite: bool = True) -> NDArray[Any]:
     """Gives numbers as an array: of a tensor on any device, or of what ``Rows.of`` reads.
 
     Raises:
-        InputError: text, ragged rows, a single number, a sparse tensor, or a number that is not finite though all are
-            to be.
+        InputError: text, ragged rows, a single number, a sparse tensor or one without numbers, or a number that is not
+            finite though all are to be.
     """
     check_dense(value, name)
+    _check_plain(value, name)
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
@@ -157,13 +208,18 @@ def numbers(value: Any, name: str, *, finite: bool = True) -> NDArray[Any]:
 
 def _leaf(value: Any, name: str, *, finite: bool = True) -> Any:
     if hasattr(value, "detach"):  # a tensor: left alone, so that it stays on its device
+        _check_plain(value, name)
         leaf = value.detach()
         if leaf.ndim == 0:
             raise InputError(f"{name} must have rows as its first dimension, got a single number")
         if leaf.is_complex():
             raise InputError(f"{name} must be numbers, got values of type {leaf.dtype}")
+        if leaf.is_floating_point() and leaf.element_size() < 2:
+            raise InputError(f"{name} must be numbers of at least 16 bits, got {leaf.dtype}; give float() of them")
         return leaf
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
+        for item in value:
+            _check_plain(item, name)
         value = [item.detach().cpu() if hasattr(item, "detach") else item for item in value]
     if np.ma.is_masked(value):
         raise InputError(f"{name} must have no masked values; {_first(np.ma.getmaskarray(value), 'is masked')}")
@@ -183,9 +239,15 @@ def _leaf(value: Any, name: str, *, finite: bool = True) -> Any:
 
 
 def _of_objects(leaf: NDArray[Any]) -> NDArray[Any]:
-    """Reads numbers of several types, as data frames give them; what holds anything else is given as it is."""
+    """Reads numbers of several types, as data frames give them; what holds anything else is given as it is.
+
+    Whole numbers stay so, but for those of more than 64 bits: JavaScript writes 1e20 without an exponent.
+    """
     try:
-        return leaf if any(_not_numbers(leaf[()])) else leaf.astype(np.float64)
+        if any(_not_numbers(leaf[()])):
+            return leaf
+        whole = np.asarray(leaf.tolist())
+        return whole if whole.dtype.kind in "iub" and whole.shape == leaf.shape else leaf.astype(np.float64)
     except (TypeError, ValueError):
         return leaf
 
@@ -226,8 +288,8 @@ def _not_numbers(value: Any) -> Iterator[str]:
         yield f"values of type {value.dtype}"
     elif isinstance(value, Mapping):
         yield "an object where a row or a number should be"
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        yield f"a whole number of {value.bit_length()} bits, more than 63"
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        yield f"a whole number of {value.bit_length()} bits, more than a float64 can hold"
     elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
         for item in value:
             yield from _not_numbers(item)

@@ -73,9 +73,12 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     The screen is the model's own where none is given.
 
     Raises:
-        InputError: unusable inputs, kept passes that would not fit in memory, or a closed form of what has none.
+        InputError: unusable inputs, what is no plan, kept passes that would not fit in memory, or a closed form of what
+            has none.
     """
     rows = rows_of(model, x, later=True)
+    if not isinstance(plan, PassPlan):
+        raise InputError(f"a plan is needed, such as mcdrop.PassPlan(100), got {plan!r}")
     task = TASKS[model.task]
     if plan.exact_last and model.task != "regression":
         raise InputError(
@@ -84,7 +87,7 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
     if plan.keep_samples:
         some = _first(model, rows)
         first = some.astype(np.float64)
-        width = task.statistics.kept(task.statistics.of(first[None]).shape[-1]) * first[0, ..., 0].size
+        width = task.statistics.kept(task.statistics.of(first[None])).shape[-1] * first[0, ..., 0].size
         needed = plan.passes * rows.count * width * some.itemsize
         if needed > _SAMPLE_BYTES:
             raise InputError(

@@ -45,7 +45,7 @@ class ShardedBackend(TorchBackend):
             )
         super().__init__(
             first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled,
-            first.plans.tuning, first.beside,
+            first.plans.tuning, first.beside, flags=first.flags,
         )  # fmt: skip
         self.chunk_bytes = first.chunk_bytes
         self._places, self._turn = devices, threading.Lock()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mcdrop.locks import new_lock
 from mcdrop.masks import BLOCKS, Site, draw
 
 __all__ = ["Bits", "Kept", "Span", "block_bytes", "expected_stack", "stack"]
@@ -50,7 +51,7 @@ class _Slabs:
     def __init__(self) -> None:
         self._slab: Tensor | None = None
         self._used = 0
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def moved(self, value: Any) -> Any:
         """Gives a small tensor of a CPU as a part of a slab; anything else as it is."""
@@ -71,7 +72,7 @@ class Kept:
     most: int
     held: OrderedDict[object, tuple[Any, int]] = field(default_factory=OrderedDict)
     size: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=new_lock)
     slabs: "_Slabs" = field(default_factory=lambda: _Slabs())
 
     def clear(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mcdrop.errors import ArtifactError, ModelNotFound
+from mcdrop.streams import path_of
 
 __all__ = [
     "FORMAT",
@@ -82,9 +83,10 @@ def list_models(store: str | Path) -> list[Entry]:
     """Lists the model folders of a store by name and version, oldest version first; reads manifests only.
 
     Raises:
+        InputError: what was given is no path.
         ArtifactError: the store is not a folder, or a manifest in it cannot be read.
     """
-    root = Path(store)
+    root = path_of(store)
     if not root.is_dir():
         raise ModelNotFound(f"{root} is not a folder of models")
     manifests = sorted(root.glob(f"[!.]*/[!.]*/{MANIFEST}"))

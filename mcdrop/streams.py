@@ -13,9 +13,21 @@ from typing import TextIO
 
 from mcdrop.errors import InputError
 
-__all__ = ["STANDARD_STREAM", "check_place", "check_stays", "explained", "reading", "whole", "writing"]
+__all__ = ["STANDARD_STREAM", "check_place", "check_stays", "explained", "path_of", "reading", "whole", "writing"]
 
 STANDARD_STREAM = "-"
+
+
+def path_of(place: object) -> Path:
+    """Gives the path that a text or a path stands for.
+
+    Raises:
+        InputError: it is something else, or holds a character that no path can.
+    """
+    named = os.fspath(place) if isinstance(place, str | os.PathLike) else None
+    if not isinstance(named, str) or "\0" in named:
+        raise InputError(f"a place for files must be a text or a pathlib.Path without null characters, got {place!r}")
+    return Path(named)
 
 
 @contextmanager

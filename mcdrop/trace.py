@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from mcdrop.agreement import told_orders, uneven
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.forward import forward
+from mcdrop.forward import forward, may_fail, out_of_memory
 from mcdrop.intercept import Given, Interception, Rules
 from mcdrop.layouts import FEW, MORE, Layout, Told, told_layout
 from mcdrop.masks import Site, sample_masks
-from mcdrop.mixing import NUMBERS_READ, united
+from mcdrop.mixing import united
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
 from mcdrop.record import Draw, Recorder, Spy, nowhere, record
@@ -28,10 +27,8 @@ from mcdrop.rules import RULES
 __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
-_ONE_SIZE = (RuntimeError, ValueError, IndexError, AssertionError)  # of a network that is built for one batch size
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
-_READ = {"_local_scalar_dense.default", *(f"Tensor.{read.__name__}" for read in NUMBERS_READ)}
 
 
 @dataclass(frozen=True)
@@ -119,20 +116,22 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     given = repeat_rows(rows, FEW)
     try:
         source, spy = record(module, given, pick, seed=0, force=force)
-    except _ONE_SIZE:
+    except Exception as error:  # of a network that is built for one batch size
+        if out_of_memory(error):
+            raise
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
     few, more, larger, first = source.draws, [], None, spy
     again = partial(record, module, repeat_rows(given, 2 * given.count), pick, seed=0, force=force)
     rates = _random_rates(few, [record(module, given, pick, seed=seed, force=force)[0] for seed in _SEEDS])
-    with suppress(*_ONE_SIZE):
+    with may_fail():
         wide, larger = record(module, repeat_rows(rows, MORE), pick, seed=0, force=force)
         more = wide.draws
     told = [told_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
     on = partial(record, module, pick=pick, seed=0, force=force)
     if any(one.counted for one in spy.results):
         told = _steady(told, few, (rows.take([row] * given.count) for row in range(rows.count)), on)
-    if any(one.counted or one.name in _READ for one in spy.results):
+    if spy.by_values:
         told = _fixed(told, few, [given.map(torch.zeros_like), given.map(torch.ones_like)], on)
     shapes = [_own_shape(draw, layout) for draw, (layout, _) in zip(few, told, strict=True)]
     found = Trace(
@@ -181,7 +180,7 @@ def _steady(
     """Tells no layout of draws that have more entries for some rows than for others, such as those under a mask."""
     steady = [*told]
     for rows in alike:
-        with suppress(*_ONE_SIZE):
+        with may_fail():
             for i, (draw, other) in enumerate(zip_longest(draws, record(rows=rows)[0].draws)):
                 layout = told[i][0] if i < len(told) else None
                 if layout is not None and (other is None or _sizes(draw, layout) != _sizes(other, layout)):
@@ -198,7 +197,7 @@ def _fixed(
     """
     fixed, same = [*told], [(draw.kind, draw.path) for draw in draws]
     for rows in others:
-        with suppress(Exception):  # whatever a network does with such rows
+        with may_fail():  # whatever a network does with such rows
             found = record(rows=rows)[0].draws
             for i, (draw, other) in enumerate(zip(draws, found, strict=True)):
                 layout = told[i][0] if same == [(one.kind, one.path) for one in found] else None
@@ -234,13 +233,13 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace |
         return replace(found, layouts=tuple(layouts))
 
     @torch.no_grad()
-    def differs(outer: Mapping[int, int], on: frozenset[int], count: int) -> bool | None:
+    def differs(outer: Mapping[int, int], on: frozenset[int], counts: Sequence[int]) -> bool | None:
         trace, given = placed(outer), [[s[t] if i in on else None for i, s in enumerate(stacks)] for t in range(2)]
-        with suppress(UncontrolledDraw, *_ONE_SIZE):
+        with may_fail():
             for row in range(2):
-                same = rows.take([row] * count)
-                passes = torch.stack([one_pass(module, same, pick, trace, masks) for masks in given])
-                if not uneven(passes) <= _LOOSE * tolerance(passes.dtype):
+                same = [rows.take([row] * count) for count in counts]
+                passes = [torch.cat([one_pass(module, one, pick, trace, masks) for one in same]) for masks in given]
+                if not uneven(torch.stack(passes)) <= _LOOSE * tolerance(passes[0].dtype):
                     return True
             return False
         return None
@@ -253,7 +252,7 @@ def _united(few: Spy, more: Spy | None, again: Callable[[], tuple[Recorder, Spy]
     """Says why passes cannot share a batch; ``again`` runs the few rows twice over."""
     try:
         return united(few.results, None if more is None else more.results, lambda: again()[1].results)
-    except _ONE_SIZE as error:
+    except Exception as error:
         return f"it does not take more rows: {first_line(error)}"
 
 

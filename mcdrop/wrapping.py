@@ -1,13 +1,8 @@
 """A network becomes a model: its draws are discovered, proved and audited, once."""
 
-import hashlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +10,8 @@ import numpy as np
 from mcdrop.audit import Audit
 from mcdrop.errors import InputError, MissingExtra, UnknownName
 from mcdrop.masks import is_whole
-from mcdrop.model import InputSpec, Model
+from mcdrop.model import InputSpec, Model, not_a_network
+from mcdrop.reads import reads_of
 from mcdrop.rows import Rows, check_dense, column_names
 from mcdrop.summaries import TASKS
 
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["devices_of", "each_once", "wrap", "wrap_graph"]
 
 _EXAMPLE_ROWS = 8
-_DEEPEST = 8  # objects inside of objects that are looked into, where they say which output is read
 
 
 def wrap(
@@ -67,19 +62,20 @@ def wrap(
             "fp32", "bf16" (its matrix products and convolutions are several times faster on processors that have the
             instructions) or "tf32" (on CUDA devices). The audit states its error in standard deviations of the passes.
         compile: whether torch's compiler takes the captured passes; it is paid for here and at new sizes.
-        devices: several devices to share the rows out to, each with a copy of the network, or a single one; none is the
-            network's own.
+        devices: several devices to share the rows out to, each with a copy of the network, or a single one, such as
+            "cuda:0" or its number; none is the network's own.
         tuning: choices that were timed before, ``chunk`` and ``kept_from`` of an audit, to be taken as they are; {} is
             the usual ones. None times them here, so that the last digits of two models of one network may differ.
 
     Raises:
-        InputError: an unknown task or precision, or an example that the network cannot take.
+        InputError: an unknown task, precision or device, a class of networks, or an example that the network cannot
+            take.
         ModelRefused: a precision whose error is too large, or a network that cannot be captured for it.
         NoStochasticSite: nothing in the network is random.
         UncontrolledDraw: something in it is random and cannot be controlled.
     """
     if isinstance(module, Model) or not hasattr(module, "named_modules"):
-        if precision != "fp32" or compile or devices:
+        if precision != "fp32" or compile or devices_of(devices):
             raise InputError("precision, compile and devices are for torch modules; an ONNX graph runs as it is")
         return module if isinstance(module, Model) else wrap_graph(module, example=example, task=task, output=output)
     from mcdrop.diagnose import diagnose  # here, because a model of another backend needs no torch
@@ -87,7 +83,7 @@ def wrap(
     from mcdrop.outputs import picker
 
     _check(module, task, precision)
-    rows, pick = Rows.of(example), picker(output)
+    rows, pick, devices = Rows.of(example), picker(output), devices_of(devices)
     for leaf in rows.leaves:
         check_dense(leaf, "an example")
     overrules = Overrules(each_once(include, "include"), each_once(exclude, "exclude"), force_literal, strict)
@@ -99,7 +95,7 @@ def wrap(
     asked = _unusual({**vars(overrules), "output": output, "precision": precision, "compile": compile}, audit)
     return Model(
         module=module, backend=backend, audit=replace(audit, devices=backend.devices), task=task, asked=asked,
-        inputs=_specs(module, rows), positional=len(rows.args), example=rows, reads=_said(output),
+        inputs=_specs(module, rows), positional=len(rows.args), example=rows, reads=reads_of(output),
         features=column_names(example),
     )  # fmt: skip
 
@@ -109,26 +105,35 @@ def _backend(seen: Any, pick: Any, memory: int | str, precision: str, compile: b
     from mcdrop.backends.torch import TorchBackend
 
     backend = TorchBackend(
-        seen.live, seen.plain, pick, seen.excluded, seen.force, precision, compile, tuning, seen.beside
-    )
+        seen.live, seen.plain, pick, seen.excluded, seen.force, precision, compile, tuning, seen.beside,
+        flags=seen.flags,
+    )  # fmt: skip
     backend.plans.knows(seen.rows, seen.found)
     backend.chunk_bytes = backend.chunk_bytes if memory == "auto" else _bytes(memory)
     return backend
 
 
-def _shared_out(backend: Any, devices: Any) -> Any:
+def _shared_out(backend: Any, devices: Sequence[Any]) -> Any:
     """Gives the backend of one device, or one that shares the rows out to several."""
     if not devices:
         return backend
     from mcdrop.sharded import ShardedBackend
 
-    return ShardedBackend(backend, devices_of(devices))
+    return ShardedBackend(backend, devices)
 
 
 def devices_of(devices: Any) -> tuple[Any, ...]:
-    """Gives several devices, or a single one, as a tuple."""
+    """Gives several devices, or a single one, as a tuple; None is none, and a whole number the CUDA device's.
+
+    Raises:
+        InputError: one of them is something else.
+    """
     single = isinstance(devices, str) or not isinstance(devices, Iterable)
-    return (devices,) if single else tuple(devices)
+    several = () if devices is None else (devices,) if single else tuple(devices)
+    wrong = [one for one in several if not (isinstance(one, str) or is_whole(one) or hasattr(one, "type"))]
+    if wrong:
+        raise InputError(f"devices takes those of torch such as 'cuda:0', or their numbers, got {wrong[0]!r}")
+    return tuple(f"cuda:{one}" if is_whole(one) else one for one in several)
 
 
 def each_once(given: Any, name: str, kinds: tuple[type, ...] = (str, type)) -> tuple[Any, ...]:
@@ -148,6 +153,8 @@ def each_once(given: Any, name: str, kinds: tuple[type, ...] = (str, type)) -> t
 def _check(module: Any, task: str, precision: str) -> None:
     from mcdrop.planning import check_precision  # here, because a graph needs no torch
 
+    if isinstance(module, type):
+        raise not_a_network(module)
     UnknownName.check("task", task, TASKS)
     check_precision(module, precision)
 
@@ -160,43 +167,6 @@ def _tuning(given: Mapping[str, Any] | None) -> Any:
     return None if given is None else Tuning.of(given)
 
 
-def _said(output: Any) -> str:
-    """What was asked for as output, as a text that is the same in every process, "" for the only one.
-
-    A function's name alone would not tell one lambda from another: what it does, and holds, is in it too.
-    """
-    if not callable(output):
-        return "" if output is None else str(output)
-    name = getattr(output, "__qualname__", type(output).__qualname__)
-    return f"{name} {hashlib.sha256(_described(output).encode()).hexdigest()}"
-
-
-def _described(value: Any, depth: int = 0) -> str:
-    """Says what a function does or an object holds, without addresses and in no order of hashes."""
-    parts: list[Any] = []
-    if isinstance(value, CodeType):
-        parts = [value.co_code, value.co_names, *value.co_consts]
-    elif isinstance(value, FunctionType):
-        parts = [value.__module__, value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__]
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # an empty one
-                parts.append(cell.cell_contents)
-    elif isinstance(value, partial):
-        parts = [value.func, value.args, value.keywords]
-    elif isinstance(value, MethodType):
-        parts = [value.__func__, value.__self__]
-    elif isinstance(value, Mapping):
-        parts = [part for item in value.items() for part in item]
-    elif isinstance(value, tuple | list | set | frozenset):
-        parts = [*value]
-    elif isinstance(value, bool | int | float | str | bytes | None):
-        return repr(value)
-    else:
-        parts = [re.sub(" at 0x[0-9a-fA-F]+", "", repr(value)), *([vars(value)] if hasattr(value, "__dict__") else [])]
-    said = [_described(part, depth + 1) for part in parts] if depth < _DEEPEST else []
-    return f"{type(value).__qualname__}({', '.join(sorted(said) if isinstance(value, set | frozenset) else said)})"
-
-
 def _unusual(asked: dict[str, Any], audit: Audit) -> dict[str, Any]:
     """What was asked of ``wrap`` besides its defaults, and what was timed, where it is not the usual."""
     parameters = inspect.signature(wrap).parameters
@@ -207,23 +177,34 @@ def _unusual(asked: dict[str, Any], audit: Audit) -> dict[str, Any]:
     return unusual
 
 
+def _few(rows: Rows) -> Rows:
+    """Gives the rows that a model holds on to, without the data set that they are cut from."""
+    return rows.take(slice(0, _EXAMPLE_ROWS)).copy()
+
+
 def _discovered(module: Any, rows: Rows, pick: Any, overrules: Any) -> tuple[Rows, Rows, Any]:
     """Gives few rows and all as the network takes them: whole numbers may stand for real ones, as in [[1], [2]]."""
     from mcdrop.digits import digits
     from mcdrop.discover import UNUSABLE, discover
+    from mcdrop.flags import in_front
     from mcdrop.forward import place_of
+
+    def discovered(rows: Rows) -> tuple[Rows, Rows, Any]:
+        seen = discover(module, rows, pick, overrules)
+        rows = in_front(rows, seen.front)
+        return _few(rows), rows, seen
 
     device, _ = place_of([*module.parameters(), *module.buffers()])
     with digits(device):
         try:
-            return rows.take(slice(0, _EXAMPLE_ROWS)), rows, discover(module, rows, pick, overrules)
+            return discovered(rows)
         except InputError as error:
             if not _all_whole(rows):
                 raise
             whole = error
         real = rows.map(lambda leaf: leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else leaf.float())
         try:
-            return real.take(slice(0, _EXAMPLE_ROWS)), real, discover(module, real, pick, overrules)
+            return discovered(real)
         except InputError as error:  # of token ids only the first error speaks
             raise whole if str(error).startswith(UNUSABLE) else error from None
 
@@ -256,7 +237,7 @@ def wrap_graph(
     except ImportError as error:
         raise MissingExtra(error.name or "onnx", "onnx") from None
     UnknownName.check("task", task, TASKS)
-    rows = None if example is None else Rows.of(example).take(slice(0, _EXAMPLE_ROWS))
+    rows = None if example is None else _few(Rows.of(example))
     found = discover_graph(source, rows, output=output, inject=inject, digest=digest)
     TASKS[task].statistics.of(found.backend.deterministic(found.rows).astype(np.float64)[None])
     leaves = found.rows.leaves
@@ -264,7 +245,7 @@ def wrap_graph(
     inputs = (InputSpec(one.name, one.dtype, (-1, *leaf.shape[1:])) for one, leaf in pairs)
     return Model(
         module=found.graph, backend=found.backend, audit=found.audit, task=task,
-        inputs=tuple(inputs), positional=len(leaves), example=found.rows, reads=_said(output),
+        inputs=tuple(inputs), positional=len(leaves), example=found.rows, reads=reads_of(output),
         features=column_names(example),
     )  # fmt: skip
 

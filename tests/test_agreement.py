@@ -93,7 +93,7 @@ Truth = dict[str, int]
 
 def _looks(truth: Truth, seen: Callable[[frozenset[str]], bool] = bool) -> Callable[..., bool]:
     """Says so where the orders that are seen are not the true ones."""
-    return lambda outer, on, count: seen(on) and any(outer[draw] != truth[draw] for draw in on)
+    return lambda outer, on, counts: seen(on) and any(outer[draw] != truth[draw] for draw in on)
 
 
 def test_an_order_that_shows_while_another_draw_is_on_is_told() -> None:
@@ -104,8 +104,8 @@ def test_an_order_that_shows_while_another_draw_is_on_is_told() -> None:
 
 
 def test_where_no_order_fits_there_is_none() -> None:
-    assert told_orders({"a": 4, "b": 3}, lambda outer, on, count: "b" in on) is None
-    assert told_orders({"a": 4}, lambda outer, on, count: None) is None  # no number of rows is taken
+    assert told_orders({"a": 4, "b": 3}, lambda outer, on, counts: "b" in on) is None
+    assert told_orders({"a": 4}, lambda outer, on, counts: None) is None  # no number of rows is taken
 
 
 def test_the_number_of_rows_that_tells_is_run_or_the_three_that_any_network_took() -> None:
@@ -115,12 +115,24 @@ def test_the_number_of_rows_that_tells_is_run_or_the_three_that_any_network_took
     ):  # fmt: skip
         tried: set[int] = set()
 
-        def looks(outer: Any, on: Any, count: int, tried: set[int] = tried, most: int = most) -> bool | None:
-            tried.add(count)
-            return False if count <= most else None
+        def looks(outer: Any, on: Any, counts: Any, tried: set[int] = tried, most: int = most) -> bool | None:
+            tried.add(counts[-1])
+            return False if counts[-1] <= most else None
 
         assert told_orders(multiples, looks) == dict.fromkeys(multiples, 1)
         assert tried == expected
+
+
+@pytest.mark.parametrize(("of_one", "told"), [(True, 2), (None, 4)], ids=["taken", "not taken"])
+def test_a_row_alone_tells_between_orders_in_which_many_are_even(of_one: bool | None, told: int) -> None:
+    """Not where no single row is taken: then the first order in which many are even stands."""
+
+    def looks(outer: Any, on: Any, counts: Any) -> bool | None:
+        if 1 in counts and (of_one is None or outer["a"] == 4):
+            return of_one
+        return outer["a"] not in (2, 4)
+
+    assert told_orders({"a": 4}, looks) == {"a": told}
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ import mcdrop.factory
 from mcdrop.engine import PassPlan
 from mcdrop.errors import InputError
 from mcdrop.model import Options
+from mcdrop.reads import reads_of
 from mcdrop.sampling import fingerprint
-from mcdrop.wrapping import _said
 
 X = np.random.default_rng(0).normal(size=(99, 2)).astype(np.float32)
 NEW = np.random.default_rng(1).normal(size=(50, 2)).astype(np.float32)
@@ -207,7 +207,7 @@ def test_functions_that_pick_the_output_are_told_apart_by_what_they_do() -> None
     """And by nothing that another process would not have, such as where they lie in memory."""
     zeroth, first = (_by_default(place) for place in (0, 1))
     functions = [_near, _at(0), _at(0), _at(1), operator.itemgetter(0), operator.itemgetter(0), zeroth, first]
-    reads = [_said(function) for function in functions]
+    reads = [reads_of(function) for function in functions]
     assert [reads.index(one) for one in reads] == [0, 1, 1, 3, 4, 4, 6, 7]
     assert head(_near).reads == reads[0]
     kinds: list[Any] = [
@@ -217,8 +217,8 @@ def test_functions_that_pick_the_output_are_told_apart_by_what_they_do() -> None
         lambda place: partial(_at(place)),
     ]
     for pick in kinds:
-        assert _said(pick(0)) == _said(pick(0)) != _said(pick(1))
-    assert _said(_by_name(0)) == _said(_by_name(0)) != _said(_by_name(1))
+        assert reads_of(pick(0)) == reads_of(pick(0)) != reads_of(pick(1))
+    assert reads_of(_by_name(0)) == reads_of(_by_name(0)) != reads_of(_by_name(1))
 
 
 @pytest.mark.parametrize("form", ["pt2", "onnx", "safetensors"])

@@ -106,7 +106,7 @@ def test_what_is_not_a_calibration_is_refused() -> None:
     _, calibration = held()
     with pytest.raises(ArtifactError, match="not a calibration"):
         Calibration.from_dict({})
-    with pytest.raises(ArtifactError, match="method is unknown"):
+    with pytest.raises(ArtifactError, match="unknown calibration method 'nope'"):
         Calibration.from_dict(calibration.to_dict() | {"method": "nope"})
 
 

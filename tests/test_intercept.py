@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import mcdrop
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.intercept import Given, Interception
 from mcdrop.layouts import Layout
@@ -97,6 +98,28 @@ def test_gradients_flow_through_the_kept_units() -> None:
         F.dropout(x, 0.5).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, (KEEP_FIRST * 2).expand(2, 3))
+
+
+class LayerDrop(nn.Module):
+    """Leaves out a layer, with its own dropout, where a scalar draw says so."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.rate = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            if not self.training or torch.rand([]) >= self.rate:
+                x = x + self.layer(x)
+        return x
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.2])
+def test_a_draw_of_other_axes_than_in_the_trace_is_named_with_a_remedy(rate: float) -> None:
+    """Where a layer is rarely left out the trace may not meet it."""
+    with pytest.raises(UncontrolledDraw, match=r"now uniform \(\).*let the draw be a factor"):
+        mcdrop.wrap(LayerDrop(rate), example=X)
 
 
 # -- under vmap --------------------------------------------------------------------------------------------------------

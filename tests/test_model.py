@@ -62,6 +62,31 @@ def test_the_ends_of_a_type_are_taken_and_what_lies_beyond_is_named(dtype: str) 
                 given(dtype, x)
 
 
+@pytest.mark.parametrize("dtype", [*WHOLE, "bool"])
+def test_whole_numbers_of_every_type_become_those_of_the_input_as_arrays_and_as_tensors(dtype: str) -> None:
+    for kind in [*WHOLE, "bool", "float32"]:
+        array = np.array([[0, 1], [1, 0]], kind)
+        ours, theirs = (takes(dtype).rows(x).leaves[0] for x in (array, torch.from_numpy(array)))
+        assert (ours.dtype, theirs.dtype) == (np.dtype(dtype), getattr(torch, dtype))
+        assert ours.tolist() == theirs.tolist() == np.array([[0, 1], [1, 0]], dtype).tolist()
+
+
+def test_ids_in_few_bits_do_not_wrap_around_inside_the_network() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 1))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head((ids - 5).float())  # type: ignore[no-any-return]
+
+    ids = torch.arange(10).reshape(5, 2)
+    model = mcdrop.wrap(Shifted(), example=ids, tuning={})
+    expected = mcdrop.predict(model, ids, passes=8).mean
+    for kind in (torch.uint8, torch.int16, torch.int32):
+        np.testing.assert_array_equal(mcdrop.predict(model, ids.to(kind), passes=8).mean, expected)
+
+
 @pytest.mark.parametrize("number", [2**63, 2**63 + 7, 2**64 - 1])
 def test_whole_numbers_beyond_63_bits_do_not_become_negative(number: int) -> None:
     for x in ([[number, number]], np.array([[0, number]], np.uint64)):
@@ -94,6 +119,19 @@ def test_tensors_of_few_digits_are_checked_as_others(kind: torch.dtype) -> None:
     assert given("uint8", torch.tensor([[0.0, 255.0]], dtype=kind)) == [[0, 255]]
     with pytest.raises(InputError, match=r"from 0 to 255 \(uint8\), got 256\.0"):
         given("uint8", torch.tensor([[0.0, 256.0]], dtype=kind))
+
+
+@pytest.mark.parametrize("number", [10**20, -(2**70)])
+def test_whole_numbers_of_many_bits_are_taken_as_real_ones_and_by_no_type_of_whole_ones(number: int) -> None:
+    assert given("float32", [[number, 2]]) == given("float32", [[float(number), 2.0]])
+    with pytest.raises(InputError, match=rf"to {2**63 - 1} \(int64\), got {float(number)}".replace("+", r"\+")):
+        given("int64", [[number, 2]])
+
+
+def test_a_fraction_is_named_with_all_its_digits() -> None:
+    for x, digits in ((19.0000001, "19.0000001"), (np.float32(0.1), "0.1"), (-1234567.5, "-1234567.5")):
+        with pytest.raises(InputError, match=rf"must be whole numbers, got {digits}$"):
+            given("int64", np.array([[x, x]]))
 
 
 def test_fractions_are_no_truth_values() -> None:

@@ -109,7 +109,21 @@ def test_what_cannot_be_used_is_refused_with_its_place(x: Any, said: str) -> Non
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("x", [[[10**400]], [["1.5"]], [[b"1"]], np.array(["2020-01-01"], "datetime64[D]")])
+@pytest.mark.parametrize("number", [10**20, -(2**63) - 1, 2**64, int(np.finfo(np.float64).max)])
+def test_a_whole_number_of_many_bits_is_the_real_number_that_it_is_written_for(number: int) -> None:
+    """JavaScript writes 1e20 as 100000000000000000000."""
+    assert values(Rows.of([[number, 2, 0.5]])) == values(Rows.of([[float(number), 2.0, 0.5]]))
+    assert values(Rows.of([[number, 2]])) == {"0": [[float(number), 2.0]]}
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2**63 - 1, -(2**63)])
+def test_whole_numbers_in_a_frame_keep_every_digit(number: int) -> None:
+    assert values(Rows.of(Frame(["a", "b"], np.array([[number, 0]], object)))) == {"0": [[number, 0]]}
+
+
+@pytest.mark.parametrize(
+    "x", [[[10**400]], [[2**1024, 0.5]], [["1.5"]], [[b"1"]], np.array(["2020-01-01"], "datetime64[D]")]
+)
 def test_what_is_not_a_number_of_any_size_is_an_input_error(x: ArrayLike) -> None:
     with pytest.raises(InputError):
         Rows.of(x)

@@ -59,6 +59,32 @@ class Copies(nn.Module):
         return self.head(copies).reshape(STEPS, -1, 1).mean(0)  # type: ignore[no-any-return]
 
 
+class Apart(nn.Module):
+    """How far two copies of a row are apart: 0 in all rows where both have one mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(UNITS, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = F.dropout(x.repeat(2, 1), RATE, self.training).chunk(2)
+        return self.head(one - other)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("format", ["module", "onnx"])
+def test_the_variance_between_copies_is_that_of_independent_masks(format: str, tmp_path: Path) -> None:
+    """Twice that of one; four standard errors, as above."""
+    torch.manual_seed(0)
+    net, x = Apart().eval(), torch.randn(10, UNITS)
+    model = mcdrop.wrap(net, example=x[:4])
+    if format != "module":
+        model = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format=format))
+    assert model.audit.warnings == ()
+    result = mcdrop.sample(model, x.numpy(), mcdrop.PassPlan(4000, 0, sampler="iid"))
+    expected = 2 * RATE / (1 - RATE) * (x * net.head.weight.detach()[0]).double().square().sum(1).numpy()
+    assert np.abs(result.variance[:, 0] / expected - 1).max() < 4 * np.sqrt(2 / 4000)
+
+
 @pytest.mark.parametrize("format", ["module", "onnx"])
 def test_the_variance_of_averaged_copies_is_that_of_independent_masks(format: str, tmp_path: Path) -> None:
     """That of one copy over their number; four standard errors, as above."""

@@ -42,7 +42,7 @@ class There(TorchBackend):
 def there(model: mcdrop.Model, memory: int | None) -> mcdrop.Model:
     """Gives the same model with such a backend."""
     old = backend_of(model)
-    new = There(old.live, old.plain, old.pick, old.excluded, old.force, tuning=old.plans.tuning)
+    new = There(old.live, old.plain, old.pick, old.excluded, old.force, tuning=old.plans.tuning, flags=old.flags)
     new.chunk_bytes = memory or old.chunk_bytes
     return replace(model, backend=new)
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mcdrop.backends import Block
 from mcdrop.digits import digits
 from mcdrop.features import beside_weights, hidden_features, tensors_digest, weights_digest
+from mcdrop.flags import Flags
 from mcdrop.forward import Outputs, as_numpy, draws_off, place_of
 from mcdrop.intercept import EachRow
 from mcdrop.moments import Summing
@@ -45,17 +46,23 @@ class TorchBackend:
         compiled: bool = False,
         tuning: Tuning | None = None,
         beside: bool = False,
+        *,
+        flags: Flags,
     ) -> None:
         """Takes the shadow whose draws are on, the one with all of them off, and the modules whose draws stay off.
 
         ``force`` says of a module path whether dropout calls that are switched off there drop all the same;
         ``precision`` is one of ``PRECISIONS``; ``compiled`` asks for torch's compiler,
         ``tuning`` holds choices that were timed before. A single row is run ``beside`` itself where it has to be.
+        ``flags`` are those of the first shadow, to be looked at again where other rows read others.
         """
         self.live, self.plain, self.pick, self.excluded, self.force = live, plain, pick, excluded, force
         self.precision, self.compiled, self.beside = precision, compiled, beside
         self.room = Room(_room(live))
-        self.plans = Plans(live, plain, pick, excluded, force, precision=precision, compiled=compiled, tuning=tuning)
+        self.flags = flags
+        self.plans = Plans(
+            live, plain, pick, excluded, force, precision=precision, compiled=compiled, tuning=tuning, flags=flags
+        )
         self._digest: tuple[object, str] | None = None
         self._others = beside_weights(plain)
         self._others_before = tensors_digest(self._others)
@@ -144,12 +151,10 @@ class TorchBackend:
     def over(self, module: nn.Module) -> "TorchBackend":
         """Gives the same for a copy of the module: the same draws on, nothing traced yet."""
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
-        for ours, theirs in zip(self.live.modules(), live.modules(), strict=True):
-            theirs.training = ours.training
         own((live, plain), placed_starts(self.live, _device(module)))
         other = TorchBackend(
             live, plain, self.pick, self.excluded, self.force, self.precision, self.compiled, self.plans.tuning,
-            self.beside,
+            self.beside, flags=self.flags.over(live),
         )  # fmt: skip
         if self.room.given:
             other.chunk_bytes = self.chunk_bytes

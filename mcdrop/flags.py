@@ -1,0 +1,238 @@
+"""The training flags of a live shadow: which are on, and what is done where a pass reads one that nobody knows.
+
+The probe looks at flags that some rows read. Other rows may read others: longer ones, or those that a branch on a
+value sends another way. So flags without a verdict are watched, rows of a new signature are looked at first, and where
+a pass has read such a flag the probe looks again. A captured graph reads none and pays nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from mcdrop.errors import UncontrolledDraw
+from mcdrop.forward import may_fail
+from mcdrop.observed import Observation, Observer, Readers, same, unwatched, watched
+from mcdrop.outputs import Pick
+from mcdrop.probe import Verdict, probe
+from mcdrop.rows import Rows
+from mcdrop.trace import Trace
+
+__all__ = ["Flags", "in_front", "lost_draws", "lost_message"]
+
+_SEED = 1
+_FEW = 4
+_TELLING = 3  # rows that are put in front: a trace runs so many
+
+
+@dataclass
+class Flags:
+    """The flags of a shadow by verdict; used by one thread at a time.
+
+    With ``strict`` draws that are lost refuse the rows. ``noted`` says whether the network bears that its flags are
+    watched: one that looks for them among its attributes does not.
+    """
+
+    live: nn.Module
+    pick: Pick
+    verdicts: dict[str, Verdict]
+    strict: bool
+    noted: bool = True
+    _on: list[nn.Module] = field(default_factory=list)
+    _watched: list[nn.Module] = field(default_factory=list)
+    _readers: Readers = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, live: nn.Module, rows: Rows, pick: Pick, verdicts: dict[str, Verdict], *, strict: bool) -> "Flags":
+        """Sets the flags of a shadow whose flags are off, which was probed with such rows."""
+        flags = cls(live, pick, verdicts, strict)
+        flags._set()
+        with flags._aside():
+            look = Observer(live, rows, pick)
+            look.base(_SEED, flags._on)
+            flags.noted = look.notes
+        return flags
+
+    def over(self, live: nn.Module) -> "Flags":
+        """Sets the flags of another shadow alike."""
+        other = Flags(live, self.pick, self.verdicts, self.strict, self.noted)
+        other._set()
+        return other
+
+    def telling(self, rows: Rows) -> list[int]:
+        """Gives a few rows beyond the first ones that show flags which those do not; none of a usual network.
+
+        Where no value tells the way, all rows go the same.
+        """
+        if rows.count <= _FEW or not self.noted:
+            return []
+        with may_fail(), self._aside():  # of a network that takes no other number of rows its passes will say so
+            look = Observer(self.live, rows.take(slice(0, _FEW)), self.pick)
+            if any(seen.by_values for seen in self._seen(look)) and self._news(rows):
+                found = (row for row in range(_FEW, rows.count) if self._news(rows.take([0, 1, row])))
+                return [*islice(found, _TELLING)]
+        return []
+
+    def look(self, rows: Rows) -> None:
+        """Looks at rows of another signature, and probes with them where they show flags in another light.
+
+        Raises:
+            UncontrolledDraw: they draw what no mask controls.
+        """
+        if self.noted:
+            with self._aside():
+                if self._news(few := rows.take(slice(0, _FEW))):
+                    self._learn(few)
+
+    def check(self, found: Trace) -> None:
+        """Checks what a trace of rows of another signature draws.
+
+        Raises:
+            UncontrolledDraw: no mask controls it.
+        """
+        if (lost := _escapes(found.escaped)) and self.strict:
+            raise UncontrolledDraw(lost_message(type(self.live).__name__, lost))
+
+    def begin(self) -> None:
+        """Begins with passes of which ``end`` is asked."""
+        self._readers.clear()
+
+    @property
+    def read(self) -> bool:
+        """Whether a flag of which nothing is known was read since it began."""
+        return bool(self._readers)
+
+    def end(self, rows: Rows) -> bool:
+        """Whether passes of rows have read flags of which nothing was known: they are to be run again.
+
+        Raises:
+            UncontrolledDraw: what such a flag does could not be told.
+        """
+        if not self.read or not (unknown := self._unknown(self._readers)):
+            return False
+        with self._aside():
+            self._learn(rows)
+        left = [path or "the root module" for path in unknown if path not in self.verdicts]
+        if left:
+            raise UncontrolledDraw(
+                f"{type(self.live).__name__} reads the training flag of {', '.join(left)} in some passes of these rows "
+                "only, and of none of its example, so what it draws there could not be told: read it in every pass, "
+                "or wrap the network with an example of rows that go this way"
+            )
+        return True
+
+    def _set(self) -> None:
+        """Switches on what draws, and watches what nothing is known of."""
+        unknown = []
+        for path, child in self.live.named_modules():
+            verdict = self.verdicts.get(path)
+            if verdict.kind == "stochastic" if verdict else _only_draws(child):
+                self._on.append(child)
+                child.training = True
+            elif verdict is None and not isinstance(child, _NormBase):
+                unknown.append(child)
+        if self.noted:
+            self._watched = watched(unknown, self._readers)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Takes all flags off and leaves them unwatched for the while, as the probe wants them."""
+        unwatched(self._watched)
+        for child in self._on:
+            child.training = False
+        try:
+            yield
+        finally:
+            self._on, self._watched = [], []
+            self._readers.clear()
+            self._set()
+
+    def _unknown(self, readers: Readers) -> list[str]:
+        """The modules of which nothing is known, of those that were read."""
+        return [
+            path
+            for path, child in self.live.named_modules()
+            if id(child) in readers and path not in self.verdicts and not isinstance(child, _NormBase)
+        ]
+
+    def _seen(self, look: Observer) -> Iterator[Observation]:
+        """A pass as it is, and one where flags are on besides that had no effect where they were read."""
+        by_path = dict(self.live.named_modules())
+        yield look.base(_SEED, self._on)
+        inert = [by_path[path] for path, one in self.verdicts.items() if one.kind == "inert"]
+        if inert:
+            yield look.observe([*self._on, *inert], seed=_SEED)
+
+    def _news(self, rows: Rows) -> bool:
+        """Whether a pass of rows reads flags of which nothing is known, or those without an effect have one here."""
+        first: Observation | None = None
+        for seen in self._seen(Observer(self.live, rows, self.pick)):
+            first = first or seen
+            if self._unknown(seen.readers) or seen.draws != first.draws or not same(seen, first):
+                return True
+        return False
+
+    def _learn(self, rows: Rows) -> None:
+        """Probes with rows, and keeps what is found of flags that were not known, or had no effect.
+
+        Raises:
+            UncontrolledDraw: flags that stay off draw.
+        """
+        inert = {path for path, one in self.verdicts.items() if one.kind == "inert"}
+        found = probe(self.live, rows, self.pick)
+        new = {path: one for path, one in found.items() if path not in self.verdicts or path in inert}
+        lost = [
+            f"{one.draws} draws in {path or 'the root module'}, which {one.reason}"
+            for path, one in new.items()
+            if one.kind == "refused" and one.draws
+        ]
+        verdicts = {**self.verdicts, **new}
+        by_path = dict(self.live.named_modules())
+        on = [by_path[path] for path, one in verdicts.items() if one.kind == "stochastic"]
+        lost += _escapes(Observer(self.live, rows, self.pick).base(_SEED, on).escaped)
+        if lost and self.strict:  # and not kept, so that the next rows are refused as well
+            raise UncontrolledDraw(lost_message(type(self.live).__name__, lost))
+        self.verdicts = verdicts
+
+
+def _only_draws(layer: nn.Module) -> bool:
+    """Whether a layer is one of torch's whose flag does nothing but draw: it may be on where nobody has read it."""
+    if not type(layer).__module__.startswith("torch.nn."):
+        return False
+    if isinstance(layer, _DropoutNd):
+        return float(layer.p) > 0
+    return isinstance(layer, nn.RReLU) or (isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout > 0)
+
+
+def in_front(rows: Rows, numbers: Sequence[int]) -> Rows:
+    """Gives the same rows, those of some numbers before the others."""
+    return rows.take([*numbers, *(row for row in range(rows.count) if row not in numbers)]) if numbers else rows
+
+
+def lost_draws(found: Trace, verdicts: dict[str, Verdict]) -> list[str]:
+    """Names what draws and no mask controls: operations without a rule, and draws of flags that stay off."""
+    lost = _escapes(found.escaped)
+    forced = [found.off[index] for index in found.forced]
+    for path, verdict in verdicts.items():
+        if verdict.kind == "refused" and verdict.draws > forced.count(path):
+            lost.append(
+                f"{verdict.draws - forced.count(path)} draws in {path or 'the root module'}, which {verdict.reason}"
+            )
+    return lost
+
+
+def _escapes(escaped: Sequence[tuple[str, str]]) -> list[str]:
+    return sorted({f"{operation} in {path or 'the root module'}" for path, operation in escaped})
+
+
+def lost_message(name: str, lost: Sequence[str]) -> str:
+    """Says what a network draws that no mask controls, and what to do."""
+    return (
+        f"{name} draws random numbers that no mask controls: {'; '.join(lost)}. Write the draw with torch.bernoulli, "
+        "torch.rand, torch.randn or F.dropout in a module of its own, teach mcdrop with mcdrop.register, or accept "
+        "partial coverage with strict=False"
+    )
