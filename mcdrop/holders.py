@@ -2,36 +2,44 @@
 
 import functools
 import hashlib
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from mcdrop.standing import attributes, mapped
+from mcdrop.standing import attributes, is_dead, mapped
 
-__all__ = ["holders", "holds", "inside", "made_hold", "what_it_holds"]
+__all__ = ["Collected", "contents", "held_by_hooks", "holders", "holds", "inside", "made_hold"]
 
 _OURS = "_mcdrop_"  # attributes that a shadow has of us
-_CONTAINERS = (dict, list, deque, set)
+# these very types: another may give something new at each reading, and do something of its own at each writing
+_DICTS, _LISTS = (dict, OrderedDict, defaultdict), (list, deque, set)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_DEEPEST, _MOST = 4, 100  # holders inside of holders, and their entries, that are looked into
+_DEEPEST = 4  # holders inside of holders
+_MOST = 100  # entries of a holder that are looked into
+_LARGEST = 10_000  # entries of one that a hook fills
 
 
 def holders(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Walks over (name, holder) of what holds what is in the objects and containers of attributes, and in hooks.
+    """Walks over (name, holder) of what holds what is in the objects and containers that attributes are.
 
-    A holder is a dict, a list, a deque, a set or a variable of a function. Plain lists and dicts of attributes are none
-    unless they are large: a shadow has its own. Hooks keep things in the object that is called or whose method is, in
-    variables around a function, also global ones, and in arguments of a partial one; networks do in their classes.
+    A holder is a dict, a list, a deque or a set. Plain lists and dicts of attributes are none unless they are large: a
+    shadow has its own.
     """
     for name, leaves in _kept(module):
-        seen: dict[int, Any] = {}
-        for leaf in leaves:
-            _look_into(leaf, seen)
-        yield from ((name, holder) for holder in seen.values() if not isinstance(holder, tuple))
+        yield from ((name, held) for held in map(_holder, leaves) if held is not None)
+
+
+def _holder(leaf: Any) -> Any:
+    if type(leaf) in (*_DICTS, *_LISTS):
+        return leaf
+    if isinstance(leaf, type | ModuleType | FunctionType | nn.Module | Tensor):
+        return None
+    held = getattr(leaf, "__dict__", None)
+    return held if type(held) in _DICTS else None
 
 
 def inside(module: nn.Module) -> dict[str, list[Any]]:
@@ -40,29 +48,18 @@ def inside(module: nn.Module) -> dict[str, list[Any]]:
     for name, leaves in _kept(module):
         found.setdefault(name, []).extend(number for leaf in leaves for number in _numbers(leaf))
     for name, holder in holders(module):
-        held = what_it_holds(holder)
+        held = contents(holder)
         found[name] += [*held, *held.values()] if isinstance(held, dict) else held
     return found
 
 
 def _kept(module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
-    """Walks over (name, what is kept there) of a network's attributes, its hooks and its classes."""
+    """Walks over (name, what is kept there) of a network's attributes."""
     for name, owner, key in attributes(module):
-        leaves: list[Any] = []
         if not key.startswith(_OURS):
+            leaves: list[Any] = []
             mapped(vars(owner)[key], leaves.append)
             yield name, leaves
-    for path, child in module.named_modules():
-        for key in _HOOKS:
-            yield f"{path}.{key}".removeprefix("."), [*getattr(child, key).values()]
-    for kind in {type(child) for child in module.modules() if not _torchs(type(child))}:
-        own = [value for key, value in vars(kind).items() if key == "forward" or isinstance(value, _CONTAINERS)]
-        yield kind.__name__, own
-
-
-def _torchs(given: Any) -> bool:
-    """Whether a class or function is of torch, which keeps nothing there of what a network does."""
-    return str(given.__module__).startswith("torch.")
 
 
 def _numbers(leaf: Any) -> list[Any]:
@@ -74,6 +71,56 @@ def _numbers(leaf: Any) -> list[Any]:
     return [hashlib.sha256(np.ascontiguousarray(leaf).view(np.uint8).data).digest()]
 
 
+def contents(holder: Any) -> dict[Any, Any] | list[Any]:
+    """Gives what a holder holds now."""
+    if isinstance(holder, CellType):
+        try:
+            return [holder.cell_contents]
+        except ValueError:  # a variable that is not set yet
+            return []
+    return dict(holder) if type(holder) in _DICTS else [*holder]
+
+
+def holds(holder: Any, content: dict[Any, Any] | list[Any]) -> bool:
+    """Whether a holder holds the very things that it held."""
+    now = contents(holder)
+    if isinstance(now, dict) and isinstance(content, dict):
+        return [*now] == [*content] and all(now[key] is content[key] for key in now)
+    return [*map(id, now)] == [*map(id, content)]
+
+
+def made_hold(holder: Any, content: dict[Any, Any] | list[Any]) -> None:
+    """Makes a holder hold what it held."""
+    holder.clear()
+    (holder.update if type(holder) in (*_DICTS, set) else holder.extend)(content)
+
+
+# -- what hooks and classes collect -----------------------------------------------------------------------------------
+
+
+def held_by_hooks(module: nn.Module) -> list[Any]:
+    """Lists what forward hooks keep things in, and containers of the network's own classes.
+
+    Hooks keep things in the object that is called or whose method is, in variables around a function, also global ones,
+    and in arguments of a partial one; such a variable is a holder as well.
+    """
+    seen: dict[int, Any] = {}
+    for child in module.modules():
+        for key in _HOOKS:
+            for hook in getattr(child, key).values():
+                _look_into(hook, seen)
+        if not _torchs(type(child)):
+            for value in vars(type(child)).values():
+                if type(value) in (*_DICTS, *_LISTS):
+                    _look_into(value, seen)
+    return [holder for holder in seen.values() if not isinstance(holder, tuple)]
+
+
+def _torchs(given: Any) -> bool:
+    """Whether a class or function is of torch, which keeps nothing there of what a network does."""
+    return str(given.__module__).startswith("torch.")
+
+
 def _look_into(value: Any, seen: dict[int, Any], depth: int = 0, *, objects: bool = True) -> None:
     """Collects the holders in a value by their ids; what an object holds is no further object of the network's."""
     if isinstance(value, type | ModuleType | nn.Module | Tensor) or depth > _DEEPEST:
@@ -83,47 +130,73 @@ def _look_into(value: Any, seen: dict[int, Any], depth: int = 0, *, objects: boo
     elif isinstance(value, functools.partial):
         within = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, FunctionType):
-        named = () if _torchs(value) else value.__code__.co_names
-        around = [value.__globals__.get(name) for name in named]
-        within = (*(value.__closure__ or ()), *(one for one in around if isinstance(one, _CONTAINERS)))
-    elif isinstance(value, (*_CONTAINERS, tuple, CellType)):
+        around = [value.__globals__.get(name) for name in (() if _torchs(value) else value.__code__.co_names)]
+        within = (*(value.__closure__ or ()), *(one for one in around if type(one) in (*_DICTS, *_LISTS)))
+    elif isinstance(value, tuple | CellType) or type(value) in (*_DICTS, *_LISTS):
         within = value
     else:
-        within, objects = (getattr(value, "__dict__", None) if objects else None), False
-    if not isinstance(within, (*_CONTAINERS, tuple, CellType)) or id(within) in seen:
+        within, objects = (_holder(value) if objects else None), False
+    if within is None or id(within) in seen:
         return
     seen[id(within)] = within
-    held = what_it_holds(within)
-    if len(held) <= _MOST:
+    if isinstance(within, CellType) or len(within) <= _MOST:
+        held = contents(within)
         for item in [*held.values()] if isinstance(held, dict) else held:
             _look_into(item, seen, depth + 1, objects=objects)
 
 
-def what_it_holds(holder: Any) -> dict[Any, Any] | list[Any]:
-    """Gives what a holder holds now."""
-    if isinstance(holder, CellType):
-        try:
-            return [holder.cell_contents]
-        except ValueError:  # a variable that is not set yet
-            return []
-    return dict(holder) if isinstance(holder, dict) else [*holder]
+class Collected:
+    """What holders held; tensors that a forward under vmap or a trace has put there since can be taken away.
+
+    Nothing else is touched, since holders may be the user's own and other threads may fill them meanwhile.
+    """
+
+    def __init__(self, holders: list[Any]) -> None:
+        """Remembers what is there now; holders of very many things are left alone."""
+        few = [holder for holder in holders if isinstance(holder, CellType) or len(holder) <= _LARGEST]
+        self._before = [(holder, contents(holder)) for holder in few]
+
+    def nothing(self) -> bool:
+        """Whether nothing came that would be taken away."""
+        return not any(_dead(holder, content) for holder, content in self._before)
+
+    def clear(self) -> None:
+        """Takes such tensors away, and sets a variable or an entry that was overwritten to what it was."""
+        for holder, content in self._before:
+            for key in _dead(holder, content):
+                _takes_away(holder, content, key)
 
 
-def holds(holder: Any, content: dict[Any, Any] | list[Any]) -> bool:
-    """Whether a holder holds the very things that it held."""
-    now = what_it_holds(holder)
-    if isinstance(now, dict) and isinstance(content, dict):
-        return [*now] == [*content] and all(now[key] is content[key] for key in now)
-    return [*map(id, now)] == [*map(id, content)]
+def _dead(holder: Any, content: dict[Any, Any] | list[Any]) -> list[Any]:
+    """The keys, in a dict, or the things, elsewhere, that hold what became of tensors."""
+    now = contents(holder)
+    if isinstance(now, dict):
+        old: Callable[[Any], Any] = content.get if isinstance(content, dict) else lambda key: None
+        return [key for key, value in now.items() if value is not old(key) and _has_dead(value)]
+    had = {*map(id, content)}
+    return [one for one in now if id(one) not in had and _has_dead(one)]
 
 
-def made_hold(holder: Any, content: Any) -> None:
-    """Makes a holder hold what it held."""
+def _has_dead(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return any(_has_dead(one) for one in value[:_MOST])
+    if type(value) in _DICTS:
+        return len(value) <= _MOST and any(_has_dead(one) for one in [*value.values()])
+    return isinstance(value, Tensor) and is_dead(value)
+
+
+def _takes_away(holder: Any, content: Any, key: Any) -> None:
     if isinstance(holder, CellType):
         if content:
             holder.cell_contents = content[0]
         else:
             del holder.cell_contents
-        return
-    holder.clear()
-    (holder.update if isinstance(holder, dict | set) else holder.extend)(content)
+    elif type(holder) in _DICTS:
+        if key in content:
+            holder[key] = content[key]
+        else:
+            del holder[key]
+    elif type(holder) is set:
+        holder.discard(key)
+    else:
+        del holder[next(place for place, one in enumerate(holder) if one is key)]

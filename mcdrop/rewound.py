@@ -20,17 +20,18 @@ REWOUND = (
 def rewinding(drawn: Callable[[], int], note: Callable[[], object]) -> Iterator[None]:
     """Calls ``note`` where this thread puts a generator's state back after draws, of which ``drawn`` is the number.
 
-    Draws that become masks leave the generator where it is, so that its states tell nothing. A profiling hook sees the
-    calls, since the methods of a generator cannot be replaced; where somebody profiles already, nothing is seen.
+    Draws that become masks leave the generator where it is, so that its states tell nothing: the one that was read last
+    is taken for the one that is put back. A profiling hook sees the calls, since the methods of a generator cannot be
+    replaced; where somebody profiles already, nothing is seen.
     """
-    read: dict[int, int] = {}
+    read: dict[int, list[int]] = {}  # how many draws there were at each state that has not been put back yet
 
     def look(frame: FrameType, event: str, called: Any) -> None:
         if event != "c_call" or not isinstance(getattr(called, "__self__", None), torch.Generator):
             return
         if called.__name__ == "get_state":
-            read.setdefault(id(called.__self__), drawn())
-        elif called.__name__ == "set_state" and drawn() > read.get(id(called.__self__), 0):
+            read.setdefault(id(called.__self__), []).append(drawn())
+        elif called.__name__ == "set_state" and drawn() > (read.get(id(called.__self__)) or [0]).pop():
             note()
 
     if sys.getprofile() is not None:

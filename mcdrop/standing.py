@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Standing", "State", "attributes", "constants_of", "facts_of", "holding", "kept_tensors", "mapped", "state_of",
+    "Standing", "State", "attributes", "constants_of", "facts_of", "holding", "is_dead", "kept_tensors", "mapped",
+    "state_of",
 ]  # fmt: skip
 
 _TORCHS = frozenset(vars(nn.Module()))
@@ -110,8 +111,12 @@ def mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:
 def _plain(tensor: Tensor) -> bool:
     """Whether it is of the usual kind, and not what a forward under vmap or functionalize has left behind."""
     odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta
-    left = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
-    return not odd and not left
+    return not odd and not is_dead(tensor)
+
+
+def is_dead(tensor: Tensor) -> bool:
+    """Whether it is what a forward under vmap or functionalize has left behind, which has no numbers."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
 
 
 def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:

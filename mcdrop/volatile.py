@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mcdrop.errors import ModelRefused
-from mcdrop.holders import holders, holds, made_hold, what_it_holds
+from mcdrop.holders import Collected, contents, held_by_hooks, holders, holds, made_hold
 from mcdrop.locks import forkable
 from mcdrop.standing import attributes, kept_tensors, mapped
 
@@ -148,14 +148,16 @@ def _parametrized(module: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
 class Left:
     """What forwards leave on a module: attributes set anew, taken away or changed, such as a list that grows.
 
-    What they leave in an object, a queue or a hook, which the user's own network shares, is put back too.
+    What they leave in an object or a queue, which the user's own network shares, is put back too, and of what hooks and
+    classes collect, tensors that nobody can read are taken away.
     """
 
     def __init__(self, module: nn.Module) -> None:
         """Remembers what is there now."""
         self._module = module
         self._before = {name: _Held(vars(owner), key) for name, owner, key in _attributes(module)}
-        self._shared = [(holder, what_it_holds(holder)) for _, holder in holders(module)]
+        self._shared = [(holder, contents(holder)) for _, holder in holders(module)]
+        self._collected = Collected(held_by_hooks(module))
 
     def changed(self) -> list[str]:
         """Names what is not as it was."""
@@ -164,13 +166,14 @@ class Left:
 
     def nothing(self) -> bool:
         """Whether all is as it was."""
-        return not self.changed() and all(holds(*both) for both in self._shared)
+        return not self.changed() and all(holds(*both) for both in self._shared) and self._collected.nothing()
 
     def put_back(self) -> None:
         """Makes all as it was."""
         for shared, content in self._shared:
             if not holds(shared, content):
                 made_hold(shared, content)
+        self._collected.clear()
         for name, owner, key in [*_attributes(self._module)]:
             if name not in self._before:
                 del vars(owner)[key]

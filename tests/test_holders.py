@@ -4,6 +4,7 @@ import collections
 import copy
 import functools
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.volatile import Left
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 GLOBAL: list[Tensor] = []
@@ -125,14 +125,41 @@ def test_what_a_hook_keeps_are_plain_tensors(kind: Callable[..., nn.Module], hoo
     torch.save(found, io.BytesIO())
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_what_passes_leave_in_a_hook_can_be_put_back(hook: Callable[[nn.Module], Any]) -> None:
-    net = nn.Sequential(*layers())
-    kept = hook(net[2])
-    before, left = [*(kept() if callable(kept) else kept)], Left(net)
-    net(X)
-    assert not left.nothing()
-    left.put_back()
-    assert left.nothing()
-    now = [*(kept() if callable(kept) else kept)]
-    assert [id(one) for one in now] == [id(one) for one in before]
+class Makes(collections.OrderedDict[str, Any]):
+    """Gives a new thing at each reading, as tables of activations in transformers do."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+ACTIVATIONS = Makes(relu=nn.ReLU)
+LOG: list[object] = []
+
+
+class Reads(nn.Module):
+    """Its forward reads what is everybody's: a table of classes, and a log that others write."""
+
+    table = ACTIVATIONS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.acts = Branch(*layers()), ACTIVATIONS
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOG.append(len(LOG))  # as another thread may
+        out: Tensor = ACTIVATIONS["relu"](self.inner(x))
+        return out
+
+
+def test_what_is_everybody_s_stays_as_it_is() -> None:
+    LOG.clear()
+    net = Reads()
+    net.inner[1].register_forward_hook(lambda module, args, output: LOG.append(output.detach()))
+    model = mcdrop.wrap(net, example=X)
+    mcdrop.predict(model, X, passes=5)
+    assert OrderedDict.__getitem__(ACTIVATIONS, "relu") is nn.ReLU
+    numbers = [one for one in LOG if isinstance(one, int)]
+    assert len(numbers) > 5
+    assert all(len(one.numpy()) == len(one) for one in LOG if isinstance(one, Tensor))
+    with torch.no_grad():
+        assert net(X).shape == (3, 2)

@@ -66,6 +66,16 @@ def later(drop: nn.Module, x: Tensor) -> Tensor:
         return x + 1
 
 
+def several(drop: nn.Module, x: Tensor) -> Tensor:
+    """Two forks without a draw, one inside of the other, between two draws."""
+    with torch.random.fork_rng(devices=[]):
+        x = x + 1
+    x = drop(x)
+    with torch.random.fork_rng(devices=[]), torch.random.fork_rng(devices=[]):
+        x = x + 1
+    return drop(x)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("act", [forked, put_back])
 def test_torch_gives_one_mask_twice_where_a_state_is_put_back(act: Act) -> None:
     with torch.random.fork_rng(devices=[]):
@@ -86,10 +96,11 @@ def test_a_network_that_puts_a_state_back_is_refused_with_the_cause(act: Act) ->
     [
         restored,
         later,
+        several,
         lambda drop, x: checkpoint(drop, x, use_reentrant=False),
         lambda drop, x: checkpoint(drop, x, use_reentrant=True),
     ],
-    ids=["before the draw", "after the draw", "checkpoint", "reentrant checkpoint"],
+    ids=["before the draw", "after the draw", "several", "checkpoint", "reentrant checkpoint"],
 )
 def test_a_state_that_stands_where_it_stood_is_no_cause(act: Act) -> None:
     assert warnings_of(act) == ()
