@@ -17,7 +17,7 @@ from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
 from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, positional
-from mcdrop.model import Model, Options, check_model
+from mcdrop.model import Model, Options, check_fitted, check_model
 from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
@@ -72,8 +72,10 @@ def save(
     Raises:
         ArtifactError: the folder is there, or holds more than a model, or cannot be written, or what was written does
             not load, answer and screen as the model does.
+        InputError: no path, or a screen or calibration that is none.
     """
     check_model(model)
+    check_fitted(screen, calibration)
     target = _target(folder, overwrite)
     format = format or default_format(model, factory)
     UnknownName.check("format", format, FORMATS)
@@ -199,17 +201,18 @@ def load(
     Raises:
         ModelNotFound: no model lies there.
         ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
-        InputError: a device that cannot be used, or no path.
+        InputError: a device that cannot be used, no path, or what only a bare file is read with.
     """
-    devices, folder = tuple(map(str, devices_of(devices))), path_of(folder)
+    devices = tuple(map(str, devices_of(devices)))
+    folder = path_of(folder)
     if folder.is_file():
         return load_file(
             folder, sha256=sha256, task="regression" if task is None else task, example=example, output=output,
             inject=inject, devices=devices,
         )  # fmt: skip
-    if (task, example, output, inject) != (None, None, None, None):
-        raise InputError("task, example, output and inject are for bare files; a model folder knows its own")
     place = resolve(folder)
+    if any(given is not None for given in (task, example, output, inject)):
+        raise InputError("task, example, output and inject are for bare files; a model folder knows its own")
     if sha256 is not None and hash_of(place / MANIFEST) != sha256.lower():
         raise ArtifactError(f"{place / MANIFEST} is not the manifest that was asked for (its sha256 differs)")
     manifest = read_manifest(place)

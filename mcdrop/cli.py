@@ -152,11 +152,8 @@ def calibrate(
     loaded = load(folder, devices=device or ())
     if loaded.task == "classification" and len(target) > 1:
         raise typer.BadParameter("a classifier has one column of labels, so give it once", param_hint="--target")
-    read = [feature.strip() for feature in loaded.features or ()]
-    wrong = next((name for name in target if target.count(name) > 1 or name in read), None)
-    if wrong is not None:
-        why = "one that the model reads" if target.count(wrong) == 1 else "given twice"
-        raise typer.BadParameter(f"{wrong!r} is {why}; give the true values of each output", param_hint="--target")
+    if twice := [name for name in target if target.count(name) > 1]:
+        raise typer.BadParameter(f"{twice[0]!r} is given twice; give each output its own", param_hint="--target")
     y = read_targets(rows, target)
     with progress(str(rows), "", "reading") as advance:
         x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])

@@ -61,7 +61,11 @@ def conformal_rank(count: int, level: float) -> int:
 
 
 def _slack(summary: Summary, width: Array, far: Array) -> Array:
-    """How far rounding moves a bound: relative to its width, and by last digits of what the network gave."""
+    """How far rounding moves a bound: relative to its width, and by last digits of what the network gave.
+
+    What is infinite, as an output that overflowed, is not moved: with a slack of its own it would be NaN.
+    """
+    width, far = (np.where(np.isfinite(size), size, 0) for size in (width, far))
     with np.errstate(over="ignore"):  # what float32 cannot hold
         single = summary.deterministic == summary.deterministic.astype(np.float32)
     unit: Array = np.where(single, np.finfo(np.float32).eps, np.finfo(np.float64).eps)

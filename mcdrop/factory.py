@@ -100,7 +100,8 @@ def _made(function: Any, arguments: Mapping[str, Any]) -> Any:
 def fill(module: nn.Module, data: bytes, file: str) -> None:
     """Puts the weights of the safetensors file ``file``, whose content is ``data``, into a network.
 
-    Its tensors are copies: a file that stayed mapped could be written over while the network answers.
+    They are memory of this process, shared with no other that reads the file: one that stayed mapped could be written
+    over while the network answers.
 
     Raises:
         ArtifactError: they are not those of this network.

@@ -3,9 +3,14 @@
 The probe looks at flags that some rows read. Other rows may read others: longer ones, or those that a branch on a
 value sends another way. So flags without a verdict are watched, rows of a new signature are looked at first, and where
 a pass has read such a flag the probe looks again. A captured graph reads none and pays nothing.
+
+What is found of a signature is of that one alone, beside what the example has shown: answers do not depend on which
+rows came before. Not looked at again are flags whose effect a value switches where they were read before:
+``if self.training and (x > 50).any()`` stays off for later rows of a shape whose first rows have no such value. Nor are
+flags that drew on the example: they are on for all rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,6 +25,7 @@ from mcdrop.observed import Observation, Observer, Readers, same, unwatched, wat
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
 from mcdrop.rows import Rows
+from mcdrop.shadow import takes_masks
 from mcdrop.trace import Trace
 
 __all__ = ["Flags", "in_front", "lost_draws", "lost_message"]
@@ -27,24 +33,31 @@ __all__ = ["Flags", "in_front", "lost_draws", "lost_message"]
 _SEED = 1
 _FEW = 4
 _TELLING = 3  # rows that are put in front: a trace runs so many
+_READ_IT = (nn.TransformerEncoder, nn.TransformerEncoderLayer)  # layers of torch that read a flag and draw nothing
 
 
 @dataclass
 class Flags:
     """The flags of a shadow by verdict; used by one thread at a time.
 
-    With ``strict`` draws that are lost refuse the rows. ``noted`` says whether the network bears that its flags are
-    watched: one that looks for them among its attributes does not.
+    ``verdicts`` are the example's, by which the flags are set but for the while that they are ``under`` those of other
+    rows. With ``strict`` draws that are lost refuse the rows. ``noted`` says whether the network bears that its flags
+    are watched: one that looks for them among its attributes does not.
     """
 
     live: nn.Module
     pick: Pick
-    verdicts: dict[str, Verdict]
+    verdicts: Mapping[str, Verdict]
     strict: bool
     noted: bool = True
+    _now: dict[str, Verdict] = field(init=False)
     _on: list[nn.Module] = field(default_factory=list)
     _watched: list[nn.Module] = field(default_factory=list)
     _readers: Readers = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begins with the verdicts of the example."""
+        self._now = dict(self.verdicts)
 
     @classmethod
     def of(cls, live: nn.Module, rows: Rows, pick: Pick, verdicts: dict[str, Verdict], *, strict: bool) -> "Flags":
@@ -77,6 +90,16 @@ class Flags:
                 return [*islice(found, _TELLING)]
         return []
 
+    @contextmanager
+    def under(self, verdicts: dict[str, Verdict]) -> Iterator[None]:
+        """Sets the flags by the verdicts of a signature for the while; what is found meanwhile is added to them."""
+        before = self._now
+        self._use(verdicts)
+        try:
+            yield
+        finally:
+            self._use(before)
+
     def look(self, rows: Rows) -> None:
         """Looks at rows of another signature, and probes with them where they show flags in another light.
 
@@ -85,7 +108,7 @@ class Flags:
         """
         if self.noted:
             with self._aside():
-                if self._news(few := rows.take(slice(0, _FEW))):
+                if self._news(few := rows.take(slice(0, _FEW))) or self._hides(few):
                     self._learn(few)
 
     def check(self, found: Trace) -> None:
@@ -116,7 +139,7 @@ class Flags:
             return False
         with self._aside():
             self._learn(rows)
-        left = [path or "the root module" for path in unknown if path not in self.verdicts]
+        left = [path or "the root module" for path in unknown if path not in self._now]
         if left:
             raise UncontrolledDraw(
                 f"{type(self.live).__name__} reads the training flag of {', '.join(left)} in some passes of these rows "
@@ -129,11 +152,11 @@ class Flags:
         """Switches on what draws, and watches what nothing is known of."""
         unknown = []
         for path, child in self.live.named_modules():
-            verdict = self.verdicts.get(path)
-            if verdict.kind == "stochastic" if verdict else _only_draws(child):
+            verdict, draws = self._now.get(path), _only_draws(child)
+            if verdict.kind == "stochastic" if verdict else draws:
                 self._on.append(child)
                 child.training = True
-            elif verdict is None and not isinstance(child, _NormBase):
+            elif verdict is None and draws is None:
                 unknown.append(child)
         if self.noted:
             self._watched = watched(unknown, self._readers)
@@ -151,20 +174,32 @@ class Flags:
             self._readers.clear()
             self._set()
 
+    def _use(self, verdicts: dict[str, Verdict]) -> None:
+        if verdicts == self._now:  # as for most signatures
+            self._now = verdicts
+            return
+        with self._aside():
+            self._now = verdicts
+
     def _unknown(self, readers: Readers) -> list[str]:
         """The modules of which nothing is known, of those that were read."""
         return [
             path
             for path, child in self.live.named_modules()
-            if id(child) in readers and path not in self.verdicts and not isinstance(child, _NormBase)
+            if id(child) in readers
+            and path not in self._now
+            and not isinstance(child, _NormBase)
+            and (_only_draws(child) is not False or not all(readers[id(child)]))  # or where others go by it
         ]
+
+    def _modules(self, verdicts: Mapping[str, Verdict], kind: str) -> list[nn.Module]:
+        by_path = dict(self.live.named_modules())
+        return [by_path[path] for path, one in verdicts.items() if one.kind == kind]
 
     def _seen(self, look: Observer) -> Iterator[Observation]:
         """A pass as it is, and one where flags are on besides that had no effect where they were read."""
-        by_path = dict(self.live.named_modules())
         yield look.base(_SEED, self._on)
-        inert = [by_path[path] for path, one in self.verdicts.items() if one.kind == "inert"]
-        if inert:
+        if inert := self._modules(self._now, "inert"):
             yield look.observe([*self._on, *inert], seed=_SEED)
 
     def _news(self, rows: Rows) -> bool:
@@ -176,36 +211,55 @@ class Flags:
                 return True
         return False
 
+    def _hides(self, rows: Rows) -> bool:
+        """Whether flags that stay off and drew nothing where they were probed draw here."""
+        quiet = self._modules({path: one for path, one in self._now.items() if not one.draws}, "refused")
+        if quiet:
+            look = Observer(self.live, rows, self.pick)
+            base = look.base(_SEED, self._on)
+            with may_fail():
+                return look.observe([*self._on, *quiet], seed=_SEED).draws > base.draws
+        return False
+
+    def _settled(self, path: str, child: nn.Module) -> bool:
+        """Whether a flag stays as it is whatever a probe finds."""
+        before = self._now.get(path)
+        if before is None:
+            return takes_masks(child) and _only_draws(child) is False  # on, it would be a draw of rate 0
+        return before.kind not in ("inert", "refused") or before.draws > 0
+
     def _learn(self, rows: Rows) -> None:
-        """Probes with rows, and keeps what is found of flags that were not known, or had no effect.
+        """Probes with rows, and keeps what is found of flags that were not known, or drew nothing.
 
         Raises:
             UncontrolledDraw: flags that stay off draw.
         """
-        inert = {path for path, one in self.verdicts.items() if one.kind == "inert"}
-        found = probe(self.live, rows, self.pick)
-        new = {path: one for path, one in found.items() if path not in self.verdicts or path in inert}
-        lost = [
-            f"{one.draws} draws in {path or 'the root module'}, which {one.reason}"
-            for path, one in new.items()
-            if one.kind == "refused" and one.draws
-        ]
-        verdicts = {**self.verdicts, **new}
         by_path = dict(self.live.named_modules())
-        on = [by_path[path] for path, one in verdicts.items() if one.kind == "stochastic"]
+        found = probe(self.live, rows, self.pick)
+        new = {path: one for path, one in found.items() if not self._settled(path, by_path[path])}
+        lost, verdicts = _staying_off(new), {**self._now, **new}
+        on = self._modules(verdicts, "stochastic")
         lost += _escapes(Observer(self.live, rows, self.pick).base(_SEED, on).escaped)
         if lost and self.strict:  # and not kept, so that the next rows are refused as well
             raise UncontrolledDraw(lost_message(type(self.live).__name__, lost))
-        self.verdicts = verdicts
+        self._now.update(new)
 
 
-def _only_draws(layer: nn.Module) -> bool:
-    """Whether a layer is one of torch's whose flag does nothing but draw: it may be on where nobody has read it."""
-    if not type(layer).__module__.startswith("torch.nn."):
+def _only_draws(layer: nn.Module) -> bool | None:
+    """Whether the flag of a layer of torch's, which does nothing else, draws; None where its code does not tell.
+
+    A layer that draws may be on where nobody has read it, and one whose flag does nothing need not be watched.
+    """
+    if isinstance(layer, _NormBase):
         return False
+    own = layer._forward_hooks or layer._forward_pre_hooks or ("forward" in vars(layer) and not takes_masks(layer))
+    if own or not type(layer).__module__.startswith("torch.nn.modules.") or isinstance(layer, _READ_IT):
+        return None
     if isinstance(layer, _DropoutNd):
         return float(layer.p) > 0
-    return isinstance(layer, nn.RReLU) or (isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout > 0)
+    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase):
+        return float(layer.dropout) > 0
+    return isinstance(layer, nn.RReLU)
 
 
 def in_front(rows: Rows, numbers: Sequence[int]) -> Rows:
@@ -217,12 +271,16 @@ def lost_draws(found: Trace, verdicts: dict[str, Verdict]) -> list[str]:
     """Names what draws and no mask controls: operations without a rule, and draws of flags that stay off."""
     lost = _escapes(found.escaped)
     forced = [found.off[index] for index in found.forced]
-    for path, verdict in verdicts.items():
-        if verdict.kind == "refused" and verdict.draws > forced.count(path):
-            lost.append(
-                f"{verdict.draws - forced.count(path)} draws in {path or 'the root module'}, which {verdict.reason}"
-            )
-    return lost
+    return lost + _staying_off(verdicts, forced)
+
+
+def _staying_off(verdicts: Mapping[str, Verdict], forced: Sequence[str | None] = ()) -> list[str]:
+    """Names flags that stay off and the draws that they switch on, but for those that are forced."""
+    return [
+        f"{draws} draws in {path or 'the root module'}, which {one.reason}"
+        for path, one in verdicts.items()
+        if one.kind == "refused" and (draws := one.draws - forced.count(path)) > 0
+    ]
 
 
 def _escapes(escaped: Sequence[tuple[str, str]]) -> list[str]:

@@ -16,12 +16,12 @@ from mcdrop.graphs import graph_of
 from mcdrop.model import Model
 from mcdrop.rows import Rows
 from mcdrop.screening import Screen
+from mcdrop.store import FILE_BYTES
 from mcdrop.wrapping import wrap, wrap_graph
 
 __all__ = ["FORMATS", "Format", "Source", "check_features", "default_format", "load_file", "positional"]
 
 _RUNNING = ("compile", "precision", "tuning")  # of what wrap was asked for, how passes are run
-_MOST_WEIGHTS = 16 * 2**30  # bytes, as for every file of a folder
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _read_weights(source: Source, example: Any, task: str) -> Model:
 
     module = network(source.said)
     # not given a name: the bytes are freed as soon as the network has its weights
-    fill(module, read_plain(source.path, sha256=source.sha256, most=_MOST_WEIGHTS), str(source.path))
+    fill(module, read_plain(source.path, sha256=source.sha256, most=FILE_BYTES), str(source.path))
     return _wrapped(module, example, task, source.devices, source.said.get("wrap", {}))
 
 

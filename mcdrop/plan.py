@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mcdrop.errors import InputError
 from mcdrop.masks import Site
+from mcdrop.probe import Verdict
 from mcdrop.program import Program, Values
 from mcdrop.rows import Rows
 from mcdrop.stacks import expected_stack
@@ -71,7 +72,8 @@ class Plan:
     ``program`` is the captured graph, or None. Where the output with all draws off ``rides`` along, it is one more pass
     at the masks' expectations, and costs next to nothing. ``exact`` gives mean and variance over the last mask in
     closed form, where there is one for it. ``kept`` computes with kept units alone, which is faster from ``kept_from``
-    rows on. ``chunk`` is how many times the usual memory a chunk of passes takes where it is fastest.
+    rows on. ``chunk`` is how many times the usual memory a chunk of passes takes where it is fastest. ``verdicts`` say
+    which training flags are on where the network's own code is run; passes may add some.
     """
 
     trace: Trace
@@ -84,6 +86,7 @@ class Plan:
     kept: Program | None = None
     kept_from: int | None = None
     chunk: float = 1.0
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     @property
     def on(self) -> list[Site]:

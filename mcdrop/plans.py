@@ -119,8 +119,9 @@ class Plans:
 
     def _made(self, tensors: Rows) -> Plan:
         # looked at and proved with all digits, also where passes leave some out: then a difference is an error
-        with said_of(tensors), digits(tensors.leaves[0].device):
-            plan = self._proved(tensors)
+        verdicts = dict(self._flags.verdicts)
+        with said_of(tensors), digits(tensors.leaves[0].device), self._flags.under(verdicts):
+            plan = replace(self._proved(tensors), verdicts=verdicts)
         if self.compiled and self.precision == "tf32" and plan.program is not None:
             self._run_once(plan, tensors)
         return plan
@@ -211,7 +212,10 @@ class Plans:
         return values
 
     def through(self, plan: Plan, tensors: Rows, stacks: Stacks, tier: str | None = None) -> Tensor:
-        """Runs the passes of given masks by a tier (None: the plan's); a draw whose stack is None is expected."""
+        """Runs the passes of given masks by a tier (None: the plan's); a draw whose stack is None is expected.
+
+        To be asked in ``turn``.
+        """
         tier = tier or plan.tier
         whole = [stack is None for stack in stacks] == [site.name in plan.off for site in plan.trace.sites]
         if tier == CAPTURED and whole and plan.program is not None:
@@ -220,11 +224,12 @@ class Plans:
             return straight(program, program.masks(present), tensors, len(present[0]))
         # a single pass has nothing to batch, and vmap's rules only cost
         single = all(stack is None or len(stack) == 1 for stack in stacks)
-        tier = "loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier
-        self._flags.begin()
-        output = self._by(tier, plan, tensors, stacks)
-        while self._flags.end(tensors):
+        with self._flags.under(plan.verdicts):
+            tier = "loop" if single else self._eager(plan, tensors) if tier == CAPTURED else tier
+            self._flags.begin()
             output = self._by(tier, plan, tensors, stacks)
+            while self._flags.end(tensors):
+                output = self._by(tier, plan, tensors, stacks)
         return output
 
     def _by(self, tier: str, plan: Plan, tensors: Rows, stacks: Stacks) -> Tensor:
@@ -258,7 +263,7 @@ class Plans:
 
     def widened(self, plan: Plan, tensors: Rows) -> Plan:
         """Gives a plan whose draws are as large as these rows ask for, and keeps it for later ones."""
-        with self._lock, self.turn, self.arithmetic(tensors), said_of(tensors):
+        with self._lock, self.turn, self.arithmetic(tensors), said_of(tensors), self._flags.under(plan.verdicts):
             wide = replace(plan, trace=widened(plan.trace, trace(self.live, tensors, self.pick, self.force)))
             self._plans = {key: wide if kept is plan else kept for key, kept in self._plans.items()}
         return wide

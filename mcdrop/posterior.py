@@ -71,7 +71,8 @@ def export_onnx(
         ArtifactError: what was written does not answer as ``predict`` does.
         MissingExtra: onnx, onnxruntime or onnxscript is not installed.
     """
-    path, (plan, options) = path_of(path), _asked(model, passes, level, interval, seed, sampler)
+    path = path_of(path)
+    plan, options = _asked(model, passes, level, interval, seed, sampler)
     backend = graph_backend(model)
     graph = _posterior(backend, model, plan, options)
     data = graph.SerializeToString()
@@ -104,7 +105,8 @@ def export_torch(
     """
     from mcdrop.posterior_torch import posterior_program, run_program
 
-    path, (plan, options) = path_of(path), _asked(model, passes, level, interval, seed, sampler)
+    path = path_of(path)
+    plan, options = _asked(model, passes, level, interval, seed, sampler)
     data = posterior_program(
         model.backend, model.example, plan, task=model.task, level=options.level, interval=interval
     )

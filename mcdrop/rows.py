@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 
-__all__ = ["Rows", "by_name", "check_dense", "check_named", "check_spelling", "column_names", "numbers"]
+__all__ = ["Rows", "by_name", "check_dense", "check_named", "check_spelling", "column_names", "listed", "numbers"]
 
 _NOT_PLAIN = {  # what no network is given as rows, and why or what to give instead
     "is_meta": "one on the meta device holds no numbers",
@@ -129,8 +129,7 @@ def by_name(x: Any, names: Sequence[str] | None) -> Any:
     columns = list(x.columns) if names and hasattr(x, "columns") else []
     if not names or not any(isinstance(column, str) for column in columns):
         return x
-    missing = [name for name in names if name not in columns]
-    if missing:
+    if missing := [name for name in names if name not in columns]:
         raise InputError(f"the rows have no column {', '.join(missing)}; the model reads {', '.join(names)}")
     return x[list(names)]
 
@@ -150,7 +149,13 @@ def check_named(names: Sequence[str], header: Sequence[str], table: str) -> None
     """
     if missing := [name for name in names if name not in header]:
         check_spelling(missing, [name for name in header if name not in names], table)
-        raise InputError(f"{table} lacks the column {missing[0]!r}; the model takes {', '.join(names[:20])}")
+        many = "s" * (len(missing) > 1)
+        raise InputError(f"{table} lacks the column{many} {listed(missing)}; the model takes {listed(names)}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Gives names in quotes, of many the first eight and how many more."""
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def check_spelling(missing: Iterable[str], others: Iterable[str], name: str) -> None:
@@ -185,9 +190,9 @@ def check_dense(value: Any, name: str) -> None:
 
 def _check_plain(value: Any, name: str) -> None:
     """Refuses a tensor without numbers of its own, or without rows of one length."""
-    said = [why for kind, why in _NOT_PLAIN.items() if getattr(value, kind, False)]
-    if said:
-        raise InputError(f"{name} must be a plain tensor; {said[0]}")
+    for kind, why in _NOT_PLAIN.items():  # no list: it is asked of every tensor in a list
+        if getattr(value, kind, False):
+            raise InputError(f"{name} must be a plain tensor; {why}")
 
 
 def numbers(value: Any, name: str, *, finite: bool = True) -> NDArray[Any]:

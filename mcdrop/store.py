@@ -17,6 +17,7 @@ from mcdrop.errors import ArtifactError, ModelNotFound
 from mcdrop.streams import path_of
 
 __all__ = [
+    "FILE_BYTES",
     "FORMAT",
     "MANIFEST",
     "Entry",
@@ -36,9 +37,9 @@ __all__ = [
 
 MANIFEST = "model.toml"
 FORMAT = 1
+FILE_BYTES = 16 * 2**30  # of a file of a model folder, at most
 
 _MANIFEST_BYTES = 2**20
-_FILE_BYTES = 16 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -171,7 +172,7 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
     if not isinstance(expected, dict) or names != set(expected):
         raise ArtifactError(f"{folder} holds {sorted(names)}, its manifest lists {sorted(expected)}")
     for name in sorted(names):
-        _check_plain(folder / name, _FILE_BYTES)
+        _check_plain(folder / name, FILE_BYTES)
         if sha256(folder / name) != expected[name]:
             raise ArtifactError(f"{folder / name} is not the file that its manifest was written for (sha256 differs)")
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
-from mcdrop.rows import check_spelling
+from mcdrop.rows import check_named, check_spelling, listed
 from mcdrop.streams import STANDARD_STREAM, reading, writing
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def with_prediction(block: Block, prediction: "Prediction", *, prefix: str = "",
     """
     columns = {prefix + name: values for name, values in _columns(prediction, calibrated)}
     if taken := [name for name in block.header if name.strip() in columns]:
-        raise InputError(f"the table already has columns {_listed(taken)}; choose a prefix for the new ones")
+        raise InputError(f"the table already has columns {listed(taken)}; choose a prefix for the new ones")
     rows = [[*cells, *new] for cells, *new in zip(block.cells, *columns.values(), strict=True)]
     return Table([*block.header, *columns], rows)
 
@@ -186,7 +186,7 @@ def _layout(first: list[str], width: int, features: Sequence[str] | None, name: 
     check_spelling(missing, [title for title in titles if title not in wanted], name)
     named = all(_number(title) is None for title in titles)
     if named and len(missing) < len(wanted):
-        raise InputError(f"{name}: the header lacks {_listed(missing)}; the model takes {_listed(wanted)}")
+        check_named(wanted, titles, name)
     if len(first) != width:
         raise InputError(f"{name} must have {width} columns, got {len(first)}{_remedy(first, wanted)}")
     return _Layout(first if named else wanted or [f"x_{i}" for i in range(width)], list(range(width)), named)
@@ -199,7 +199,7 @@ def _said(layout: _Layout, features: Sequence[str], name: str) -> str:
     titles = [title.strip() for title in layout.header]
     if not features or features[0].strip() in titles:
         return ""
-    return f"{name} names none of the columns that the model reads, so they go by position: {_listed([*features])}"
+    return f"{name} names none of the columns that the model reads, so they go by position: {listed(features)}"
 
 
 def _remedy(first: list[str], wanted: list[str]) -> str:
@@ -207,7 +207,7 @@ def _remedy(first: list[str], wanted: list[str]) -> str:
         if len(first) == 1 and character in first[0]:
             return f"; it looks separated by {word}, separate it by commas"
     if wanted:
-        return f"; name them in a header ({_listed(wanted)}) or give no other column"
+        return f"; name them in a header ({listed(wanted)}) or give no other column"
     return "; the model does not name its columns, so give no other column"
 
 
@@ -284,10 +284,6 @@ def _number(cell: str) -> float | None:
         return None if "_" in cell else float(cell)
     except ValueError:
         return None
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _position(stream: TextIO) -> int:

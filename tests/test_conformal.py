@@ -228,6 +228,19 @@ def test_bounds_are_no_wider_than_rounding(method: str) -> None:
         assert (last >= -3e-5 * (upper - lower).max(axis=0)).all()
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("method", ["absolute", "standardised"])
+def test_an_output_that_overflowed_is_its_own_bound(method: str, sign: int) -> None:
+    """In float64 both bounds lie there with it, and those of the other rows where they are without it."""
+    made, y = rows(60, 1)
+    calibration, mean, off = fitted(method, made, y), made.mean.copy(), made.deterministic.copy()
+    mean[0, 0] = off[0, 0] = sign * np.inf
+    found = calibration.bounds(replace(made, mean=mean, deterministic=off), 0.9)
+    for bound, finite in zip(found, calibration.bounds(made, 0.9), strict=True):
+        assert bound[0, 0] == sign * np.inf
+        np.testing.assert_array_equal(bound[1:], finite[1:])
+
+
 @pytest.mark.parametrize("method", SETS)
 def test_a_row_without_probabilities_may_be_of_every_class(method: str) -> None:
     made, y = labelled(100, 0)

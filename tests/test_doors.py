@@ -60,6 +60,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a plan": (lambda: mcdrop.interpret(model(), read(X), PLAN), r"must be mcdrop\.Options\(.*got PassPlan"),  # type: ignore[arg-type]
     "no screen": (lambda: model().with_screen("x"), r"must be what mcdrop\.fit_screen gave, got 'x'"),  # type: ignore[arg-type]
     "no calibration": (lambda: model().with_calibration("x"), r"what mcdrop\.calibrate gave, got 'x'"),  # type: ignore[arg-type]
+    "save no screen": (lambda: mcdrop.save(model(), "no", screen="x"), r"screen must be .* gave, got 'x'"),  # type: ignore[arg-type]
+    "save no fit": (lambda: mcdrop.save(model(), "no", calibration="x"), "calibration must be .* gave, got 'x'"),  # type: ignore[arg-type]
     "task ''": (lambda: mcdrop.predict(net(), X, task=""), "unknown task ''; choose one of"),
     "task 0": (lambda: mcdrop.predict(net(), X, task=0), "unknown task 0; choose one of"),  # type: ignore[arg-type]
     "no forward": (lambda: mcdrop.register(Net, 5), "forward must be a function, got 5$"),  # type: ignore[arg-type]

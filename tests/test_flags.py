@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mcdrop
+from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused, UncontrolledDraw
 from mcdrop.model import Model
 
@@ -76,6 +77,61 @@ class _Cap(_Net):
         return out
 
 
+class _Jitters(_Net):
+    """In training, long rows are jittered and middling ones scaled; with ``eager`` no graph can be written of it."""
+
+    def __init__(self, block: nn.Module, goes: Callable[[_Net, Tensor], Any]) -> None:
+        super().__init__(block, goes)
+        self.eager = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.d(torch.relu(self.a(x)))
+        if self.training and x.shape[1] > 8:
+            h = h + torch.randn_like(h)
+        elif self.training and x.shape[1] > 6:
+            h = h * 3
+        if self.eager and h.sum().item() > 1e9:
+            h = h * 2
+        out: Tensor = self.head(h.mean(1))
+        return out
+
+
+class _Experts(nn.Module):
+    """A stage of which each row goes through one part: which, draws before it tell."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(make() for _ in range(8))
+
+    def forward(self, h: Tensor) -> Tensor:
+        picked, out = h.argmax(1), torch.zeros_like(h)
+        for number, part in enumerate(self.parts):
+            rows = (picked == number).nonzero()[:, 0]
+            if rows.numel():
+                out[rows] = part(h[rows])
+        return out
+
+
+class _Gru(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x[:, None])[0][:, 0]
+        return out
+
+
+class _Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(*[x[:, None]] * 3)[0][:, 0]
+        return out
+
+
 def _long(net: _Net, x: Tensor) -> bool:
     return x.shape[1] > 6
 
@@ -124,6 +180,48 @@ def test_a_flag_without_effect_on_the_example_is_looked_at_again_for_longer_rows
     model = _wrapped(net, _rows(4, _SHORT, 6))
     _as_in_training(model, net, _rows(4, _LONG, 6))
     _as_in_training(model, net, _rows(4, _SHORT, 6))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_answers_do_not_depend_on_which_rows_came_before(eager: bool) -> None:
+    net = _net(_Jitters, nn.Identity(), _long)
+    vars(net)["eager"] = eager
+    found = []
+    for order in ((_SHORT, 7, _LONG, _SHORT), (_LONG, 7, _SHORT, _LONG)):
+        model = _wrapped(net, _rows(4, _SHORT, 6))
+        assert (model.audit.tier == "captured") is not eager
+        found.append({n: mcdrop.predict(model, _rows(4, n, 6), passes=20).variance for n in order})
+    assert all(np.array_equal(found[0][n], found[1][n]) for n in (_SHORT, 7, _LONG))
+    if not eager:
+        _as_in_training(model, net, _rows(4, _LONG, 6))
+
+
+def test_a_flag_that_only_computes_on_the_example_is_looked_at_again_for_longer_rows() -> None:
+    net = _net(_Jitters, nn.Identity(), _long)
+    _as_in_training(_wrapped(net, _rows(4, 7, 6)), net, _rows(4, _LONG, 6))
+
+
+@pytest.mark.parametrize("make", [_Gru, _Attends, lambda: nn.Dropout(0.0)])
+def test_layers_of_torch_that_draw_nothing_are_no_unknown_flags(make: Callable[[], nn.Module]) -> None:
+    net = _net(_Net, make(), _far)
+    _as_in_training(_wrapped(net, _rows(8, 6)), net, _rows(8, 6, far=3))
+
+
+def test_experts_without_dropout_are_no_unknown_flags() -> None:
+    net = _net(_Net, _Experts(_Gru), lambda net, x: True)
+    _as_in_training(_wrapped(net, _rows(2, 6)), net, _rows(70, 6))
+
+
+def test_torchs_layers_without_a_flag_cost_nothing_more_but_their_hooks_are_looked_at() -> None:
+    net = _net(_Net, nn.Identity(), _far)
+    net.block.register_forward_hook(lambda layer, given, out: out * torch.rand_like(out) if layer.training else out)
+    model = _wrapped(net, _rows(8, 6))
+    assert isinstance(model.backend, TorchBackend)
+    kinds = {name: type(layer._modules) for name, layer in model.backend.live.named_children()}
+    assert kinds["a"] is kinds["head"] is type(net._modules)
+    assert kinds["block"] is not type(net._modules)
+    with pytest.raises(UncontrolledDraw, match="one too many"):
+        mcdrop.predict(model, _rows(8, 6, far=3))
 
 
 @pytest.mark.parametrize("block", [nn.Dropout(0.5), _Functional(), _Drops()])

@@ -14,7 +14,7 @@ from zoo.specimen import Specimen
 
 import mcdrop
 from mcdrop.audit import Audit
-from mcdrop.errors import ArtifactError, InputError, MCDropError, UncontrolledDraw, UnknownName
+from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelNotFound, UncontrolledDraw, UnknownName
 from mcdrop.formats import FORMATS
 from mcdrop.screening import SCORES
 from mcdrop.store import MANIFEST
@@ -184,6 +184,10 @@ def test_a_bare_program_needs_an_example(tmp_path: Path) -> None:
     assert bare.task == "classification"
     with pytest.raises(InputError, match="are for bare files"):
         mcdrop.load(folder, task="regression")
+    with pytest.raises(InputError, match="are for bare files"):
+        mcdrop.load(folder, example=np.ones((4, 2)))
+    with pytest.raises(ModelNotFound, match="there is no model at"):
+        mcdrop.load(tmp_path / "missing.onnx", example=np.ones((4, 2)), task="regression")
 
 
 class _Draws(torch.nn.Module):

@@ -11,7 +11,7 @@ from made import Frame
 from numpy.typing import ArrayLike
 
 from mcdrop.errors import InputError
-from mcdrop.rows import Rows, by_name, numbers
+from mcdrop.rows import Rows, by_name, check_named, numbers
 
 GOOD = [[1.0, 2.0], [3.0, 4.0]]
 
@@ -149,6 +149,15 @@ def test_columns_are_taken_by_name() -> None:
     assert values(Rows.of(by_name(frame, ["a", "b"]))) == {"0": [[2, 0], [5, 3]]}
     with pytest.raises(InputError, match=r"the rows have no column c, d; the model reads a, c, d$"):
         by_name(frame, ["a", "c", "d"])
+
+
+def test_all_columns_that_a_table_lacks_are_named() -> None:
+    check_named(["a", "b"], ["b", "more", "a"], "t.csv")
+    with pytest.raises(InputError, match=r"^t\.csv lacks the columns 'b', 'c d'; the model takes 'a', 'b', 'c d'$"):
+        check_named(["a", "b", "c d"], ["a", "more"], "t.csv")
+    many = [f"f{i}" for i in range(30)]
+    with pytest.raises(InputError, match=r"'f7' and 22 more; the model takes 'f0', .*, 'f7' and 22 more$"):
+        check_named(many, ["more"], "t.csv")
 
 
 def test_rows_without_names_are_as_they_are() -> None:

@@ -55,7 +55,12 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "infinity": (b'{"model": "line", "inputs": [[-Infinity]]}', 400, "-Infinity is not JSON"),
     "overflow": (b'{"model": "line", "inputs": [[1e999]]}', 422, "finite"),
     "float32 overflow": (line(inputs=[[1e300]]), 422, "too large for float32"),
-    "huge integer": (line(inputs=[[10**30]]), 422, "must be numbers"),
+    "huge integer": (
+        line(inputs=[[10**400]]),
+        422,
+        "must be numbers, got a whole number of 1329 bits, more than a float",
+    ),
+    "integer above float32": (line(inputs=[[10**39]]), 422, "too large for float32"),
     "endless integer": (b'{"inputs": [[' + b"1" * 5000 + b"]]}", 400, "too many digits"),
     "text": (line(inputs=[["hello"]]), 422, "'hello'"),
     "missing value": (line(inputs=[[None]]), 422, "null"),

@@ -107,7 +107,7 @@ def test_blanks_around_names_do_not_count(tmp_path: Path) -> None:
 
 def test_names_that_the_model_tells_apart_by_case_are_no_mistake(tmp_path: Path) -> None:
     assert only(write(tmp_path, "A,a\n1,2\n"), width=2, features=["a", "A"]).values.tolist() == [[2, 1]]
-    assert "lacks 'A'" in message(write(tmp_path, "a,c\n1,2\n"), width=2, features=["a", "A"])
+    assert "lacks the column 'A'" in message(write(tmp_path, "a,c\n1,2\n"), width=2, features=["a", "A"])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_other_columns_may_share_a_name_but_the_models_may_not(tmp_path: Path) -
         ("a,b\n1,\n", "rows.csv, line 2, column 'b' is empty; every row needs a number there"),
         ("a,b\n1,1_0\n", "line 2, column 'b' holds '1_0', which is not a number"),
         ("1,x\n", "line 1, column 'b' holds 'x', which is not a number"),
-        ("a\n1\n", "rows.csv: the header lacks 'b'; the model takes 'a', 'b'"),
+        ("a\n1\n", "rows.csv lacks the column 'b'; the model takes 'a', 'b'"),
         ("p,q,r\n1,2,3\n", "must have 2 columns, got 3; name them in a header ('a', 'b') or give no other column"),
         ("1,2,3\n", "must have 2 columns, got 3"),
         ("a;b\n1;2\n", "it looks separated by semicolons"),

@@ -144,7 +144,8 @@ class TorchBackend:
                 sites = plan.trace.sites
                 stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
             # a tier that is asked for is what others are compared with: with all digits
-            with torch.no_grad(), self.plans.arithmetic(tensors) if tier is None else digits(tensors.leaves[0].device):
+            precise = self.plans.arithmetic(tensors) if tier is None else digits(tensors.leaves[0].device)
+            with torch.no_grad(), self.plans.turn, precise:
                 parts.append(self.plans.through(plan, tensors, stacks, tier))
         return torch.cat(parts)
 
@@ -175,7 +176,8 @@ class TorchBackend:
             own = self.plans.stacks(replace(plan, off=plan.off | shared), Span(rows.count, seed, start, "iid"))
             first = self.plans.stacks(plan, Span(1, seed, start, "iid"))
             stacks = [once if each is None else each for each, once in zip(own, first, strict=True)]
-            one_pass(self.live, tensors, self.pick, plan.trace, stacks, EachRow)
+            with self.plans.turn, self.flags.under(plan.verdicts):
+                one_pass(self.live, tensors, self.pick, plan.trace, stacks, EachRow)
 
     def watch(self, rows: Rows, mode: TorchFunctionMode) -> None:
         """Runs the forward with every draw off under a function mode that looks on."""
