@@ -116,7 +116,8 @@ def discover(
     preserving = mean_preserving(live, plain, few, pick, found)
     audit = replace(_audit(module, verdicts, warnings), sites=sites, mean_preserving=preserving)
     if not audit.live:
-        raise NoStochasticSite("; ".join([_none_message(audit, found), *(lost or single.said)]))
+        why = [f"it draws what no mask controls: {', '.join(lost)}"] if lost else single.said
+        raise NoStochasticSite("; ".join([_none_message(audit, found), *why]))
     return Discovery(live, plain, excluded, force, audit, few, found, single.beside, flags, front)
 
 
