@@ -5,7 +5,7 @@ Whatever draws and cannot be controlled is named, and by default the network is 
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def discover(
     changes = changing(live, few, pick, found)
     sites = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))
     preserving = mean_preserving(live, plain, few, pick, found)
-    audit = replace(_audit(module, verdicts, warnings), sites=sites, mean_preserving=preserving)
+    audit = _audit(module, verdicts, sites, warnings, preserving=preserving)
     if not audit.live:
         why = [f"it draws what no mask controls: {', '.join(lost)}"] if lost else single.said
         raise NoStochasticSite("; ".join([_none_message(audit, found), *why]))
@@ -233,15 +233,17 @@ def _own_swapped(shadows: tuple[nn.Module, ...], paths: Collection[str]) -> None
             owner.__dict__.update(_parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
 
 
-def _audit(module: nn.Module, verdicts: dict[str, Verdict], warnings: Sequence[str]) -> Audit:
-    """What is said of a network besides its sites."""
+def _audit(
+    module: nn.Module, verdicts: dict[str, Verdict], sites: tuple[SiteReport, ...], warnings: Sequence[str], *,
+    preserving: bool,
+) -> Audit:  # fmt: skip
     return Audit(
         model=type(module).__name__,
         modules=sum(1 for _ in module.modules()),
-        sites=(),
+        sites=sites,
         stochastic=tuple(path for path, verdict in verdicts.items() if verdict.kind == "stochastic"),
         kept={p: v.reason for p, v in verdicts.items() if v.kind in ("norm", "refused", "excluded")},
-        mean_preserving=False,
+        mean_preserving=preserving,
         injected="; ".join(text for part in module.modules() if (text := vars(part).get("_mcdrop_injected"))) or None,
         warnings=tuple(warnings),
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mcdrop.active import Active, product
+from mcdrop.active import Active, active_linear
 from mcdrop.exact import sources
 from mcdrop.kernels import LINEAR
 from mcdrop.onednn import NARROW
@@ -68,7 +68,7 @@ def leave_out_inactive(graph: fx.Graph, masks: Sequence[fx.Node]) -> None:
             continue
         with graph.inserting_before(layer):
             active = graph.call_function(Active, (hidden, layer.args[1]))
-            output = graph.call_function(product, (active, factor, layer.args[2]))
+            output = graph.call_function(active_linear, (active, factor, layer.args[2]))
         output.meta = dict(layer.meta)
         replace(layer, output)
     graph.eliminate_dead_code()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mcdrop.active import product
+from mcdrop.active import active_linear
 from mcdrop.each_pass import EACH_PASS
 from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RECURRENT, RUN
 from mcdrop.masking import after_conv, masked, summed
@@ -238,7 +238,7 @@ def is_view(node: fx.Node) -> bool:
 def _owned(node: fx.Node) -> bool:
     """Whether a node's memory is its own."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target in (*RUN, *ONEDNN, after_conv, masked, product, summed)
+        return node.target in (*RUN, *ONEDNN, active_linear, after_conv, masked, summed)
     if is_view(node):
         source = node.args[0] if node.args else None
         # a view that covers all of what it looks at; an expanded one would be written several times over
