@@ -18,6 +18,7 @@ from mcdrop.errors import InputError, ModelRefused, NoStochasticSite
 from mcdrop.masks import Site, sample_masks
 from mcdrop.moments import mean_gap, moments_of, total_variance
 from mcdrop.onnx_draws import drop_rates, masks_as_inputs
+from mcdrop.onnx_feeds import telling
 from mcdrop.onnx_graph import drop_norm_training, drop_own_inputs, drop_unread_inputs, walk
 from mcdrop.onnx_inputs import GraphInput, graph_inputs, made_up, picked, placed
 from mcdrop.onnx_lost import RECIPE, lost
@@ -93,8 +94,8 @@ def discover_graph(
     if not slots:
         raise NoStochasticSite(
             f"{name} has no live stochastic site: every variance would be 0. Looked at {len(nodes)} nodes and found no "
-            "Dropout and no random operator, as in exports in eval mode and in graphs that onnxruntime's optimiser "
-            f"wrote, which drop them; {RECIPE}"
+            "Dropout and no random operator, as in exports in eval mode and in graphs that onnxruntime's optimiser or "
+            f"onnxslim wrote, which drop them: wrap the graph from before it, or {RECIPE}"
         )
     if rows is None or len(rows.leaves) + len(slots) < len(model.graph.input):
         drop_unread_inputs(model)  # which may be given, but need not
@@ -179,10 +180,8 @@ def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Si
         return "idle", "its branch does not run on the example"
     if site.kind == "bernoulli" and site.p in (0.0, 1.0):
         return "idle", f"its drop rate is {site.p:g}"
-    # half of the units whatever the rate, so that a rare drop is seen as well as a common one
-    even = [Site(one.name, one.shape, 0.5, one.kind) if one is site else one for one in sites]
     for seed in range(_TRIES):
-        drawn = sample_masks(even, 2, seed=seed, sampler="iid")
+        drawn = {**sample_masks(sites, 2, seed=seed), **telling([site], 2, seed=seed)}
         still = {name: values if name == site.name else values[[0, 0]] for name, values in drawn.items()}
         # and with the others at their expectation: of many in a row, often no unit passes all
         for masks in (still, {site.name: drawn[site.name]}):

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from mcdrop.errors import InputError, UncontrolledDraw
 from mcdrop.onnx_graph import Place, drop_unread_inputs, opset, read_names, reads, walk
-from mcdrop.onnx_names import constants, distinct_names, number
-from mcdrop.onnx_slots import REAL, Change, Slot, told, types_of, with_sites
+from mcdrop.onnx_names import REAL, constants, distinct_names, number
+from mcdrop.onnx_slots import Change, Slot, told, types_of, with_sites
 
 __all__ = ["DRAWS", "drop_rates", "masks_as_inputs"]
 
@@ -107,9 +107,12 @@ def _dropout(change: Change, place: Place) -> None:
     node = place.node
     ratio = next((attribute.f for attribute in node.attribute if attribute.name == "ratio"), 0.5)
     if len(node.input) > 1 and node.input[1]:
-        rate = number(change.known, node.input[1])
+        rate = number(change.known, node.input[1], computed=True)
         if rate is None:
-            raise UncontrolledDraw(f"the rate of {place.path} is only known while the graph runs; make it a constant")
+            raise UncontrolledDraw(
+                f"the rate of {place.path} is only known while the graph runs; make it a constant, as by "
+                "onnxscript.optimizer.optimize"
+            )
         if rate.size != 1 or rate.dtype.kind not in "fiu":
             raise UncontrolledDraw(f"the rate of {place.path} must be one number, got {rate.size} of {rate.dtype}")
         ratio = float(rate.item())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import TensorProto, helper
 
 from mcdrop.errors import InputError, ModelRefused, UnknownName
 from mcdrop.onnx_graph import following
@@ -21,6 +21,10 @@ _FREE = 8  # size of an axis that the graph leaves open, for rows that are made 
 _MADE_UP = 4  # rows
 _MOST = 2**26  # numbers that are made up for an input
 _KINDS = "biuf"
+_AGAIN = (
+    "the output {} is a sequence, a map or text, no tensor of numbers; convert the model again so that it is one "
+    "(skl2onnx: options={{'zipmap': False}})"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ def graph_inputs(infos: Iterable[Any]) -> tuple[GraphInput, ...]:
         # a size below 1 stands for what an exporter did not know
         sizes = [axis.dim_value if axis.dim_value > 0 else None for axis in info.type.tensor_type.shape.dim]
         if not sizes:
-            raise InputError(f"input {info.name!r} has no axis for the rows")
+            raise InputError(
+                f"input {info.name!r} is one number for all rows, with no axis for them; make it a constant of the "
+                "graph (an initializer) before wrapping"
+            )
         found.append(GraphInput(info.name, "float32" if dtype == "float16" else dtype, (-1, *sizes[1:])))
     return tuple(found)
 
@@ -117,13 +124,23 @@ def picked(model: Any, output: str | int | None) -> str:
         InputError: none was asked for and there are several, or it is no answer to the rows.
         UnknownName: there is none of that name.
     """
-    name, names = _asked_for(model, output), [info.name for info in model.graph.output]
+    name, strange = _asked_for(model, output), _no_tensors(model)
+    others = ", ".join(info.name for info in model.graph.output if info.name not in (name, *strange))
+    choose = f"choose another with output=: {others}" if others else ""
     handed_on = name in {info.name for info in model.graph.input}
     if handed_on or name not in following(model.graph):
         what = "an input that is handed on" if handed_on else "a constant"
-        others = ", ".join(one for one in names if one != name) or "none"
-        raise InputError(f"the output {name!r} is {what}, which no draw changes; choose another with output=: {others}")
+        raise InputError(f"the output {name!r} is {what}, which no draw changes" + f"; {choose}" * bool(choose))
+    if name in strange:
+        raise InputError(_AGAIN.format(repr(name)) + f"; or {choose}" * bool(choose))
     return name
+
+
+def _no_tensors(model: Any) -> list[str]:
+    """The outputs that are no tensors of numbers."""
+    kinds = {str(info.name): info.type for info in model.graph.output}
+    other = {name for name, kind in kinds.items() if kind.WhichOneof("value") not in ("tensor_type", None)}
+    return [name for name, kind in kinds.items() if name in other or kind.tensor_type.elem_type == TensorProto.STRING]
 
 
 def _asked_for(model: Any, output: str | int | None) -> str:
@@ -136,7 +153,11 @@ def _asked_for(model: Any, output: str | int | None) -> str:
         raise UnknownName("output", output, names)
     floating = [info.name for info in model.graph.output if info.type.tensor_type.elem_type in (1, 10, 11, 16)]
     if len(floating) != 1 and "logits" not in floating:
-        raise InputError(f"the graph has the outputs {', '.join(names)}; choose one with output=")
+        strange = _no_tensors(model)
+        said = f"; {_AGAIN.format(', '.join(map(repr, strange)))}" * bool(strange)
+        choices = ", ".join(one for one in names if one not in strange)
+        has = f"the outputs {choices}; choose one with output=" if choices else "no output of numbers"
+        raise InputError(f"the graph has {has}{said}")
     return "logits" if "logits" in floating and len(floating) > 1 else str(floating[0])
 
 

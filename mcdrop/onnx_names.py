@@ -4,7 +4,8 @@ Bodies of If, Loop and Scan may use a name again that another body has for somet
 dropouts. After ``distinct_names`` a name says which value is meant, wherever it is read.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -14,16 +15,22 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mcdrop.errors import ArtifactError, ModelRefused
-from mcdrop.onnx_graph import Graph, bodies, every_graph, walk
+from mcdrop.onnx_graph import Graph, Place, bodies, every_graph, walk
 
-__all__ = ["MASK", "Constants", "constants", "distinct_names", "number"]
+__all__ = ["MASK", "REAL", "Constants", "constants", "distinct_names", "number"]
 
 MASK = "mcdrop.mask"  # what names of inputs for masks begin with
+REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 _WHOLE = (
     *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL),
     *(TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64),
 )
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "Add": np.add, "Div": np.divide, "Mul": np.multiply, "Neg": np.negative, "Sub": np.subtract,
+}  # fmt: skip
+_MOVES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")  # which leave one number what it is
 
 Constants = dict[str, Any]
 
@@ -34,6 +41,13 @@ class _Whole:
 
     of: Any
     to: int
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A real number that follows from constants alone."""
+
+    number: Any
 
 
 def distinct_names(model: Any) -> None:
@@ -70,7 +84,7 @@ def _settle(graph: Graph, outer: Mapping[str, str], taken: set[str]) -> None:
 
 
 def constants(model: Any) -> Constants:
-    """What is written into the model: initializers, Constant nodes, and casts and copies of those.
+    """What is written into the model: initializers, Constant nodes, casts and copies of those, numbers made of them.
 
     No name may stand for two values (see ``distinct_names``). ``number`` reads one.
     """
@@ -82,11 +96,34 @@ def constants(model: Any) -> Constants:
         elif node.op_type in ("Identity", "Cast") and node.input[0] in known:
             to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
             known[node.output[0]] = _Whole(known[node.input[0]], to) if to in _WHOLE else known[node.input[0]]
+        elif (one := _computed(known, place)) is not None:
+            known[node.output[0]] = _Computed(one)
     return known
 
 
-def number(known: Constants, name: str) -> NDArray[Any] | None:
-    """Gives a constant, None for what is not known before the graph runs.
+def _computed(known: Constants, place: Place) -> NDArray[Any] | None:
+    """What a node makes of real numbers, each alone; None where it takes or does anything else."""
+    operator, names = place.operator, list(place.node.input)
+    if operator in _MOVES:
+        names = names[:1]
+    elif operator not in _ARITHMETIC:
+        return None
+    found = [number(known, name, computed=True) for name in names if _is_real(known.get(name))]
+    if not found or len(found) < len(names):
+        return None
+    with np.errstate(all="ignore"):
+        return np.asarray(_ARITHMETIC.get(operator, np.asarray)(*(one.reshape(()) for one in found if one is not None)))
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a constant is a single real number."""
+    if isinstance(value, TensorProto):
+        return value.data_type in REAL and math.prod(value.dims) == 1
+    return isinstance(value, float | _Computed)
+
+
+def number(known: Constants, name: str, *, computed: bool = False) -> NDArray[Any] | None:
+    """Gives a constant, None for what is not known before the graph runs, and unless asked for what is ``computed``.
 
     Raises:
         ArtifactError: it is damaged.
@@ -94,8 +131,11 @@ def number(known: Constants, name: str) -> NDArray[Any] | None:
     value, casts = known.get(name), list[int]()
     while isinstance(value, _Whole):
         value, casts = value.of, [value.to, *casts]
-    if value is None:
+    # rates alone ask: a number compared with a computed level stays a uniform draw, as it is in artifacts; made a coin,
+    # their seeds would give other masks
+    if value is None or (isinstance(value, _Computed) and not computed):
         return None
+    value = value.number if isinstance(value, _Computed) else value
     try:
         found = np.asarray(numpy_helper.to_array(value) if hasattr(value, "dims") else value)
         for to in casts:

@@ -23,7 +23,7 @@ def read_graph(source: "bytes | str | Path | onnx.ModelProto") -> "onnx.ModelPro
         ArtifactError: it is no ONNX model, or keeps tensors in other files.
         ModelRefused: a local function cannot be put in line.
     """
-    data, name = _bytes(source)
+    data, name = _bytes(getattr(source, "model_proto", source))  # which torch.onnx.export(dynamo=True) gives
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)

@@ -11,13 +11,13 @@ from onnx import TensorProto, helper, shape_inference
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.onnx_bodies import LOOPS, into_branch, into_loop, shape_outside
 from mcdrop.onnx_graph import Place, every_graph, opset, walk
-from mcdrop.onnx_names import MASK, Constants
+from mcdrop.onnx_names import MASK, REAL, Constants
 
-__all__ = ["REAL", "SITES", "Change", "Slot", "told", "types_of", "with_sites"]
+__all__ = ["SITES", "Change", "Slot", "told", "types_of", "with_sites"]
 
 SITES = "mcdrop.sites"  # metadata of a graph: number and module of each of its draws, in order
-REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
+_SPREAD = 7  # the opset from which on what is multiplied may be of several shapes
 _SIGN, _RANGE = 9, 11  # the opsets that brought these operators
 _CAST_LIKE = 15  # from here on a value can be given the type of another that is not known
 
@@ -68,6 +68,7 @@ class Change:
 
     def add(self, place: Place, new: list[Any], *, at: str = "", **facts: Any) -> str:
         """Notes a slot; gives the value that holds its mask in the node's graph, made by nodes put into ``new``."""
+        self.needs(_SPREAD, place.path)
         name = self.next_mask
         around = [node.op_type for _, node, _ in place.chain]
         strange = [operator for operator in around if operator not in ("If", *LOOPS)]

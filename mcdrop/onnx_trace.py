@@ -7,7 +7,6 @@ one row. Small whole numbers that differ, such as shapes, are linear in the numb
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.agreement import identical, told_orders, uneven
+from mcdrop.agreement import identical
 from mcdrop.errors import InputError, ModelRefused, UncontrolledDraw
-from mcdrop.masks import Site, sample_masks
+from mcdrop.masks import Site
 from mcdrop.onnx_bodies import ABSENT, NO_AXIS
 from mcdrop.onnx_graph import depends_on, pruned
 from mcdrop.onnx_mixing import united
@@ -25,11 +24,10 @@ from mcdrop.onnx_moving import moving
 from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
 
-__all__ = ["Axis", "Observer", "Trace", "ordered"]
+__all__ = ["Axis", "Observer", "Trace"]
 
 _FEW, _MORE = 3, 5
-_TOLD_BY = 8  # passes whose masks are not all the same at two entries
-_LOOSE = 3  # other kernels are chosen for other numbers of rows
+_PLACES = ("int32", "int64")  # types in which operators are told where to read
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -162,9 +160,28 @@ class Observer:
         if shared:
             trouble = trouble or f"the draw of {shared[0]} is shared by all rows"
         trouble = trouble or united(self._model, [slot.mask for slot in self._slots], few, more)
+        trouble = trouble or self._numbering(feeds, rows, few, kinds)
         row_bytes = max(_grows(value, more.get(name)) for name, value in few.items())
         dtype = str(few[output].dtype)
         return Trace(sites, of_slot, layouts, units, kinds, trouble, row_bytes, dtype, frozenset(absent))
+
+    def _numbering(
+        self, feeds: Callable[[Rows], Feeds], rows: Rows, values: Feeds, kinds: Mapping[str, Axis | None]
+    ) -> str:
+        """Names a value that holds the numbers of rows, such as to pick from each, so that rows alike differ in it.
+
+        Repeated for the passes it would point at the rows of the first one.
+        """
+        along = {name: kind.axis for name, kind in kinds.items() if kind is not None and kind.axis is not None}
+        places = [name for name in along if name not in self._given and values[name].dtype.name in _PLACES]
+        if not places:
+            return ""
+        try:
+            few, more = (self._on(feeds, rows.take([0]), count) for count in (_FEW, _MORE))
+        except InputError as error:
+            return f"{places[0]} cannot be seen on rows that are alike: {error}"
+        numbering = (name for name in places if not _in_proportion(few[name], more[name], along[name]))
+        return next((f"{name} holds the numbers of rows" for name in numbering), "")
 
     def _on(self, feeds: Callable[[Rows], Feeds], rows: Rows, count: int) -> Feeds:
         given = feeds(rows.take(np.arange(count) % rows.count))
@@ -225,38 +242,6 @@ class Observer:
         return tuple(sites), of_slot
 
 
-def ordered(trace: Trace, rows: Rows, run: Callable[..., Array], tolerance: float) -> Trace:
-    """Tells how the entries of a row stand, where a draw has several: by a row that stands there many times.
-
-    Raises:
-        ModelRefused: no order fits.
-    """
-    if not trace.several:
-        return trace
-    several, drawn = trace.several, sample_masks(trace.sites, _TOLD_BY, seed=0)
-
-    def differs(outer: Mapping[str, int], on: frozenset[str], counts: Sequence[int]) -> bool | None:
-        some = {name: drawn[name] for mask in on for name in trace.of_slot[mask]}
-        given = some, _TOLD_BY, trace.placed(outer), "loop"
-        with suppress(Exception):  # whatever a graph does with so many rows
-            for row in range(min(2, rows.count)):
-                passes = np.concatenate([run(rows.take([row] * count), *given) for count in counts], axis=1)
-                if not uneven(passes) <= _LOOSE * tolerance:
-                    return True
-            return False
-        return None
-
-    told = told_orders(several, differs)
-    if told is None:
-        paths = ", ".join(
-            dict.fromkeys(s.path for s in trace.sites if any(s.name in trace.of_slot[m] for m in several))
-        )
-        raise ModelRefused(
-            f"which entries of the draws of {paths} belong to which row could not be told; wrap the torch network"
-        )
-    return trace.placed(told)
-
-
 def _unit(shape: tuple[int, ...], layout: Axis | None) -> tuple[int, ...]:
     """The shape of what one row draws."""
     if layout is None or layout.axis is None:
@@ -298,3 +283,13 @@ def _follows(few: Array, more: Array) -> tuple[Axis | None, str]:
     if rest.any():
         return None, "holds numbers that are not linear in the rows"
     return Axis(None, base=(few - _FEW * step).astype(few.dtype), rank=few.ndim), ""
+
+
+def _in_proportion(few: Array, more: Array, axis: int) -> bool:
+    """Whether three rows and five hold the same along an axis, each number as often for a row; or one number all along.
+
+    Such as how many rows there are: that tells none from another.
+    """
+    if not any(np.ptp(values, axis=axis).any() for values in (few, more)):
+        return True
+    return identical(*(np.sort(np.repeat(v, n, axis), axis) for v, n in ((few, _MORE), (more, _FEW))))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graphs import X, by_hand, dropped, number, parsed, passes_of
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, version_converter
 
 import mcdrop
 from mcdrop.errors import InputError, UncontrolledDraw
@@ -74,6 +74,47 @@ def test_a_rate_of_a_type_that_numpy_lacks_is_that_number() -> None:
     nodes = [_node("Dropout", "x p", "y")]
     model = mcdrop.wrap(parsed(by_hand(nodes, opset=22, initial=(number("p", 0.25, BFLOAT16),))), example=X)
     assert np.abs(passes_of(model, X) - dropped(X)).max() <= 1e-6
+
+
+COMPUTED = {
+    "what is kept": [_node("Sub", "one keep", "q")],
+    "in another shape": [_node("Unsqueeze", "p first", "wide"), _node("Squeeze", "wide", "q")],
+    "in two steps": [_node("Mul", "keep keep", "square"), _node("Neg", "square", "less"), _node("Add", "less r", "q")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_rate_that_constants_make_is_that_number(case: str) -> None:
+    first = number("first", [0], TensorProto.INT64)
+    given = (P, first, number("one", 1.0), number("keep", [0.75]), number("r", 0.8125))
+    model = mcdrop.wrap(parsed(by_hand([*COMPUTED[case], _node("Dropout", "x q", "y")], initial=given)), example=X)
+    assert [site.p for site in model.audit.live] == [0.25]
+    assert np.abs(passes_of(model, X) - dropped(X)).max() <= 1e-6
+
+
+def test_a_number_below_a_computed_level_stays_a_uniform_draw() -> None:
+    """As artifacts hold it: as coins the same seeds would keep other units."""
+    nodes = [_node("Sub", "one p", "keep"), _node("RandomUniformLike", "x", "u"), _node("Less", "u keep", "hit")]
+    nodes += [_node("Cast", "hit", "kept", to=FLOAT), _node("Mul", "x kept", "y")]
+    model = mcdrop.wrap(parsed(by_hand(nodes, initial=(P, number("one", 1.0)))), example=X)
+    assert [site.kind for site in model.audit.live] == ["uniform"]
+    u = mcdrop.sample_masks([mcdrop.Site("site0", (6,), 0.0, "uniform")], 20, seed=5, start=3, sampler="balanced")
+    np.testing.assert_array_equal(passes_of(model, X), X * (u["site0"] < np.float32(0.75))[:, None])
+
+
+def test_a_rate_of_no_number_is_refused_as_ever() -> None:
+    nodes = [_node("Div", "zero zero", "q"), _node("Dropout", "x q", "y")]
+    with pytest.raises(UncontrolledDraw, match="between 0 and 1, got nan"):
+        mcdrop.wrap(parsed(by_hand(nodes, initial=(number("zero", 0.0),))), example=X)
+
+
+def test_operators_too_old_for_masks_are_named() -> None:
+    """The runtime itself knows those of opset 7 and later."""
+    source = parsed(by_hand([_node("Dropout", "x", "y", ratio=0.25)], opset=6))
+    with pytest.raises(UncontrolledDraw, match=r"opset 6.*up to opset 7 or later with onnx\.version_converter"):
+        mcdrop.wrap(source, example=X)
+    newer = version_converter.convert_version(source, 17)
+    assert np.abs(passes_of(mcdrop.wrap(newer, example=X), X) - dropped(X)).max() <= 1e-6
 
 
 def test_a_mask_that_nobody_reads_needs_no_newer_operators() -> None:

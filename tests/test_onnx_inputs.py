@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from graphs import X, built, by_hand, dropped, exported, number, parsed, passes_of
@@ -221,3 +222,50 @@ def test_an_output_without_the_rows_or_without_draws_is_refused(case: str) -> No
     model.graph.output.append(helper.make_tensor_value_info(name, FLOAT, shape))
     with pytest.raises(InputError, match=said):
         wrap_graph(model, example=X, output=name)
+
+
+def test_where_there_is_no_other_output_none_is_offered() -> None:
+    nodes = [helper.make_node("Dropout", ["x", "p"], ["z"]), helper.make_node("Relu", ["p"], ["y"])]
+    with pytest.raises(InputError, match=r"'y' is a constant, which no draw changes$"):
+        mcdrop.wrap(parsed(by_hand(nodes, initial=(number("p", 0.25),))), example=X)
+
+
+def _with_a_sequence() -> Any:
+    nodes = [helper.make_node("Dropout", ["x", "p"], ["y"]), helper.make_node("SequenceConstruct", ["y", "y"], ["all"])]
+    model = parsed(by_hand(nodes, initial=(number("p", 0.25),)))
+    model.graph.output.append(helper.make_tensor_sequence_value_info("all", FLOAT, None))
+    return model
+
+
+def test_an_output_that_is_no_tensor_is_refused_and_not_offered() -> None:
+    model = _with_a_sequence()
+    assert np.abs(passes_of(mcdrop.wrap(model, example=X), X) - dropped(X)).max() <= 1e-6
+    with pytest.raises(InputError, match=r"'all' is a sequence.*zipmap.*choose another with output=: y$"):
+        wrap_graph(model, example=X, output="all")
+    both = [*model.graph.output]
+    del model.graph.output[0]
+    with pytest.raises(InputError, match=r"'all' is a sequence.*'zipmap': False}\)$"):
+        wrap_graph(model, example=X, output="all")
+    with pytest.raises(InputError, match=r"has no output of numbers; the output 'all' is a sequence"):
+        mcdrop.wrap(model, example=X)
+    del model.graph.output[:]
+    model.graph.output.extend([*both, helper.make_tensor_value_info("x", FLOAT, ["n", 6])])
+    with pytest.raises(InputError, match=r"has the outputs y, x; choose one with output=; the output 'all' is a seq"):
+        mcdrop.wrap(model, example=X)
+
+
+def test_an_input_without_rows_is_to_be_a_constant() -> None:
+    nodes = [helper.make_node("Dropout", ["x", "p"], ["d"]), helper.make_node("Where", ["training", "d", "x"], ["y"])]
+    model = parsed(by_hand(nodes, initial=(number("p", 0.25),)))
+    model.graph.input.append(helper.make_tensor_value_info("training", TensorProto.BOOL, []))
+    with pytest.raises(InputError, match=r"'training' is one number for all rows.*an initializer"):
+        mcdrop.wrap(model, example=X)
+    del model.graph.input[1]
+    model.graph.initializer.append(number("training", True, TensorProto.BOOL))
+    assert np.abs(passes_of(mcdrop.wrap(model, example=X), X) - dropped(X)).max() <= 1e-6
+
+
+def test_what_torch_gives_for_an_export_can_be_wrapped() -> None:
+    source = by_hand([helper.make_node("Dropout", ["x", "p"], ["y"])], initial=(number("p", 0.25),))
+    program = torch.onnx.ONNXProgram(onnx_ir.from_proto(parsed(source)), None)
+    assert np.abs(passes_of(mcdrop.wrap(program, example=X), X) - dropped(X)).max() <= 1e-6  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """Passes of an ONNX graph on onnxruntime: the draws are inputs, so the runtime computes and never draws.
 
 The part before the first mask runs once for a batch of rows. What follows is run for all passes at a time, the rows
-repeated (``fold``). Both ways are tried on the same masks with the first rows of a shape; where that does not give what
-passes one after the other give (``loop``), the loop is what runs. Nothing depends on optimiser levels, providers or the
-runtime's seeds.
+repeated (``fold``). Both ways are tried on the same masks with some rows when a shape is first seen; where that does
+not give what passes one after the other give (``loop``), the loop is what runs. Nothing depends on optimiser levels,
+providers or the runtime's seeds.
 """
 
 import threading
@@ -17,25 +17,27 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mcdrop.agreement import difference
+from mcdrop.agreement import difference, identical
 from mcdrop.backends import Plain
 from mcdrop.drawn import Drawn, LatestMasks
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_bodies import LOOPS
-from mcdrop.onnx_feeds import fold_rows, mask_feed
+from mcdrop.onnx_feeds import fold_rows, mask_feed, telling
 from mcdrop.onnx_graph import pruned, split, walk
 from mcdrop.onnx_inputs import fed, hidden
+from mcdrop.onnx_orders import ordered
 from mcdrop.onnx_sessions import attempted, described, ended, session
 from mcdrop.onnx_slots import Slot
-from mcdrop.onnx_trace import Observer, Trace, ordered
+from mcdrop.onnx_trace import Observer, Trace
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
 
 __all__ = ["OnnxBackend"]
 
 CHUNK_BYTES = 16 * 2**20
-_CHECK_PASSES = 3
+_CHECK_PASSES, _CHECK_ROWS = 3, 4
+_MORE_LOOKS = 8  # at as many rows, where masks do not move the first ones
 _MASK_BYTES = 64 * 2**20
 _TOLERANCE = {"float16": 1e-2, "float32": 3e-5, "float64": 1e-12}
 
@@ -220,16 +222,43 @@ class OnnxBackend:
             self._observer = Observer(self.model, self.slots, session, ended)
         found = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self.output)
         trace = ordered(found, rows, self.run, _TOLERANCE.get(found.dtype, 3e-5))
-        few = rows.take(slice(0, min(rows.count, 4)))
         drawn = sample_masks(trace.sites, _CHECK_PASSES, seed=0)
-        expected = self.run(few, drawn, _CHECK_PASSES, trace, "loop")
         if trace.unfoldable:
+            self.run(rows.take(slice(_CHECK_ROWS)), drawn, _CHECK_PASSES, trace, "loop")
             return _Plan(trace, "loop", trace.unfoldable)
+        # a drop may be so rare that none of the passes has one: two more in which every unit differs
+        half = telling(trace.sites, 1, seed=0)
+        drawn = {name: np.concatenate([some, half[name], 1 - half[name]]) for name, some in drawn.items()}
+        for look in _looks(rows.count):
+            moved, trouble = self._folded(rows.take(look), drawn, trace)
+            if trouble:
+                return _Plan(trace, "loop", trouble)
+            if moved:
+                return _Plan(trace, "fold", "equals the loop; what comes before the first draw is run once")
+        return _Plan(trace, "loop", "no mask that was tried changes the output, so fold could not be told")
+
+    def _folded(self, few: Rows, drawn: Drawn, trace: Trace) -> tuple[bool, str]:
+        """Whether the masks change the answers to some rows, and why their passes cannot share a batch if they cannot.
+
+        Usual and telling passes are each judged by how far they move: at the ends of its numbers noise such as 1 / u
+        goes so far that nothing else would count.
+        """
+        passes = _CHECK_PASSES + 2
+        expected = self.run(few, drawn, passes, trace, "loop")
         try:
-            got = self.run(few, drawn, _CHECK_PASSES, trace, "fold")
+            got = self.run(few, drawn, passes, trace, "fold")
         except Exception as error:  # whatever a graph does with more rows, the loop is right
-            return _Plan(trace, "loop", f"fold does not take this graph: {first_line(error)}")
-        worst = difference(got, expected, passes=expected)
+            return False, f"fold does not take this graph: {first_line(error)}"
+        kinds = slice(_CHECK_PASSES), slice(_CHECK_PASSES, None)
+        worst = max(difference(got[kind], expected[kind], passes=expected[kind]) for kind in kinds)
         if not worst <= _TOLERANCE.get(trace.dtype, 3e-5):
-            return _Plan(trace, "loop", f"fold differs from the loop by {worst:.1e}")
-        return _Plan(trace, "fold", "equals the loop; what comes before the first draw is run once")
+            return False, f"fold differs from the loop by {worst:.1e}"
+        return not all(identical(one, expected[0]) for one in expected), ""
+
+
+def _looks(count: int) -> list[NDArray[np.intp]]:
+    """Which rows are looked at, in turn until masks move some: the first, then others, such as behind padding."""
+    first, spaced = np.arange(min(count, _CHECK_ROWS)), np.linspace(0, count - 1, _CHECK_ROWS * _MORE_LOOKS)
+    others = np.setdiff1d(spaced.astype(np.intp), first)
+    looks = min(_MORE_LOOKS, -(-len(others) // _CHECK_ROWS))
+    return [first, *(np.append(first[:1], others[k::looks]) for k in range(looks))]  # never one alone
