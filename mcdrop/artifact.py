@@ -16,8 +16,8 @@ from mcdrop.bank import Bank
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
-from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, positional
-from mcdrop.model import Model, Options, check_fitted, check_model
+from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, positional, same_numbers
+from mcdrop.model import Model, Options, check_columns, check_fitted, check_model
 from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
@@ -72,10 +72,12 @@ def save(
     Raises:
         ArtifactError: the folder is there, or holds more than a model, or cannot be written, or what was written does
             not load, answer and screen as the model does.
-        InputError: no path, or a screen or calibration that is none.
+        InputError: no path, a screen or calibration that is none, or features that are not one name for each column.
     """
     check_model(model)
     check_fitted(screen, calibration)
+    named = features if features is not None else model.features or []
+    check_columns(named, model.inputs)
     target = _target(folder, overwrite)
     format = format or default_format(model, factory)
     UnknownName.check("format", format, FORMATS)
@@ -86,7 +88,6 @@ def save(
         weights = {"format": format, **said, **FORMATS[format].write(model, beside / FORMATS[format].file, said)}
         by_name = FORMATS[format].by_name
         _write_files(model, beside, screen, calibration or model.calibration, by_name)
-        named = features if features is not None else model.features or []
         head = {"name": name, "version": version, "description": description, "features": named}
         _write_manifest(model, beside, screen, head, weights, by_name)
         there = model.audit.devices[:1] if FORMATS[format].movable else ()
@@ -159,9 +160,7 @@ def _check_same(model: Model, loaded: Model, calibration: Calibration | None, fo
     both, sampler = (model, loaded), PassPlan().sampler
     passes = [one.backend.forward(one.example, 4, seed=0, start=0, sampler=sampler) for one in both]
     off = [one.backend.deterministic(one.example) for one in both]
-    apart = [
-        a.shape != b.shape or not np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in (passes, off)
-    ]
+    apart = [not same_numbers(*pair) for pair in (passes, off)]
     if any(apart):
         raise ArtifactError(
             "the saved graph gives the same passes as this network, but not its output in eval: it knows the draws "
@@ -263,13 +262,13 @@ def _check_promises(place: Path, model: Model, manifest: Mapping[str, Any]) -> N
     told = [(spec["name"], spec["dtype"], spec["shape"]) for spec in manifest["inputs"]]
     if inputs != told:
         raise ArtifactError(f"{place}: the network takes {inputs}, its manifest promises {told}")
-    features = manifest.get("features", [])
     texts = all(isinstance(manifest.get(name, ""), str) for name in ("description", "injected"))
-    if not texts or not isinstance(features, list):
-        raise ArtifactError(f"{place / MANIFEST} must hold texts as description and injected, and a list as features")
-    width = model.inputs[0].shape[-1] if len(model.inputs) == 1 and len(model.inputs[0].shape) == 2 else None
-    if features and (len(features) != width or not all(isinstance(feature, str) for feature in features)):
-        raise ArtifactError(f"{place / MANIFEST} must name {width} features, one for each column, got {features}")
+    if not texts:
+        raise ArtifactError(f"{place / MANIFEST} must hold texts as description and injected")
+    try:
+        check_columns(manifest.get("features", []), model.inputs)
+    except InputError as error:
+        raise ArtifactError(f"{place / MANIFEST}: {error}") from None
 
 
 def _read_screen(place: Path, head: Mapping[str, Any] | None, positional: int) -> Screen | None:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from mcdrop.console import check_output, checked, note, note_not_finite, progress, terminable
-from mcdrop.errors import MCDropError, MissingExtra
+from mcdrop.errors import InputError, MCDropError, MissingExtra
 from mcdrop.streams import STANDARD_STREAM, check_place, check_stays
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ __all__ = ["app", "calibrate", "convert", "export", "inspect", "main", "predict"
 
 _CSV = (".csv", ".txt")
 _TABLES = (*_CSV, ".parquet", ".pq")
-_GRAPHS = (".onnx", ".pt2")
+_MODEL = "Model folder, STORE/NAME for the newest version, or an ONNX file."
 
 _Devices = Annotated[
     list[str] | None,
@@ -86,7 +86,7 @@ def _root(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
+    model: Annotated[Path, typer.Argument(help=_MODEL)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: _Devices = None,
 ) -> None:
@@ -100,12 +100,13 @@ def inspect(
         return
     inputs = ", ".join(f"{spec.name} {spec.dtype} ({', '.join(map(str, spec.shape))})" for spec in found.inputs)
     screen = "none" if found.screen is None else f"{found.screen.score} at a false-alarm rate of {found.screen.fpr:g}"
-    typer.echo(f"{found.name} {found.version}, {found.task}\ninputs: {inputs}\nscreen: {screen}\n{found.audit}")
+    named = f"{found.name} {found.version}".strip()  # a bare file has no version
+    typer.echo(f"{named}, {found.task}\ninputs: {inputs}\nscreen: {screen}\n{found.audit}")
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
+    model: Annotated[Path, typer.Argument(help=_MODEL)],
     rows: Annotated[str, typer.Argument(help="CSV file with the rows; - is standard input.")],
     output: Annotated[str, typer.Option("--output", "-o", help="CSV file to write; - is standard output.")] = "-",
     passes: Annotated[int | None, checked("passes", "Stochastic passes.")] = None,
@@ -161,12 +162,13 @@ def calibrate(
     fitted = fit(loaded, {loaded.inputs[0].name: x}, labels, method=method, passes=passes, seed=seed)
     put_file(folder, CALIBRATION, json.dumps(fitted.to_dict(), allow_nan=False).encode())
     known = f"passes={fitted.plan.passes} seed={fitted.plan.seed}"
+    known += "" if loaded.task == "classification" else "; ask with --interval conformal"  # sets come of themselves
     typer.echo(f"{fitted.method} calibration of {fitted.rows} rows kept in {folder}; it holds for {known}")
 
 
 @app.command()
 def screen(
-    model: Annotated[Path, typer.Argument(help="Model folder, or STORE/NAME for the newest version.")],
+    model: Annotated[Path, typer.Argument(help=_MODEL)],
     rows: Annotated[Path, typer.Argument(help="CSV or Parquet file with the rows; it is read twice.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, of the same format.")],
     fdr: Annotated[float | None, checked("fdr", "Share of false flags among all flags, such as 0.05.")] = None,
@@ -192,6 +194,8 @@ def screen(
     columns = {prefix + column: column for column in ("score", "p_value", "is_anomaly")}
     check_target(rows, output, [*columns])
     loaded, since = load(model, devices=device or ()), state_of(rows)
+    if reference is None and loaded.screen is None:
+        raise InputError("the model has no screen of its own; give rows without anomalies as --reference FILE")
     # a screen that is fitted for a false-discovery rate alone flags no single rows: any rate of theirs will do
     rate = fpr if fpr is not None else 0.01 if fdr is None else 0.5
     fitted = None if reference is None else _fitted_screen(loaded, reference, score or "variance", rate)
@@ -217,7 +221,7 @@ def export(
     from mcdrop.artifact import load
     from mcdrop.posterior import export_onnx, export_torch
 
-    check_output(output, suffixes=_GRAPHS, inputs=[model], hint="OUTPUT")
+    check_output(output, suffixes=(".onnx", ".pt2"), inputs=[model], hint="OUTPUT")
     check_place(output)
     loaded = load(model)
     write = export_torch if output.suffix.lower() == ".pt2" else export_onnx

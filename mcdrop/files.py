@@ -1,6 +1,5 @@
 """Files of rows, CSV or Parquet by their suffix: read in blocks, and written again with new columns at the right."""
 
-import csv
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from mcdrop.errors import InputError, MissingExtra
 from mcdrop.rows import check_named
 from mcdrop.streams import check_place, explained, reading, whole
-from mcdrop.table import Block, Table, read_rows, write_rows
+from mcdrop.table import Block, Table, read_records, read_rows, write_rows
 
 if TYPE_CHECKING:
     from mcdrop.model import InputSpec, Model
@@ -152,11 +151,9 @@ def _header(source: str | Path) -> list[str]:
     """The names of the columns; of a CSV file its first line, be it names or not."""
     if _is_parquet(source):
         return list(_open_parquet(source).schema_arrow.names)
-    try:
-        with reading(source) as stream:
-            return [cell.strip() for cell in next(csv.reader(stream), [])]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {source}: {error}") from None
+    with reading(source) as stream:
+        _, cells = next(read_records(stream, str(source)), (0, []))
+    return [cell.strip() for cell in cells]
 
 
 def _features(model: "Model", source: str | Path, without: Sequence[str]) -> list[str] | None:
@@ -210,13 +207,14 @@ def _cell(value: Any) -> Any:
 
 def _open_parquet(source: str | Path) -> Any:
     try:
-        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise MissingExtra("pyarrow", "table") from None
     try:
-        return parquet.ParquetFile(source)
-    except (OSError, pyarrow.ArrowInvalid) as error:
+        file = parquet.ParquetFile(source)
+        file.schema_arrow.names  # noqa: B018 -- names that are not UTF-8 are an error where they are read
+        return file
+    except (OSError, ValueError) as error:  # ValueError: those of pyarrow and of the names
         raise InputError(f"cannot read {source} as Parquet: {error}") from None
 
 

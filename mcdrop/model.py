@@ -2,7 +2,7 @@
 
 import operator
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ from mcdrop.engine import PassPlan
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.intervals import INTERVALS, check_level
 from mcdrop.locks import new_lock
-from mcdrop.rows import Rows
+from mcdrop.rows import Rows, listed
 from mcdrop.screening import Screen
 
-__all__ = ["InputSpec", "Model", "Options", "check_fitted", "check_model", "not_a_network"]
+__all__ = ["InputSpec", "Model", "Options", "check_columns", "check_fitted", "check_model", "not_a_network"]
 
 # How a tensor is brought to a type, by numpy's name of it; its own methods, since torch takes long to import.
 _CASTS = {"bool": "bool", "int8": "char", "int16": "short", "int32": "int", "int64": "long", "uint8": "byte"}
@@ -169,7 +169,7 @@ class Model:
         rows = Rows.of({name: x[name] for name in names})
         leaves = rows.leaves
         by_name = dict(zip(names[self.positional :], leaves[self.positional :], strict=True))
-        return Rows(leaves[: self.positional], by_name, rows.count)
+        return Rows(leaves[: self.positional], by_name, rows.count, names=tuple(names))
 
     def _names(self) -> str:
         return ", ".join(spec.name for spec in self.inputs)
@@ -197,6 +197,27 @@ def check_fitted(screen: object, calibration: object) -> None:
         raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
     if not isinstance(calibration, Calibration | None):
         raise InputError(f"calibration must be what mcdrop.calibrate gave, got {calibration!r}")
+
+
+def check_columns(names: Any, inputs: Sequence[InputSpec]) -> None:
+    """Refuses what are no names for the columns of a single (N, F) input; an empty list names none.
+
+    Raises:
+        InputError: there is no such input, they are not F texts, or tables, which have blanks around names, would not
+            tell them apart.
+    """
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"features must be a list of names, got {names!r}")
+    if not names:
+        return
+    width = inputs[0].shape[-1] if len(inputs) == 1 and len(inputs[0].shape) == 2 else None
+    if width is None:
+        raise InputError(f"only a single (N, F) input has columns that features can name, got {names!r}")
+    if len(names) != width:
+        raise InputError(f"features must be {width} names, one for each column, got {len(names)}: {listed(names)}")
+    bare = [name.strip() for name in names]
+    if twice := [name for name in dict.fromkeys(bare) if bare.count(name) > 1]:
+        raise InputError(f"features must be {width} different names, but {listed(twice)} is there more than once")
 
 
 def not_a_network(given: object) -> InputError:

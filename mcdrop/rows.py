@@ -26,20 +26,23 @@ class Rows:
     """One batch of inputs: positional leaves and keyword leaves, all with the same number of rows.
 
     A leaf is a numpy array, or a tensor that is passed through as it is. ``unseen`` are tensors on a GPU whose numbers
-    nobody has looked at yet, with their names.
+    nobody has looked at yet, with their names. ``names`` are those that all leaves were given under, if any.
     """
+
+    ONE_ROW = "; make rows that need one another, as nodes of a graph, one row: forward(x) gives net(x[0], edges)[None]"
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     count: int
     unseen: list[tuple[str, Any]] = field(default_factory=list, compare=False, repr=False)
+    names: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
-    def of(cls, x: Any, *, later: bool = False) -> "Rows":
+    def of(cls, x: Any, *, later: bool = False, hint: str = "") -> "Rows":
         """Reads an array or tensor, a tuple of positional inputs, or a dict of keyword inputs.
 
         Numbers on a GPU may be looked at ``later``, since it takes as long to hear of them as to run a small network:
-        whoever runs it does so, or calls ``look``.
+        whoever runs it does so, or calls ``look``. The ``hint`` is for inputs of unequal numbers of rows.
 
         Raises:
             InputError: text, ragged rows, no rows, a number that is not finite, leaves of unequal length, or a tensor
@@ -55,24 +58,23 @@ class Rows:
             named = {repr(name): value for name, value in x.items()} if isinstance(x, Mapping) else {"inputs": x}
         leaves = {name: _leaf(value, name) for name, value in named.items()}
         by_name = dict(zip(x, leaves.values(), strict=True)) if isinstance(x, Mapping) else {}
-        rows = cls._counted(() if by_name else tuple(leaves.values()), by_name)
+        rows = cls._counted(() if by_name else tuple(leaves.values()), by_name, hint)
         rows.unseen.extend((name, leaf) for name, leaf in leaves.items() if hasattr(leaf, "detach"))
         if not later or not all(leaf.is_cuda for _, leaf in rows.unseen):
             rows.look()
         return rows
 
     @classmethod
-    def _counted(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Rows":
+    def _counted(cls, args: tuple[Any, ...], kwargs: dict[str, Any], hint: str) -> "Rows":
         """Puts leaves of equally many rows together."""
         counts = {leaf.shape[0] for leaf in (*args, *kwargs.values())}
         if not counts:
             raise InputError("no inputs were given")
         if len(counts) > 1:
-            raise InputError(f"all inputs must have the same number of rows, got {sorted(counts)}")
-        count = counts.pop()
-        if count == 0:
+            raise InputError(f"all inputs must have the same number of rows, got {sorted(counts)}{hint}")
+        if counts == {0}:
             raise InputError("inputs hold no rows; give at least one")
-        return cls(args, kwargs, count)
+        return cls(args, kwargs, counts.pop())
 
     def look(self) -> None:
         """Looks at the numbers that nobody has looked at.
@@ -101,8 +103,7 @@ class Rows:
         self.look()
         args = tuple(change(leaf) for leaf in self.args)
         kwargs = {name: change(leaf) for name, leaf in self.kwargs.items()}
-        first = args[0] if args else next(iter(kwargs.values()))
-        return Rows(args, kwargs, len(first))
+        return Rows(args, kwargs, len((*args, *kwargs.values())[0]), names=self.names)
 
     def take(self, which: Any) -> "Rows":
         """Gives the chosen rows: a slice or an index array."""
@@ -137,8 +138,8 @@ def by_name(x: Any, names: Sequence[str] | None) -> Any:
 def column_names(x: Any) -> list[str] | None:
     """Gives the names of a data frame's columns; None where they are numbered or not told apart, and of all else."""
     columns = list(x.columns) if hasattr(x, "columns") else []
-    named = all(isinstance(column, str) for column in columns) and len({*columns}) == len(columns)
-    return [str(column) for column in columns] if columns and named else None
+    bare = {column.strip() for column in columns if isinstance(column, str)}  # as tables have them
+    return [str(column) for column in columns] if columns and len(bare) == len(columns) else None
 
 
 def check_named(names: Sequence[str], header: Sequence[str], table: str) -> None:
@@ -232,8 +233,7 @@ def _leaf(value: Any, name: str, *, finite: bool = True) -> Any:
         leaf = np.asarray(value)
     except ValueError:
         raise InputError(f"{name} must be rows of equal length; {_ragged(value)}") from None
-    if leaf.dtype.kind == "O":
-        leaf = _of_objects(leaf)
+    leaf = _of_objects(leaf) if leaf.dtype.kind == "O" else leaf
     if leaf.dtype.kind not in "fiub":
         raise InputError(f"{name} must be numbers, got {_text(value, leaf)}")
     if leaf.ndim == 0:
@@ -281,7 +281,7 @@ def _ragged(value: Any) -> str:
 def _text(value: Any, leaf: NDArray[Any]) -> str:
     """Names the first thing in nested rows that is not a number."""
     found = next(_not_numbers(value if isinstance(value, list | tuple) else leaf[()]), None)
-    return f"values of type {leaf.dtype}" if found is None else found
+    return found or (f"values of type {leaf.dtype}" if leaf.ndim else f"one object of type {type(value).__name__}")
 
 
 def _not_numbers(value: Any) -> Iterator[str]:

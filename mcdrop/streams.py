@@ -32,10 +32,15 @@ def path_of(place: object) -> Path:
 
 @contextmanager
 def explained(verb: str, place: str | Path) -> Iterator[None]:
-    """Turns an error of the system into one of ours that names what was to be done, and the place."""
+    """Turns an error of the system into one of ours that names what was to be done, and the place.
+
+    Not that of a pipe whose reader has left.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read it has left, which is no failure of ours
+            raise
         raise InputError(f"cannot {verb} {place}: {error.strerror or error}") from None
 
 

@@ -20,7 +20,7 @@ from mcdrop.streams import STANDARD_STREAM, reading, writing
 if TYPE_CHECKING:
     from mcdrop.predict import Prediction
 
-__all__ = ["Block", "Table", "read_rows", "with_prediction", "write_rows"]
+__all__ = ["Block", "Table", "read_records", "read_rows", "with_prediction", "write_rows"]
 
 CELLS_PER_BLOCK = 1 << 16  # a block of rows holds about this many cells, whatever the width of the table
 MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no table
@@ -87,7 +87,7 @@ def read_rows(
     """
     name = "standard input" if str(source) == STANDARD_STREAM else str(source)
     with reading(source) as stream:
-        records = _records(stream, name)
+        records = read_records(stream, name)
         first = next(records, None)
         if first is None:
             raise InputError(f"{name} is empty; give a header and at least one row")
@@ -211,8 +211,12 @@ def _remedy(first: list[str], wanted: list[str]) -> str:
     return "; the model does not name its columns, so give no other column"
 
 
-def _records(stream: TextIO, name: str) -> Iterator[tuple[int, list[str]]]:
-    """Gives (line number, cells) for each record; all have as many cells as the first, blank lines only at the end."""
+def read_records(stream: TextIO, name: str) -> Iterator[tuple[int, list[str]]]:
+    """Gives (line number, cells) for each record; all have as many cells as the first, blank lines only at the end.
+
+    Raises:
+        InputError: they do not, it is no CSV text in UTF-8, or a line is longer than ``MAX_LINE``.
+    """
     reader = csv.reader(_lines(stream, name), strict=True)
     width = blank = 0
     while True:

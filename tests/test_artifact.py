@@ -158,6 +158,25 @@ def test_a_model_s_name_is_that_of_the_folder_around_it(tmp_path: Path, monkeypa
                 mcdrop.save(model, "one", factory="factories:plain")
 
 
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        (["a", "b", " a", "c"], r"^features must be 4 different names, but 'a' is there more than once$"),
+        (["a", "b"], r"^features must be 4 names, one for each column, got 2: 'a', 'b'$"),
+        ("abcd", r"^features must be a list of names, got 'abcd'$"),
+        ([1, 2, 3, 4], r"^features must be a list of names, got \[1, 2, 3, 4\]$"),
+    ],
+)
+def test_names_that_are_not_one_for_each_column_are_refused_before_anything_is_written(
+    tmp_path: Path, features: Any, said: str
+) -> None:
+    """A table has one column of a name: it would be read twice, for two inputs."""
+    model = mcdrop.wrap(plain(), example=X[:4], tuning={})
+    with pytest.raises(InputError, match=said):
+        mcdrop.save(model, tmp_path / "net" / "1", factory="factories:plain", features=features)
+    assert not [*tmp_path.iterdir()]
+
+
 class Breaks(nn.Linear):
     """A layer whose weights cannot be written."""
 

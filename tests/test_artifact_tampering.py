@@ -89,6 +89,14 @@ def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Any:
         yield from paths_of(inner, (*path, key))
 
 
+def test_names_that_are_not_one_for_each_column_are_refused(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    for names in (["a", "b", "a ", "c"], "abcd"):
+        change(folder, ("features",), names)
+        with pytest.raises(ArtifactError, match=r"model\.toml: features must be"):
+            mcdrop.load(folder)
+
+
 def test_a_manifest_with_a_part_missing_or_of_another_kind_is_refused_or_harmless(tmp_path: Path) -> None:
     """Never an error that is not this library's; and what still loads has the same weights and sites."""
     model, folder = saved(tmp_path)

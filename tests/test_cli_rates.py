@@ -58,6 +58,7 @@ def test_calibrate_keeps_what_the_library_fits(line: Path, tmp_path: Path, suffi
     result = run("calibrate", line, held, "--target", "y", "--passes", "60")
     assert result.exit_code == 0, result.stderr
     assert "standardised calibration of 120 rows kept" in result.stdout
+    assert result.stdout.endswith("it holds for passes=60 seed=0; ask with --interval conformal\n")
     model = mcdrop.load(line)
     expected = mcdrop.calibrate(model, X[:, None], Y, passes=60)
     assert model.calibration is not None
@@ -220,6 +221,15 @@ def test_screen_refuses_rows_that_change_while_it_works(store: Path, tmp_path: P
     writer.join()
     assert (result.exit_code, target.exists()) == (1, False)
     assert result.stderr == f"error: {rows} has changed while it was read; try again when nothing writes to it\n"
+
+
+def test_a_model_without_a_screen_is_told_of_the_option_that_gives_one(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("x\nnot a number, and not read\n")
+    result = run("screen", store / "line" / "1", tmp_path / "rows.csv", "-o", tmp_path / "out.csv")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: the model has no screen of its own; give rows without anomalies as --reference FILE\n"
+    )
 
 
 def test_screen_refuses_what_cannot_be_right(line: Path, tmp_path: Path) -> None:

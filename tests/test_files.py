@@ -126,6 +126,29 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     assert message(taking("float32"), path).startswith("cannot read rows.parquet: ")
 
 
+def test_names_that_are_not_utf_8_are_an_error_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"aaaa": [1.0], "b": [2.0]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"aaaa", "aöa".encode("latin-1").center(4)))
+    assert message(taking("float32"), path).startswith("cannot read rows.parquet as Parquet: ")
+    with pytest.raises(InputError, match="as Parquet"):
+        check_target(path, tmp_path / "out.parquet", ["score"])
+
+
+@pytest.mark.parametrize("text", ["ä,b\n1,2\n".encode("latin-1"), b"\n1,2\n", b'"a\n1,2\n', b"a,b" * 40])
+def test_what_is_no_table_is_told_alike_before_the_work_and_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    """The header that is looked at before the work is read as the rows are, with the same bound."""
+    monkeypatch.setattr("mcdrop.table.MAX_LINE", 100)
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text)
+    said = message(taking("float32"), path)
+    with pytest.raises(InputError) as caught:
+        check_target(path, tmp_path / "out.csv", ["score"])
+    assert str(caught.value).replace(str(path), path.name) == said
+
+
 @pytest.mark.parametrize("name", ["A", " a", "a "])
 def test_a_name_that_is_nearly_right_is_shown(tmp_path: Path, name: str) -> None:
     path = tmp_path / "rows.parquet"

@@ -15,7 +15,7 @@ from zoo.specimen import Specimen
 import mcdrop
 from mcdrop.audit import Audit
 from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelNotFound, UncontrolledDraw, UnknownName
-from mcdrop.formats import FORMATS
+from mcdrop.formats import FORMATS, same_numbers
 from mcdrop.screening import SCORES
 from mcdrop.store import MANIFEST
 from models import networks
@@ -234,3 +234,15 @@ def test_a_program_whose_only_draw_no_mask_reaches_says_which(tmp_path: Path) ->
     torch.export.save(torch.export.export(_Cauchy(), (x,)), tmp_path / "net.pt2")
     with pytest.raises(UncontrolledDraw, match="cauchy_"):
         mcdrop.load(tmp_path / "net.pt2", example=x)
+
+
+def test_outputs_are_the_same_when_they_differ_by_the_rounding_of_the_usual_one_among_them() -> None:
+    """A logit near 0 has the rounding of the others, and one of -1e9, as under a mask, gives none to them."""
+    ours = np.array([[4.3, 1e-7, -2.0], [0.5, -1.5, -1e9]])
+    assert same_numbers(ours, ours + 1e-5)
+    assert same_numbers(ours * 1e6, ours * 1e6 + 10)
+    assert not same_numbers(ours, ours + 1e-4)
+    assert not same_numbers(ours, ours[:1])
+    assert same_numbers(ours * np.nan, ours * np.nan)
+    assert not same_numbers(ours, ours * np.nan)
+    assert same_numbers(ours * 0, ours * 0 + 1e-7)

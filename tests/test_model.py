@@ -147,6 +147,28 @@ def test_real_numbers_that_overflow_are_refused_in_tensors_too() -> None:
     assert given("float32", torch.tensor([[0.0, 3e38]])) == torch.tensor([[0.0, 3e38]]).tolist()
 
 
+class Embedded(nn.Module):
+    """Adds what stands at a place of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(4, 3), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.linear(nn.functional.dropout(x + self.table(k), 0.3, self.training))
+        return found
+
+
+def test_inputs_that_a_network_cannot_take_are_told_as_they_were_given() -> None:
+    x, k = np.ones((2, 3), np.float32), np.array([0, 3])
+    for model in (mcdrop.wrap(Embedded(), example=example, tuning={}) for example in ((x, k), {"x": x, "k": k})):
+        with pytest.raises(InputError, match=r"^the network cannot take inputs of shape x: \(2, 3\), k: \(2,\): "):
+            mcdrop.predict(model, {"k": k + 1, "x": x}, passes=4)
+    model = mcdrop.wrap(Embedded(), example=(x, k), tuning={})
+    with pytest.raises(InputError, match=r"^the network cannot take inputs of shape 0: \(2, 3\), 1: \(2,\): "):
+        mcdrop.predict(model, (x, k + 1), passes=4)
+
+
 def test_a_deep_copy_shares_the_network_and_answers_the_same() -> None:
     model = mcdrop.wrap(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), example=torch.randn(4, 3))
     screened = model.with_screen(mcdrop.fit_screen(model, torch.randn(40, 3), fpr=0.1))

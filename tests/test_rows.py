@@ -84,7 +84,7 @@ def test_the_leaves_are_the_users_own_and_unchanged() -> None:
         (np.array([[1.0, 2.0], [True, np.nan]], object), "inputs must be finite numbers; row 1 holds nan at [1]"),
         (np.ma.masked_greater(GOOD, 3), "inputs must have no masked values; row 1 is masked at [1]"),
         ((np.ones(2), np.ma.masked_equal([1, 2], 1)), "input 1 must have no masked values; row 0 is masked"),
-        ({1, 2}, "inputs must be numbers, got values of type object"),
+        ({1, 2}, "inputs must be numbers, got one object of type set"),
         ([[1, 2], [3]], "inputs must be rows of equal length; row 0 has 2 values and row 1 has 1"),
         ([[1, 2], 3], "inputs must be rows of equal length; row 0 has 2 values and row 1 has a single number"),
         ([[[1], [2, 3]]], "inputs must be rows of equal length; some row is nested unevenly"),

@@ -75,3 +75,17 @@ def test_an_error_of_another_file_is_not_that_of_the_stream(monkeypatch: pytest.
             (tmp_path / "model.bin").read_bytes()
         write()
     assert (tmp_path / "out.csv").read_text() == "x\n1\n"
+
+
+def test_a_reader_that_leaves_a_pipe_with_a_name_is_told_as_what_it_is_too() -> None:
+    """As of ``-o /dev/stdout | head -1``."""
+    reader, writer = os.pipe()
+
+    def write_when_it_has_left() -> None:
+        with writing(f"/dev/fd/{writer}") as stream:
+            os.close(reader)
+            stream.write("x\n1\n")
+
+    with pytest.raises(BrokenPipeError):
+        write_when_it_has_left()
+    os.close(writer)
