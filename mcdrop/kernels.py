@@ -15,7 +15,8 @@ from torch import Tensor
 from mcdrop.attention import ATTENTION, run_attention
 from mcdrop.convolve import conv_together, folded, run_conv
 from mcdrop.each_pass import EACH_PASS, each_pass, run_each_pass
-from mcdrop.sequences import for_cudnn, over_passes
+from mcdrop.recurrent import run_layer
+from mcdrop.sequences import over_passes
 
 __all__ = [
     "BATCH_NORM", "CAT", "CONV", "LAYER_NORM", "LINEAR", "MATMUL", "RECURRENT", "RUN", "by_row"
@@ -267,10 +268,7 @@ def _run_recurrent(
     name: str, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, both_ways: bool,
     rows_first: bool,
 ) -> Sequence[Tensor]:  # fmt: skip
-    x, initial, weights = for_cudnn(x, initial, weights)
-    start = tuple(initial) if len(initial) == 2 else initial[0]
-    found: Sequence[Tensor] = getattr(torch, name)(x, start, weights, bias, 1, 0.0, False, both_ways, rows_first)
-    return found
+    return run_layer(getattr(torch, name), x, initial, weights, bias, both_ways, rows_first)
 
 
 RUN: dict[Any, Callable[..., Any]] = {

@@ -84,7 +84,13 @@ def conv(
 
 
 def conv_add_relu(other: Tensor, x: Tensor, *how: Any) -> Tensor:
-    """A convolution as in ``conv``, added to a tensor of its output's shape and cut off below 0."""
+    """A convolution as in ``conv``, added to a tensor of its output's shape and cut off below 0.
+
+    Raises:
+        RuntimeError: the other tensor has another number of images, past whose end oneDNN would read.
+    """
+    if other.shape[: -1 - _IMAGE] != x.shape[: -1 - _IMAGE]:
+        raise RuntimeError(f"a sum of images {tuple(x.shape)} takes as many others, got {tuple(other.shape)}")
     run = torch.ops.mkldnn._convolution_pointwise.binary
     return folded(x, _IMAGE, lambda flat: run(_channels_last(flat), _flat(other), *_sum(flat, *how)))
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from mcdrop.attention import in_groups
 from mcdrop.errors import ModelRefused
 from mcdrop.intercept import PACKED, Folded, Interception, Rules
+from mcdrop.recurrent import for_cudnn, run_layer
 
-__all__ = ["SEQUENCE_RULES", "body_rule", "for_cudnn", "over_passes", "recurrent_rule"]
+__all__ = ["SEQUENCE_RULES", "body_rule", "over_passes", "recurrent_rule"]
 
 Function = Callable[..., Any]
 
@@ -81,26 +82,6 @@ def _attention(
 # -- recurrent ---------------------------------------------------------------------------------------------------------
 
 
-def for_cudnn(
-    x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gives a recurrent layer's tensors as a GPU wants them: in order, and the weights in one piece of memory."""
-    if not x.is_cuda or type(x) is not Tensor:
-        return x, [*initial], [*weights]
-    return x.contiguous(), [state.contiguous() for state in initial], _in_one_piece(weights)
-
-
-def _in_one_piece(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Weights one after another in memory, matrices first: else torch warns, and copies them all the same."""
-    ordered = sorted(weights, key=lambda weight: -weight.dim())
-    ends = [one.data_ptr() + one.nbytes for one in ordered]
-    if all(end == one.data_ptr() for end, one in zip(ends, ordered[1:], strict=False)):
-        return [*weights]
-    parts = torch.cat([one.reshape(-1) for one in ordered]).split([one.numel() for one in ordered])
-    placed = {id(one): part.view(one.shape) for one, part in zip(ordered, parts, strict=True)}
-    return [placed[id(one)] for one in weights]
-
-
 class _Layer(torch.autograd.Function):
     """One recurrent layer with a rule for vmap: torch has none, so the sample axis is folded into the rows'."""
 
@@ -109,9 +90,8 @@ class _Layer(torch.autograd.Function):
         function: Function, bias: bool, both_ways: bool, rows_first: bool, states: int, *tensors: Tensor
     ) -> Any:
         """Runs the layer without dropout: tensors are the input, the initial states, then the weights."""
-        x, initial, weights = for_cudnn(tensors[0], tensors[1 : 1 + states], tensors[1 + states :])
-        start = tuple(initial) if states == 2 else initial[0]
-        return tuple(function(x, start, weights, bias, 1, 0.0, False, both_ways, rows_first))
+        initial, weights = tensors[1 : 1 + states], tensors[1 + states :]
+        return run_layer(function, tensors[0], initial, weights, bias, both_ways, rows_first)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -89,6 +89,9 @@ def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, pass
     for node in graph.nodes:
         if node.op in ("call_function", "get_attr") and node.target not in _ARITHMETIC:
             home[node] = next((name for name, kinds in _ORDER.items() if depends[node] in kinds), "passes")
+            mixed = _mixes(node, passes) or any(home.get(source) == "passes" for source in node.all_input_nodes)
+            if home[node] == "masks" and mixed:  # else further passes could not be put behind it
+                home[node] = "passes"
     home |= dict.fromkeys(_computed(graph, given["weights"], home), "folded")
     placed = {name: _members(graph, home, depends, name) for name in ("folded", *_ORDER, "passes")}
     ends: dict[str, list[fx.Node]] = {name: [] for name in placed}
@@ -114,6 +117,13 @@ def _cut(graph: fx.Graph, given: dict[str, list[fx.Node]], output: fx.Node, pass
     per_pass = tuple((sizes(node) or (None,))[0] in passes for node in ends["masks"])
     fixed = {name: [_fixed_axes(node) for node in given] for name, given in inputs.items()}
     return Stages(stages, fixed, per_pass, all(is_view(node) for node in placed["weights"]))
+
+
+def _mixes(node: fx.Node, passes: set[Any]) -> bool:
+    """Whether a value has its passes elsewhere than alone on its first axis, such as folded into another."""
+    first, *others = sizes(node) or (1,)
+    others = others if first in passes else [first, *others]
+    return any(size.free_symbols & passes for size in others if not isinstance(size, int))
 
 
 def _fixed_axes(node: fx.Node) -> list[int]:
@@ -239,6 +249,6 @@ class _Remembered:
 
 def _same(kept: Tensor, now: Tensor) -> bool:
     """Whether two tensors of one shape and type hold the same bits; five times as fast as torch compares numbers."""
-    if not (kept.is_contiguous() and now.is_contiguous()):
+    if not all(one.is_cpu and one.is_contiguous() and one.nbytes == kept.nbytes for one in (kept, now)):
         return torch.equal(kept, now)
     return not _COMPARE(kept.data_ptr(), now.data_ptr(), kept.nbytes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mcdrop
-from mcdrop.onednn import FLOPS, available
+from mcdrop.onednn import FLOPS, available, conv_add_relu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch comes without oneDNN")
 
@@ -148,6 +148,13 @@ def test_layers_of_few_units_are_onednns_where_there_are_many_rows(bias: bool) -
             got = passes(model, x[:count], 5)
         assert len(ran.named("mkldnn._linear_pointwise")) == products
         assert apart(got, loop(model, x[:count], 5)) < 1e-5
+
+
+def test_a_sum_with_fewer_images_never_reaches_onednn() -> None:
+    """It would read past the end of their memory."""
+    images, others = torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)
+    with pytest.raises(RuntimeError, match=r"takes as many others, got \(3, 2, 5, 5\)"):
+        conv_add_relu(others, images, None, None, [1, 1], [0, 0], [1, 1], 1)
 
 
 # -- folded once -------------------------------------------------------------------------------------------------------
