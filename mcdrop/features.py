@@ -1,7 +1,6 @@
 """Hidden features of a torch module, from one deterministic pass, and a digest of its weights."""
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,10 +39,8 @@ def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None)
     seen: list[Tensor] = []
     for module in [modules[layer]] if layer is not None else modules.values():
         if layer is not None:
-            module.__dict__["_forward_hooks"] = OrderedDict(module._forward_hooks)  # its own, not the user's
             module.register_forward_hook(lambda _, given, result: _note(seen, result))
         elif isinstance(module, nn.Linear):
-            module.__dict__["_forward_pre_hooks"] = OrderedDict(module._forward_pre_hooks)
             module.register_forward_pre_hook(lambda _, given: _note(seen, given))
     products = _Products(seen)
     with torch.no_grad(), products:

@@ -3,7 +3,8 @@
 import functools
 import hashlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mcdrop.standing import attributes, is_dead, mapped
 
-__all__ = ["Collected", "contents", "held_by_hooks", "holders", "holds", "inside", "made_hold"]
+__all__ = ["Collected", "apart", "contents", "held_by_hooks", "holders", "holds", "hooks", "inside", "made_hold"]
 
 _OURS = "_mcdrop_"  # attributes that a shadow has of us
 # these very types: another may give something new at each reading, and do something of its own at each writing
@@ -49,7 +50,7 @@ def inside(module: nn.Module) -> dict[str, list[Any]]:
         found.setdefault(name, []).extend(number for leaf in leaves for number in _numbers(leaf))
     for name, holder in holders(module):
         held = contents(holder)
-        found[name] += [*held, *held.values()] if isinstance(held, dict) else held
+        found.setdefault(name, []).extend([*held, *held.values()] if isinstance(held, dict) else held)
     return found
 
 
@@ -95,25 +96,56 @@ def made_hold(holder: Any, content: dict[Any, Any] | list[Any]) -> None:
     (holder.update if type(holder) in (*_DICTS, set) else holder.extend)(content)
 
 
+def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """Lists where the forward hooks of modules stand, which a forward may register too."""
+    return [getattr(child, key) for child in modules for key in _HOOKS]
+
+
 # -- what hooks and classes collect -----------------------------------------------------------------------------------
 
 
-def held_by_hooks(module: nn.Module) -> list[Any]:
-    """Lists what forward hooks keep things in, and containers of the network's own classes.
+def held_by_hooks(modules: Sequence[nn.Module]) -> list[Any]:
+    """Lists what forward hooks of modules keep things in, and containers of the network's own classes.
 
     Hooks keep things in the object that is called or whose method is, in variables around a function, also global ones,
     and in arguments of a partial one; such a variable is a holder as well.
     """
     seen: dict[int, Any] = {}
-    for child in module.modules():
-        for key in _HOOKS:
-            for hook in getattr(child, key).values():
-                _look_into(hook, seen)
+    for registered in hooks(modules):
+        for hook in registered.values():
+            _look_into(hook, seen)
+    for child in modules:
         if not _torchs(type(child)):
             for value in vars(type(child)).values():
                 if type(value) in (*_DICTS, *_LISTS):
                     _look_into(value, seen)
     return [holder for holder in seen.values() if not isinstance(holder, tuple)]
+
+
+def apart(module: nn.Module) -> list[nn.Module]:
+    """Lists modules that a network keeps and none registers, such as those in a plain list: they are the user's own."""
+    found, trees = {id(child): child for child in module.modules()}, [module]
+    registered = len(found)
+    while trees:
+        for leaf in (leaf for _, leaves in _kept(trees.pop()) for leaf in leaves):
+            for tree in (one for one in _modules(leaf) if id(one) not in found):
+                trees.append(tree)
+                found |= {id(child): child for child in tree.modules()}
+    return [*found.values()][registered:]
+
+
+def _modules(leaf: Any) -> list[nn.Module]:
+    """The module that something is, or those in it; what is a list or dict of another type runs no code of its own."""
+    if isinstance(leaf, nn.Module):
+        return [leaf]
+    if isinstance(leaf, dict):
+        held: Any = dict.values(leaf)
+    elif isinstance(leaf, list):
+        held = list.__iter__(leaf)
+    else:
+        held = _holder(leaf) or ()
+        held = held.values() if type(held) in _DICTS else held
+    return [one for one in islice(held, _MOST) if isinstance(one, nn.Module)]
 
 
 def _torchs(given: Any) -> bool:

@@ -4,7 +4,6 @@ The result shares every weight with the network it was made from. Its spread say
 held-out data, and the audit says so. To add a kind, add one function and one line to ``KINDS``.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +121,6 @@ def _after(drop: Callable[[Tensor, float, bool], Tensor]) -> Callable[[nn.Module
     """Adds a draw behind a layer, by a hook, so that the layer keeps its type and its attributes."""
 
     def apply(layer: nn.Module, p: float) -> None:
-        layer.__dict__["_forward_hooks"] = OrderedDict(layer._forward_hooks)  # the user's own dict stays as it is
         layer.register_forward_hook(_Hook(drop, p))
 
     return apply

@@ -21,7 +21,8 @@ from mcdrop.rewound import rewinding
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 from mcdrop.standing import kept_tensors
-from mcdrop.volatile import Left, own_tensor_dicts
+from mcdrop.volatile import Left
+from mcdrop.written import own_tensor_dicts
 
 __all__ = ["ALL_HIGH", "ALL_LOW", "Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "record"]
 
@@ -124,11 +125,12 @@ class Spy(TorchDispatchMode):
     watched: dict[int, str]
     escaped: list[tuple[str, str]] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    tied: set[str] = field(default_factory=set)
     swapped: set[str] = field(default_factory=set)
     rewound: set[str] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
     generators: Noted = field(default_factory=list)
-    drawn: Callable[[], bool] = bool
+    drawn: Callable[[], int] = int
 
     def __post_init__(self) -> None:
         """Sets up the mode itself."""
@@ -245,12 +247,17 @@ def record(
     def watch(drawn: list[Draw], pick: Pick) -> tuple[Recorder, Spy, Callable[[], bool]]:
         source = Recorder(paths, leaf.device, seed=seed, force=force, low=low)
         source.draws = drawn
-        spy = Spy(paths, watched(module), drawn=lambda: any(draw.kind != "bernoulli" or draw.p for draw in drawn))
+
+        def count() -> int:
+            return len(drawn) if any(draw.kind != "bernoulli" or draw.p for draw in drawn) else 0
+
+        spy = Spy(paths, watched(module), drawn=count)
         rules = noting({**RULES, **_readings(spy)}, spy.generators)
 
         def run() -> bool:
             seen = rewinding(lambda: len(drawn), lambda: spy.rewound.add(caller(paths))) if rewinds else nullcontext()
-            with own_tensor_dicts(module, spy.written, spy.swapped), spy, Interception(source, rules), seen:
+            places = own_tensor_dicts(module, spy.written, spy.swapped, spy.tied)
+            with places, spy, Interception(source, rules), seen:
                 forward(module, rows, pick)
             return bool(spy.escaped)
 

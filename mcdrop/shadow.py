@@ -2,7 +2,7 @@
 
 The user's module is never touched, so there is nothing to restore, and another thread may use or train it meanwhile.
 ``_parameters`` and ``_buffers`` are the same dict objects, so ``.to()``, ``load_state_dict`` and optimiser steps on
-the original are seen by the shadow at once. Layers added to or taken from the original later are not.
+the original are seen by the shadow at once. Layers and hooks added to or taken from the original later are not.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from mcdrop.errors import ModelRefused
 from mcdrop.registry import TAUGHT_LAYERS, Taught
@@ -73,10 +74,16 @@ def live_shadow(module: nn.Module, *, drawing: bool = False) -> nn.Module:
                 f"{type(module).__name__} is or holds a TorchScript module: its draws cannot be turned into masks; "
                 "wrap the Python module it was made from"
             )
-    copies = {id(original): object.__new__(type(original)) for original in originals if unwrapped(original) is original}
+    copies: dict[int, Any] = {
+        id(original): object.__new__(type(original)) for original in originals if unwrapped(original) is original
+    }
     copies.update(
         {id(original): copies[id(unwrapped(original))] for original in originals if id(original) not in copies}
     )
+    hooks = [held for original in originals for held in vars(original).values() if type(held) is OrderedDict]
+    copies.update({id(held): OrderedDict() for held in hooks})  # before all else: handles of theirs lead there
+    for held in hooks:
+        copies[id(held)].update({key: _remap(item, copies) for key, item in held.items()})
     for original in originals:
         if unwrapped(original) is original:
             copies[id(original)].__dict__.update(_state(original, copies))
@@ -87,7 +94,8 @@ def live_shadow(module: nn.Module, *, drawing: bool = False) -> nn.Module:
             elif drawing and type(original) in _DROPS:
                 layer = copies[id(original)]
                 layer.__dict__.setdefault("forward", types.MethodType(_DROPS[type(original)], layer))
-    return copies[id(module)]
+    shadow: nn.Module = copies[id(module)]
+    return shadow
 
 
 def _keep_apart(layer: nn.Module, names: Any) -> None:
@@ -133,25 +141,35 @@ def copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(whole, {id(tensor): tensor.detach().clone() for tensor in left})
 
 
-def reached_originals(module: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Runs something made of a shadow, and gives the paths of the original modules that it reached all the same."""
+def reached_originals(module: nn.Module, run: Callable[[], object]) -> dict[str, str]:
+    """Runs something made of a shadow, and gives the paths of the original modules that it reached all the same.
+
+    With each comes the function, but of torch's, in which it was seen first.
+    """
     paths = {id(child): path for path, child in module.named_modules()}
-    reached: dict[str, None] = {}
+    reached: dict[str, str] = {}
 
     def look(frame: types.FrameType, event: str, argument: object) -> None:
         if event == "call":
             for value in tuple(frame.f_locals.values()):
                 if id(value) in paths and isinstance(value, nn.Module):
-                    reached[paths[id(value)]] = None
+                    reached.setdefault(paths[id(value)], _not_of_torch(frame).f_code.co_qualname)
 
     if sys.getprofile() is not None:  # somebody profiles this thread, and could not be put back
-        return []
+        return {}
     sys.setprofile(look)  # of this thread alone
     try:
         run()
     finally:
         sys.setprofile(None)
-    return list(reached)
+    return reached
+
+
+def _not_of_torch(frame: types.FrameType) -> types.FrameType:
+    """The frame itself, or the nearest that called it."""
+    while frame.f_globals.get("__name__", "").startswith("torch.") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _state(original: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
@@ -184,14 +202,13 @@ def _remap(value: Any, copies: dict[int, Any], depth: int = 0) -> Any:
         copies[id(value)] = items
         items += [remap(item) for item in value]
         return items
-    if type(value) is dict:
-        by_key: dict[Any, Any] = {}
+    if type(value) is dict or type(value) is OrderedDict:  # the latter are hooks, which a forward may register
+        by_key: dict[Any, Any] = type(value)()
         copies[id(value)] = by_key
         by_key |= {key: remap(item) for key, item in value.items()}
         return by_key
-    if type(value) is OrderedDict:  # hooks: the user's own as long as none of them holds a module
-        mapped = OrderedDict((key, remap(item)) for key, item in value.items())
-        return value if all(mapped[key] is value[key] for key in value) else mapped
+    if type(value) is RemovableHandle:
+        return _remap_handle(value, copies)
     if isinstance(value, types.MethodType):
         owner = remap(value.__self__)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
@@ -202,6 +219,17 @@ def _remap(value: Any, copies: dict[int, Any], depth: int = 0) -> Any:
     if isinstance(value, types.FunctionType):
         return _remap_function(value, remap)
     return _remap_object(value, remap)
+
+
+def _remap_handle(handle: RemovableHandle, copies: dict[int, Any]) -> RemovableHandle:
+    """Gives a handle that takes a hook off the shadow, and not off the user's network."""
+    held = [ref() for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref)]
+    if not any(id(hooks) in copies for hooks in held):
+        return handle
+    twin = object.__new__(RemovableHandle)
+    own = [copies.get(id(hooks), hooks) for hooks in held]
+    twin.__setstate__((own[0], handle.id, tuple(own[1:])))
+    return twin
 
 
 def _remap_function(function: types.FunctionType, remap: Callable[[Any], Any]) -> types.FunctionType:

@@ -5,8 +5,7 @@ grows: passes that went on from one another would depend on their order, and on 
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mcdrop.errors import ModelRefused
-from mcdrop.holders import Collected, contents, held_by_hooks, holders, holds, made_hold
+from mcdrop.holders import Collected, apart, contents, held_by_hooks, holders, holds, hooks, made_hold
 from mcdrop.locks import forkable
 from mcdrop.standing import attributes, kept_tensors, mapped
 
-__all__ = [
-    "Left", "alike", "clean_ways", "from_start", "own", "own_tensor_dicts", "placed_starts", "starts", "volatile",
-]  # fmt: skip
+__all__ = ["Left", "alike", "clean_ways", "from_start", "own", "placed_starts", "starts", "volatile"]
 
 _VOLATILE = "_mcdrop_volatile"  # on a shadow's root: what its forwards start from, by name as in state_dict
 _KEEPING = "_mcdrop_keeping"  # there too: its modules with parametrized tensors, and the names of these
@@ -38,32 +35,53 @@ def volatile(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def starts(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
-    """Gives copies of what stands in some places now.
+def starts(module: nn.Module, names: Collection[str], tied: Collection[str]) -> dict[str, Any]:
+    """Gives copies of what stands in some places now, and what parameters are that are ``tied`` to others.
 
     Raises:
-        ModelRefused: one is a parameter, or shares its memory with another.
+        ModelRefused: one of the former is a parameter, or shares its memory with another.
     """
-    found, holders = {}, _holders(module) if names else []
-    for name in sorted(names):
+    weights = {id(weight) for weight in module.parameters()}  # in a list of weights, those that a forward does not set
+    names = names and {*names, *_same(module, names, weights)}
+    found, shares, clone = {}, _shared(module, names, weights), _cloner(lambda leaf: id(leaf) in weights)
+    for name in sorted({*names, *tied}):
         owner, key = _owner(module, name)
-        if key in owner._parameters:
+        if key in owner._parameters and name in names:
             raise ModelRefused(f"the network writes to its parameter {name} in eval mode")
-        value = owner._buffers[key] if key in owner._buffers else vars(owner).get(key, _ABSENT)
-        shared = [other for held in holders if name in held for other in held - {name}]
-        if shared:
-            raise ModelRefused(f"the network writes to {name} in eval mode, which shares its memory with {shared[0]}")
-        found[name] = mapped(value, _cloned)
+        if name in shares:
+            said = f"the network writes to {name} in eval mode, which shares its memory with {shares[name]}"
+            raise ModelRefused(said)
+        tensors: Any = {**vars(owner), **owner._buffers, **owner._parameters}
+        found[name] = mapped(tensors.get(key, _ABSENT), clone)
     return found
 
 
-def _holders(module: nn.Module) -> list[set[str]]:
-    """The names of the tensors that lie in the same memory, for each piece of it."""
-    found: dict[int, set[str]] = {}
-    for name, tensor in (*kept_tensors(module), *module.named_buffers(), *module.named_parameters()):
+def _tensors(module: nn.Module, weights: Collection[int]) -> Iterator[tuple[str, Tensor]]:
+    """Walks over what modules keep, without weights in lists, and buffers and parameters, under all their names."""
+    yield from ((name, tensor) for name, tensor in kept_tensors(module) if id(tensor) not in weights)
+    yield from module.named_buffers(remove_duplicate=False)
+    yield from module.named_parameters()
+
+
+def _same(module: nn.Module, names: Collection[str], weights: Collection[int]) -> set[str]:
+    """Names the places of tensors that are also in one of some places."""
+    written = {id(tensor) for name, tensor in _tensors(module, weights) if name in names}
+    return {name for name, tensor in _tensors(module, weights) if id(tensor) in written}
+
+
+def _shared(module: nn.Module, names: Collection[str], weights: Collection[int]) -> dict[str, str]:
+    """Says with what some that are written to share their memory; a tensor may be in several of their places itself."""
+    pieces: dict[int, list[tuple[str, int]]] = {}
+    for name, tensor in _tensors(module, weights) if names else ():
         if tensor.numel():
-            found.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
-    return [*found.values()]
+            pieces.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, id(tensor)))
+    found: dict[str, str] = {}
+    for piece in pieces.values():
+        for name, one in piece:
+            others = [other for other, also in piece if other != name and (also != one or other not in names)]
+            if name in names and others:
+                found[name] = others[0]
+    return found
 
 
 def placed_starts(module: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -89,7 +107,8 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 class from_start:
     """Gives a forward its own copies of what it writes to, and takes what it wrote away again.
 
-    Buffers are put in a dict of its own: a captured graph, or the user's network, may read the other meanwhile.
+    Buffers and parameters are put in dicts of its own: a captured graph, or the user's network, may read the others
+    meanwhile, and a parameter that a forward sets, as it is, in place of what it drops in it would stay.
     Weights that torch keeps for it (``parametrize.cached``) go with it: others have other masks.
     A class, because every single pass enters it, and a generator would cost several times as much.
     """
@@ -98,7 +117,7 @@ class from_start:
 
     def __init__(self, module: nn.Module) -> None:
         """Takes a shadow."""
-        self._module, self._held, self._dicts = module, list[_Held](), list[tuple[nn.Module, Any]]()
+        self._module, self._held, self._dicts = module, list[_Held](), list[tuple[nn.Module, str, Any]]()
         self._parametrized = _parametrized(module)
 
     def __enter__(self) -> None:
@@ -107,12 +126,15 @@ class from_start:
             _TURN.acquire()
         try:
             self._forget()
+            clone = _cloner(lambda leaf: isinstance(leaf, nn.Parameter))
             for name, start in volatile(self._module).items():
                 owner, key = _owner(self._module, name)
-                self._dicts.append((owner, owner._buffers))
-                owner.__dict__["_buffers"] = {**owner._buffers}
+                for kind in ("_buffers", "_parameters"):
+                    self._dicts.append((owner, kind, vars(owner)[kind]))
+                    owner.__dict__[kind] = {**vars(owner)[kind]}
+                owner._parameters.pop(key, None)  # what a forward sets there may be none
                 self._held.append(_Held(owner._buffers if key in owner._buffers else vars(owner), key))
-                self._held[-1].put(mapped(start, _cloned))
+                self._held[-1].put(mapped(start, clone))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -123,8 +145,8 @@ class from_start:
             self._forget()
             for one in reversed(self._held):
                 one.put_back()
-            for owner, buffers in reversed(self._dicts):
-                owner.__dict__["_buffers"] = buffers
+            for owner, kind, tensors in reversed(self._dicts):
+                owner.__dict__[kind] = tensors
         finally:
             if self._parametrized:
                 _TURN.release()
@@ -156,8 +178,11 @@ class Left:
         """Remembers what is there now."""
         self._module = module
         self._before = {name: _Held(vars(owner), key) for name, owner, key in _attributes(module)}
-        self._shared = [(holder, contents(holder)) for _, holder in holders(module)]
-        self._collected = Collected(held_by_hooks(module))
+        others = apart(module)
+        modules = [*module.modules(), *others]
+        found = *(holder for _, holder in holders(module)), *hooks(modules)
+        self._shared = [(holder, contents(holder)) for holder in found]
+        self._collected = Collected([*held_by_hooks(modules), *map(vars, others)])
 
     def changed(self) -> list[str]:
         """Names what is not as it was."""
@@ -220,51 +245,6 @@ class _Held:
             _refill(self._value, self._content)
 
 
-class _Noting(dict[str, Any]):
-    """A module's parameters or buffers; notes which are set or taken away."""
-
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        super().__init__(tensors)
-        self.touched: set[str] = set()
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.touched.add(name)
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self.touched.add(name)
-        super().__delitem__(name)
-
-
-@contextmanager
-def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str]) -> Iterator[None]:
-    """Leaves the user's parameters and buffers as they were, and notes what a forward does to their places.
-
-    ``written`` takes the names of those that are set anew, ``swapped`` the modules that have others for a while.
-    """
-    shared = [
-        (path, child, kind, getattr(child, kind))
-        for path, child in module.named_modules()
-        for kind in ("_parameters", "_buffers")
-    ]
-    for _, child, kind, tensors in shared:
-        child.__dict__[kind] = _Noting(tensors)
-    try:
-        yield
-    finally:
-        for path, child, kind, tensors in shared:
-            own = child.__dict__[kind]
-            child.__dict__[kind] = tensors
-            changed = {name for name in {*own, *tensors} if own.get(name) is not tensors.get(name)}
-            written |= {_full(path, name) for name in changed}
-            if any(_full(path, name) not in written for name in own.touched):  # set as ``x += 1`` does, it is written
-                swapped.add(path)
-
-
-def _full(path: str, name: str) -> str:
-    return f"{path}.{name}".removeprefix(".")
-
-
 def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """The attributes that are the network's."""
     return (found for found in attributes(module) if found[2] not in (_VOLATILE, _KEEPING, _CLEAN))
@@ -274,8 +254,18 @@ def _itself(leaf: Any) -> Any:
     return leaf
 
 
-def _cloned(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _cloner(is_weight: Callable[[Tensor], bool]) -> Callable[[Any], Any]:
+    """Gives what copies tensors but for the network's weights; one that is in several places is one there again."""
+    made: dict[int, Tensor] = {}
+
+    def clone(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or is_weight(leaf):
+            return leaf
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.clone()
+        return made[id(leaf)]
+
+    return clone
 
 
 def alike(value: Any, content: Any) -> bool:
