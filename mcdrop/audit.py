@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Audit", "NormReport", "SiteReport"]
+__all__ = ["Audit", "NormReport", "SiteReport", "times"]
 
 _NORMS_SHOWN = 3
+_MOST = 1000  # times a variance: of what hardly varies, more says nothing
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Audit:
             lines.append(f"precision: {self.precision}, off from fp32 by {self.precision_error:.2%} of the passes' std")
         for norm in sorted(self.norms, key=lambda norm: -abs(norm.mask_effect - 1))[:_NORMS_SHOWN]:
             ratios = (
-                f"x{norm.variance_ratio:.2f} of its running variance, x{norm.mask_effect:.2f} of that without masks"
+                f"{times(norm.variance_ratio)} of its running variance, {times(norm.mask_effect)} of that without masks"
             )
             lines.append(f"norm layer {norm.path}: variance under masks {ratios}")
         if self.injected is not None:
@@ -131,3 +132,8 @@ class Audit:
         if self.mean_gap is not None:
             lines.append(f"mean of the passes: within {self.mean_gap:.2f} std of the deterministic output")
         return [*lines, f"mean preserving: {'yes' if self.mean_preserving else 'no'}"]
+
+
+def times(ratio: float) -> str:
+    """A ratio of variances in words, for people."""
+    return f"x{ratio:.2f}" if ratio <= _MOST else f"over x{_MOST}"

@@ -141,6 +141,12 @@ class Detector:
         """Gives one that is not fitted, for scikit-learn's ``clone``; they share the model, which neither changes."""
         return Detector(self.model, fpr=self.fpr, **self.options)
 
+    def __sklearn_tags__(self) -> Any:
+        """Gives what scikit-learn's pipelines ask of their last step."""
+        from sklearn.utils import Tags, TargetTags  # nobody else asks
+
+        return Tags("outlier_detector", TargetTags(required=False))
+
     def _fitted(self) -> Screen:
         if not hasattr(self, "screen_"):
             raise InputError("this detector is not fitted; call fit with inlier rows first")

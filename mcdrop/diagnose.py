@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcdrop.audit import Audit, NormReport
+from mcdrop.audit import Audit, NormReport, times
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
 from mcdrop.forward import as_numpy
@@ -216,9 +216,10 @@ def _norm_warnings(norms: tuple[NormReport, ...], rows: int) -> list[str]:
         else "Put dropout after the last norm layer, or fit the statistics to the passes with "
         "mcdrop.recalibrate_batchnorm"
     )
+    effect, ratio = times(worst.mask_effect), times(worst.variance_ratio)
     return [
-        f"dropout shifts the variance at {len(shifted)} of {len(norms)} norm layers, most x{worst.mask_effect:.2f} at "
-        f"{worst.path} (x{worst.variance_ratio:.2f} of its running variance, on {rows} rows): running statistics fit "
+        f"dropout shifts the variance at {len(shifted)} of {len(norms)} norm layers, most {effect} at "
+        f"{worst.path} ({ratio} of its running variance, on {rows} rows): running statistics fit "
         f"the passes or the deterministic output, not both (Li et al. 2018). {advice}"
     ]
 

@@ -7,7 +7,6 @@ Whatever draws and cannot be controlled is named, and by default the network is 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -15,14 +14,15 @@ from mcdrop.audit import Audit, SiteReport
 from mcdrop.checks import alone, changing, mean_preserving, same_again, seeded_anew, unrepeatable
 from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.flags import Flags, in_front, lost_draws, lost_message
-from mcdrop.forward import draws_off, to_tensors
+from mcdrop.forward import may_fail, to_tensors
 from mcdrop.generators import doubted, own_generator
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
 from mcdrop.quiet import first_line
 from mcdrop.record import Spy, record
+from mcdrop.refusals import check_reach, none_message, whose
 from mcdrop.rows import Rows
-from mcdrop.shadow import live_shadow, reached_originals
+from mcdrop.shadow import live_shadow
 from mcdrop.trace import Trace, trace
 from mcdrop.volatile import Left, own, starts
 
@@ -88,10 +88,10 @@ def discover(
     live, plain = live_shadow(module, drawing=True), live_shadow(module)
     _check_initialised(module)
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
-    spy = _first_look(live, few, pick)
+    spy = _first_look(live, few, pick, rows)
     warnings = _own_written((live, plain), spy)
     _own_swapped((live, plain), spy.swapped)
-    _check_reach(module, live, few, pick)
+    check_reach(module, live, few, pick)
     verdicts = _overruled(live, probe(live, few, pick), overrules.include, overrules.exclude)
     flags = Flags.of(live, few, pick, verdicts, strict=overrules.strict)
     if not front and (telling := flags.telling(to_tensors(rows.take(slice(0, _MANY_ROWS)), live))):
@@ -107,7 +107,7 @@ def discover(
     seeded = seeded_anew(live, few, pick, spy)
     lost = lost_draws(found, verdicts) + unrepeatable(live, few, pick, found) + seeded
     if lost and overrules.strict:
-        raise UncontrolledDraw(lost_message(name, lost))
+        raise UncontrolledDraw(lost_message(name, *whose(live, few, pick, lost)))
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
     single = alone(live, few, pick, found, excluded)
     warnings += [*lost, *_in_doubt(name, overrules), *_unclear(found), *single.said]
@@ -117,11 +117,11 @@ def discover(
     audit = _audit(module, verdicts, sites, warnings, preserving=preserving)
     if not audit.live:
         why = [f"it draws what no mask controls: {', '.join(lost)}"] if lost else single.said
-        raise NoStochasticSite("; ".join([_none_message(audit, found), *why]))
+        raise NoStochasticSite("; ".join([none_message(live, audit, found), *why]))
     return Discovery(live, plain, excluded, force, audit, few, found, single.beside, flags, front)
 
 
-def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
+def _first_look(live: nn.Module, rows: Rows, pick: Pick, example: Rows) -> Spy:
     """Runs one pass that cannot write to the user's tensors, and checks that its output can be used."""
     try:
         output, spy = _look(live, rows, pick)
@@ -129,7 +129,7 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
         raise
     except Exception as error:
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in rows.named())
-        remedy = _WHOLE_GRAPH if "fullgraph=True" in str(error) else ""
+        remedy = _WHOLE_GRAPH if "fullgraph=True" in str(error) else _taken_whole(live, example, pick)
         raise InputError(f"{UNUSABLE} ({shapes}): {first_line(error)}{remedy}") from error
     if output.is_complex():
         raise InputError("the picked output is complex; return real numbers, such as torch.view_as_real of it")
@@ -140,6 +140,15 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick) -> Spy:
             f"the picked output has the shape {shape} for {rows.count} rows; its first axis must be the rows{several}"
         )
     return spy
+
+
+def _taken_whole(live: nn.Module, example: Rows, pick: Pick) -> str:
+    """Says so, and what to do, where the network takes all rows of the example and not a few of them."""
+    if example.count > _FEW_ROWS:
+        with may_fail():
+            _look(live, to_tensors(example, live), pick)
+            return f"; it takes all {example.count} rows of the example{Rows.ONE_ROW}"
+    return ""
 
 
 def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
@@ -177,17 +186,6 @@ def _check_initialised(module: nn.Module) -> None:
         )
 
 
-def _check_reach(module: nn.Module, live: nn.Module, rows: Rows, pick: Pick) -> None:
-    with torch.no_grad():
-        reached = reached_originals(module, lambda: draws_off(live, rows, pick))
-    if reached:
-        raise ModelRefused(
-            f"{type(module).__name__} calls its own module {', '.join(map(repr, reached))} through a reference that "
-            "cannot be followed (a closure, a global or another object), so its draws would stay off; call it as an "
-            "attribute"
-        )
-
-
 def _overruled(
     live: nn.Module, verdicts: dict[str, Verdict], include: tuple[str | type, ...], exclude: tuple[str | type, ...]
 ) -> dict[str, Verdict]:
@@ -220,7 +218,7 @@ def _own_written(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
     Raises:
         ModelRefused: it writes to a parameter, or to memory that two share.
     """
-    own(shadows, starts(shadows[0], spy.written))
+    own(shadows, starts(shadows[0], spy.written, spy.tied))
     said = "is written to even in eval mode: every pass starts from mcdrop's own copy of it"
     return [f"{name} {said}" for name in sorted(spy.written)]
 
@@ -278,15 +276,3 @@ def _in_doubt(name: str, overrules: Overrules) -> list[str]:
     if overrules.strict and doubted(name):
         raise UncontrolledDraw(f"{doubted(name)[0]}; wrap it while nothing else does, or accept that: strict=False")
     return doubted(name)
-
-
-def _none_message(audit: Audit, found: Trace) -> str:
-    seen = "; ".join(f"{site.path or 'root'}: {site.kind}, {site.reason}" for site in audit.sites) or "no draw at all"
-    kept = "".join(f"; {path or 'root'} {reason}" for path, reason in audit.kept.items())
-    off = sorted({path or "root" for path in found.off if path is not None})
-    literal = f"; dropout switched off in {', '.join(off)} (force_literal=True drops there)" if off else ""
-    return (
-        f"{audit.model} has no live stochastic site: every variance would be 0. Looked at {audit.modules} modules and "
-        f"found: {seen}{kept}{literal}. Train it with dropout (torch.nn.Dropout with 0 < p < 1, or "
-        "F.dropout(..., training=self.training)), or check that it was not stripped when the network was exported"
-    )

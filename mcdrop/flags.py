@@ -24,6 +24,7 @@ from mcdrop.forward import may_fail
 from mcdrop.observed import Observation, Observer, Readers, same, unwatched, watched
 from mcdrop.outputs import Pick
 from mcdrop.probe import Verdict, probe
+from mcdrop.refusals import PARTIAL
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
 from mcdrop.trace import Trace
@@ -287,10 +288,9 @@ def _escapes(escaped: Sequence[tuple[str, str]]) -> list[str]:
     return sorted({f"{operation} in {path or 'the root module'}" for path, operation in escaped})
 
 
-def lost_message(name: str, lost: Sequence[str]) -> str:
+def lost_message(name: str, lost: Sequence[str], last: str = PARTIAL) -> str:
     """Says what a network draws that no mask controls, and what to do."""
     return (
         f"{name} draws random numbers that no mask controls: {'; '.join(lost)}. Write the draw with torch.bernoulli, "
-        "torch.rand, torch.randn or F.dropout in a module of its own, teach mcdrop with mcdrop.register, or accept "
-        "partial coverage with strict=False"
+        f"torch.rand, torch.randn or F.dropout in a module of its own, teach mcdrop with mcdrop.register, or {last}"
     )

@@ -41,9 +41,17 @@ def to_tensors(rows: Rows, module: nn.Module) -> Rows:
 
 
 def place_of(state: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Gives the device and the floating type of a network with such weights and buffers."""
+    """Gives the device and the floating type of a network with such weights and buffers.
+
+    It is the type of the first weight, or buffer where there is none; masks of double precision that a network keeps
+    among its weights and does not train, as Masksembles do, tell it only where all weights are so.
+    """
     device = state[0].device if state else torch.device("cpu")
-    return device, next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
+    floating = [one for one in state if one.is_floating_point()]
+    weights = (one for one in floating if isinstance(one, nn.Parameter))
+    telling = (one for one in weights if one.requires_grad or one.dtype != torch.float64)
+    first = next(telling, floating[0] if floating else None)
+    return device, torch.get_default_dtype() if first is None else first.dtype
 
 
 def moved(module: nn.Module, device: str | torch.device) -> nn.Module:
@@ -137,7 +145,8 @@ class said_of:
         """Says what was given, where the error is the network's, which may raise anything, such as of an assertion."""
         if not isinstance(error, Exception) or isinstance(error, MCDropError) or out_of_memory(error):
             return
-        shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in self._rows.named())
+        names = self._rows.names or [name for name, _ in self._rows.named()]
+        shapes = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in zip(names, self._rows.leaves, strict=True))
         raise InputError(f"the network cannot take inputs of shape {shapes}: {first_line(error)}") from error
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mcdrop.intercept import Interception
 
-__all__ = ["Noted", "doubted", "moved_on", "noting", "out_of_sight", "own_generator"]
+__all__ = ["GLOBALS", "Noted", "doubted", "moved_on", "noting", "out_of_sight", "own_generator", "stepped"]
 
 Noted = list[tuple[torch.Generator, Tensor]]  # generators that draws were given, with their states then
 
@@ -55,6 +55,7 @@ _GLOBAL = {
     ),
     _TORCH: _Global(_torch_state, _set_torch, lambda: torch.rand(1, device="cpu")),
 }
+GLOBALS = tuple(_GLOBAL)
 
 
 @dataclass
@@ -66,6 +67,11 @@ class _Own:
 
 
 _NOW = threading.local()  # its ``own`` are those of this thread, the innermost last
+
+
+def stepped(name: str) -> None:
+    """Lets a global generator be a number further."""
+    _GLOBAL[name].step()
 
 
 def _states(names: Collection[str] = tuple(_GLOBAL)) -> dict[str, Any]:
@@ -155,12 +161,12 @@ def _seeded(names: set[str], again: Callable[[], object]) -> set[str]:
     """Names those of some generators that a pass does not leave a number further: it puts them where it always does."""
     before, seeded = _states(names), set[str]()
     for name in names:
-        _GLOBAL[name].step()
-    stepped = _states(names)
+        stepped(name)
+    further = _states(names)
     if names:
         again()
     for name in names:  # each at once, so that hardly anybody draws between the two
-        if _moved({name: stepped[name]}):
+        if _moved({name: further[name]}):
             seeded.add(name)
         else:
             _GLOBAL[name].put_back(before[name])

@@ -42,8 +42,9 @@ _OUT_OF_SIGHT = (
 )
 _OTHER_WAY = "the network takes another way through these rows than through its example"
 _REMEDY = (
-    "; to sample these, wrap the network with an example of rows that go this way; or, where a draw says whether a "
-    "layer runs, run it always and let the draw be a factor: x + keep * layer(x)"
+    "; to sample these, wrap the network with an example of rows that go this way; where a draw says whether a layer "
+    "runs, run it always and let the draw be a factor: x + keep * layer(x); where it says how often, as in an adaptive "
+    "solver, take a fixed number of steps"
 )
 _SELU_FLOOR = -1.7580993408473766  # minus alpha times scale: what SELU tends to (Klambauer et al. 2017, eq. 2)
 
@@ -126,8 +127,7 @@ class Given:
         index, self._next = self._next, self._next + 1
         if index >= len(self._masks):
             raise UncontrolledDraw(f"{_OTHER_WAY}: a draw of {kind} {shape} is one too many{_REMEDY}")
-        layout = self._layouts[index]
-        mask = self._masks[index]
+        layout, mask = self._layouts[index], self._masks[index]
         unit = shape if layout is None else layout.unit_shape(shape)
         if self._sites:
             site = self._sites[index]

@@ -17,7 +17,7 @@ from mcdrop.attention import ATTENTION, in_groups
 from mcdrop.intercept import Interception, Rules
 from mcdrop.kernels import BATCH_NORM, CAT, CONV, LAYER_NORM, LINEAR, MATMUL, RECURRENT
 from mcdrop.row_rules import ROW_RULES, by_row_rule
-from mcdrop.rules import RULES
+from mcdrop.rules import RULES, by_torchs_own
 from mcdrop.sequences import recurrent_rule
 
 __all__ = ["KERNEL_RULES"]
@@ -199,7 +199,7 @@ _ACTIVATIONS = (
     F.celu, F.elu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish, F.relu6, F.selu, F.silu, F.threshold
 )  # fmt: skip
 
-KERNEL_RULES: Rules = {
+KERNEL_RULES: Rules = by_torchs_own({
     **RULES,
     **ROW_RULES,
     **{function: _activation_rule(function) for function in _ACTIVATIONS},
@@ -227,4 +227,4 @@ KERNEL_RULES: Rules = {
     torch.lstm: recurrent_rule(torch.lstm, 2, _layer),
     torch.rnn_relu: recurrent_rule(torch.rnn_relu, 1, _layer),
     torch.rnn_tanh: recurrent_rule(torch.rnn_tanh, 1, _layer),
-}
+})  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NUMBERS_READ", "Result", "result_of", "united"]
+__all__ = ["NUMBERS_READ", "Result", "read_after", "result_of", "united"]
 
 NUMBERS_READ = (Tensor.numpy, Tensor.tolist, Tensor.__array__)  # out of torch's sight, so that nobody sees what for
 _FEW = 4096  # numbers of a value that are kept to be compared
@@ -21,19 +21,19 @@ Number = bool | int | float
 class Result(NamedTuple):
     """What one operation made: ``size`` and ``given`` are the bytes of it and of the arguments.
 
-    ``drawn`` says whether something was drawn before; the ``value`` is there where it is few numbers. How many entries
-    there are is ``counted`` where that follows from values.
+    ``drawn`` counts the draws before, or is 0 where they drop nothing. The ``value`` is there where it is few numbers.
+    How many entries there are is ``counted`` where that follows from values.
     """
 
     name: str
     size: int
     given: int
-    drawn: bool
+    drawn: int
     value: Tensor | Number | None
     counted: bool = False
 
 
-def result_of(name: str, made: object, given: Sequence[Any], *, drawn: bool, counted: bool = False) -> Result:
+def result_of(name: str, made: object, given: Sequence[Any], *, drawn: int, counted: bool = False) -> Result:
     """Gives what an operation made of its arguments; lists among these are looked into."""
     taken = [leaf for one in given for leaf in (one if isinstance(one, list | tuple) else (one,))]
     value: Tensor | Number | None = None
@@ -42,6 +42,16 @@ def result_of(name: str, made: object, given: Sequence[Any], *, drawn: bool, cou
     elif isinstance(made, Tensor) and made.numel() <= _FEW:
         value = made.detach().clone()
     return Result(name, _bytes(made), sum(map(_bytes, taken)), drawn, value, counted)
+
+
+def read_after(ones: Sequence[Result], others: Sequence[Result]) -> int:
+    """How many draws stood before the first number that Python read otherwise in another pass; 0 where none did."""
+    for one, other in zip(ones, others, strict=False):
+        if one.name != other.name:
+            break
+        if (isinstance(one.value, Number) and one.value != other.value) or (one.counted and one.size != other.size):
+            return one.drawn
+    return 0
 
 
 def united(few: Sequence[Result], more: Sequence[Result] | None, again: Callable[[], Sequence[Result]]) -> str:

@@ -47,8 +47,9 @@ class Plans:
         self.precision, self.compiled, self.tuning, self._flags = precision, compiled, tuning, flags
         held = [(one, tensor) for one in state_of(live) if (tensor := one.now()) is not None]
         held.sort(key=lambda one: not isinstance(one[1], nn.Parameter))  # buffers may have more digits than weights
-        floating = next((one for one, tensor in held if tensor.is_floating_point()), None)
-        self._telling = [one for one in (held[0][0] if held else None, floating) if one is not None]
+        kind = place_of([*live.parameters(), *live.buffers()])[1]
+        floating = next((one for one, tensor in held if tensor.dtype == kind), None)
+        self._telling = held[0][0] if held else None, floating
         self._plans: dict[object, Plan] = {}
         self._known: tuple[object, Trace | None] = None, None
         self._lock = new_lock()
@@ -111,11 +112,10 @@ class Plans:
             self._known = self._signature(rows, self._place()), found
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
-        """Where the network is now, told by its first weight and its first floating one."""
-        first = self._telling[0].now() if self._telling else None
-        if first is not None and first.is_floating_point():
-            return first.device, first.dtype
-        return place_of([tensor for one in self._telling if (tensor := one.now()) is not None])
+        """Where the network is now, told by its first weight and the first one of the type that rows have."""
+        first, typed = (None if one is None else one.now() for one in self._telling)
+        kind = torch.get_default_dtype() if typed is None else typed.dtype
+        return torch.device("cpu") if first is None else first.device, kind
 
     def _made(self, tensors: Rows) -> Plan:
         # looked at and proved with all digits, also where passes leave some out: then a difference is an error
@@ -217,8 +217,7 @@ class Plans:
         To be asked in ``turn``.
         """
         tier = tier or plan.tier
-        whole = [stack is None for stack in stacks] == [site.name in plan.off for site in plan.trace.sites]
-        if tier == CAPTURED and whole and plan.program is not None:
+        if tier == CAPTURED and _whole(plan, stacks) and plan.program is not None:
             present = [stack for stack in stacks if stack is not None]
             program = plan.program.plain
             return straight(program, program.masks(present), tensors, len(present[0]))
@@ -234,7 +233,8 @@ class Plans:
 
     def _by(self, tier: str, plan: Plan, tensors: Rows, stacks: Stacks) -> Tensor:
         run = one_by_one if tier == "direct" else TIERS[tier]
-        mixed = tier == "vmap" and bool(plan.trace.united)
+        # with the masks of some draws alone, what is written to in place may lack the axis of the passes
+        mixed = tier == "vmap" and (bool(plan.trace.united) or not _whole(plan, stacks))
         try:
             return run(self.live, tensors, self.pick, plan.trace, stacks)
         except Exception as error:  # of a way that the check did not go; the network's own comes again
@@ -277,6 +277,11 @@ class Plans:
 
     def _digits(self, device: torch.device) -> AbstractContextManager[None]:
         return digits(device, tf32=self.precision == "tf32")
+
+
+def _whole(plan: Plan, stacks: Stacks) -> bool:
+    """Whether all draws have masks that the plan does not leave off."""
+    return [stack is None for stack in stacks] == [site.name in plan.off for site in plan.trace.sites]
 
 
 @cache

@@ -57,7 +57,7 @@ def _each(look: Observer, base: Observation, on: Sequence[nn.Module], known: Map
     verdicts = {}
     read = {path: child for path, child in look.module.named_modules() if id(child) in base.readers}
     new = {path: child for path, child in read.items() if path not in known}
-    norms = {path: child for path, child in new.items() if isinstance(child, _NormBase)}
+    norms = {path: child for path, child in new.items() if _keeps_statistics(child)}
     others = [child for child in norms.values() if not type(child).__module__.startswith("torch.")]
     draw = bool(others) and look.observe([*on, *others], seed=_SEEDS[0]).draws > base.draws
     for path, child in new.items():
@@ -68,6 +68,12 @@ def _each(look: Observer, base: Observation, on: Sequence[nn.Module], known: Map
         else:
             verdicts[path] = _effect(look, child, base, on)
     return verdicts
+
+
+def _keeps_statistics(child: nn.Module) -> bool:
+    """Whether this is a norm layer; the flag of torch's own without running statistics is for hooks at the most."""
+    torchs = type(child).__module__.startswith("torch.")
+    return isinstance(child, _NormBase) and not (torchs and child.running_mean is None)
 
 
 def _beneath(look: Observer, verdicts: Verdicts) -> Verdicts:

@@ -98,7 +98,7 @@ _BY_ROW = (
     torch.fft.rfft2, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
 )  # fmt: skip
 _OF_TWO = (F.bilinear, F.grid_sample, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
-_ALONG: dict[Any, int] = {torch.gather: 2, torch.index_select: 1, torch.scatter: 3, torch.scatter_add: 3}
+_ALONG = {"gather": 2, "index_select": 1, "scatter": 3, "scatter_add": 3}
 _WITH_INDICES = (
     F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
@@ -133,8 +133,8 @@ ROW_RULES: Rules = {
     **{function: by_row_rule(function) for function in _BY_ROW},
     **{function: by_row_rule(function, tensors=2) for function in _OF_TWO},
     **{function: _with_indices_rule(function) for function in _WITH_INDICES},
-    **{function: _along_rule(function, tensors) for function, tensors in _ALONG.items()},
-    **{getattr(Tensor, one.__name__): _along_rule(one, tensors) for one, tensors in _ALONG.items()},
+    **{getattr(torch, name): _along_rule(getattr(torch, name), tensors) for name, tensors in _ALONG.items()},
+    **{getattr(Tensor, name): _along_rule(getattr(torch, name), tensors) for name, tensors in _ALONG.items()},
     Tensor.scatter_: _written_rule(torch.scatter, 3),
     Tensor.scatter_add_: _written_rule(torch.scatter_add, 3),
     F.instance_norm: _instance_norm_rule,

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcdrop.decisions import DECISION_RULES
-from mcdrop.intercept import Folded, Interception
+from mcdrop.intercept import Folded, Interception, Rules
 from mcdrop.sequences import SEQUENCE_RULES, body_rule
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "by_torchs_own"]
 
 Apply = Callable[[Interception, Tensor, float, int], Tensor]
 
@@ -183,7 +183,20 @@ def _blank(kwargs: dict[str, Any], like: Tensor | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
 
 
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+def by_torchs_own(rules: Rules) -> Rules:
+    """Gives the same rules, also by those functions of torch's in whose places a library has put its own.
+
+    Those call torch's in the end, and a mode hears of these alone.
+    """
+    homes: Any = (torch, torch._C._VariableFunctions), (F, torch._C._nn), (Tensor, torch._C.TensorBase)
+    named = ((public, home, name) for public, home in homes for name in dir(home) if not name.startswith("__"))
+    owns = {getattr(public, name, None): getattr(home, name) for public, home, name in named}
+    written = {one: getattr(one, "__globals__", {}).get("__name__", "") for one in rules}  # in which module
+    theirs = (one for one, where in written.items() if one in owns and not where.startswith("torch."))
+    return {**{owns[one]: rules[one] for one in theirs}, **rules}
+
+
+RULES: Rules = by_torchs_own({
     **SEQUENCE_RULES,
     **DECISION_RULES,
     F.gumbel_softmax: body_rule(F.gumbel_softmax),
@@ -216,4 +229,4 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rand_like: _like_rule("uniform"),
     torch.randn_like: _like_rule("normal"),
     torch.randint: _to_out(_randint),
-}
+})  # fmt: skip

@@ -23,11 +23,13 @@ from mcdrop.quiet import first_line
 from mcdrop.record import Draw, Recorder, Spy, nowhere, record
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
+from mcdrop.varying import leaving_off, random_rates
 
 __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
+_Pass = tuple[Recorder, Spy]
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
 
 
@@ -122,13 +124,13 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
     few, more, larger, first = source.draws, [], None, spy
-    again = partial(record, module, repeat_rows(given, 2 * given.count), pick, seed=0, force=force)
-    rates = _random_rates(few, [record(module, given, pick, seed=seed, force=force)[0] for seed in _SEEDS])
+    on = partial(record, module, pick=pick, seed=0, force=force)
+    again = partial(on, rows=repeat_rows(given, 2 * given.count))
+    rates = random_rates(module, (source, spy), [on(rows=given, seed=seed) for seed in _SEEDS])
     with may_fail():
-        wide, larger = record(module, repeat_rows(rows, MORE), pick, seed=0, force=force)
+        wide, larger = on(rows=repeat_rows(rows, MORE))
         more = wide.draws
     told = [told_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
-    on = partial(record, module, pick=pick, seed=0, force=force)
     if any(one.counted for one in spy.results):
         told = _steady(told, few, (rows.take([row] * given.count) for row in range(rows.count)), on)
     if spy.by_values:
@@ -151,17 +153,22 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     if ordered is not None:
         return ordered
     unclear = {i for i, (layout, clear) in enumerate(told) if not clear or (layout and layout.multiple > 1)}
-    return _of_all_rows(found, unclear, record(module, rows, pick, seed=0, force=force)[0].draws)
+    return _of_all_rows(module, found, unclear, on(rows=rows)[0].draws)
 
 
-def _of_all_rows(found: Trace, unclear: set[int], draws: Sequence[Draw]) -> Trace:
+def _of_all_rows(module: nn.Module, found: Trace, unclear: set[int], draws: Sequence[Draw]) -> Trace:
     """Gives the trace of so many rows alone: some of their draws have masks of their own for all entries.
 
     Raises:
         UncontrolledDraw: other numbers of rows have other draws.
     """
     if len(draws) != len(found.sites):
-        raise UncontrolledDraw("how many random numbers a pass draws depends on the number of rows")
+        few, more = sorted(([(one.kind, one.path) for one in each] for each in (found.sites, draws)), key=len)
+        path = next(two for one, two in zip_longest(few, more) if one != two)[1]
+        raise UncontrolledDraw(
+            "how many random numbers a pass draws depends on the number of rows, as where each row draws by itself: "
+            f"draw for all rows at once{leaving_off(module, path)}"
+        )
     return replace(
         found,
         sites=tuple(replace(s, shape=draws[i].shape) if i in unclear else s for i, s in enumerate(found.sites)),
@@ -175,7 +182,7 @@ def _own_shape(draw: Draw, layout: Layout | None) -> tuple[int, ...]:
 
 
 def _steady(
-    told: Sequence[Told], draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]
+    told: Sequence[Told], draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., _Pass]
 ) -> list[Told]:
     """Tells no layout of draws that have more entries for some rows than for others, such as those under a mask."""
     steady = [*told]
@@ -189,7 +196,7 @@ def _steady(
 
 
 def _fixed(
-    told: Sequence[Told], draws: Sequence[Draw], others: Iterable[Rows], record: Callable[..., tuple[Recorder, Spy]]
+    told: Sequence[Told], draws: Sequence[Draw], others: Iterable[Rows], record: Callable[..., _Pass]
 ) -> list[Told]:
     """Tells no layout of several entries a row where others, rows of one value, have another number of them.
 
@@ -248,7 +255,7 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace |
     return None if told is None else placed(told)
 
 
-def _united(few: Spy, more: Spy | None, again: Callable[[], tuple[Recorder, Spy]]) -> str:
+def _united(few: Spy, more: Spy | None, again: Callable[[], _Pass]) -> str:
     """Says why passes cannot share a batch; ``again`` runs the few rows twice over."""
     try:
         return united(few.results, None if more is None else more.results, lambda: again()[1].results)
@@ -266,29 +273,7 @@ def _memory(spy: Spy, larger: Spy | None, rows: int) -> dict[str, int]:
     more = larger.results if larger is not None and tells else None
     for i, one in enumerate(spy.results):
         own = one.size / rows if more is None else (more[i].size - one.size) / (MORE - rows)
-        each = {"row_bytes": own, "pass_bytes": own * one.drawn, "shared_bytes": (one.size - own * rows) * one.drawn}
+        later = bool(one.drawn)
+        each = {"row_bytes": own, "pass_bytes": own * later, "shared_bytes": (one.size - own * rows) * later}
         found = {name: max(most, math.ceil(each[name])) for name, most in found.items()}
     return found
-
-
-def _random_rates(draws: list[Draw], others: list[Recorder]) -> frozenset[int]:
-    """The dropouts whose rate differs from pass to pass.
-
-    Raises:
-        UncontrolledDraw: the draws themselves differ, so that none can be told from the next.
-    """
-    rates, ours = set(), [(draw.kind, draw.shape) for draw in draws]
-    for other in others:
-        theirs = [(draw.kind, draw.shape) for draw in other.draws]
-        if theirs != ours:
-            same = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
-            path = draws[same - 1].path if same else ""
-            off = (
-                f", or leave the draw of {path} off: exclude={[path]}, or layerdrop=0 where it has one" if path else ""
-            )
-            raise UncontrolledDraw(
-                f"which random numbers a pass draws is random itself, after draw {same} of it: draw all in every pass, "
-                f"and use them where they are wanted{off}"
-            )
-        rates |= {i for i, (a, b) in enumerate(zip(draws, other.draws, strict=True)) if a.p != b.p}
-    return frozenset(rates)

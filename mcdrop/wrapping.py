@@ -43,8 +43,8 @@ def wrap(
 
     Args:
         module: any ``torch.nn.Module``; it is not modified. Later changes of its weights are seen, those of its layers,
-            drop rates and other settings are not: wrap it again. Or an ONNX graph: a path, a model of onnx or a session
-            of onnxruntime (see ``wrap_graph``).
+            hooks, drop rates and other settings are not: wrap it again. Or an ONNX graph: a path, a model of onnx, what
+            ``torch.onnx.export(dynamo=True)`` gives, or a session of onnxruntime (see ``wrap_graph``).
         example: a few real rows: an array or tensor, a tuple of positional inputs, or a dict of keyword inputs; the
             first dimension of each is the rows. Of a data frame the model keeps the columns' names, and finds them in
             later ones.
@@ -82,8 +82,8 @@ def wrap(
     from mcdrop.discover import Overrules
     from mcdrop.outputs import picker
 
-    _check(module, task, precision)
-    rows, pick, devices = Rows.of(example), picker(output), devices_of(devices)
+    _check(module, example, task, precision)
+    rows, pick, devices = Rows.of(example, hint=Rows.ONE_ROW), picker(output), devices_of(devices)
     for leaf in rows.leaves:
         check_dense(leaf, "an example")
     overrules = Overrules(each_once(include, "include"), each_once(exclude, "exclude"), force_literal, strict)
@@ -150,11 +150,17 @@ def each_once(given: Any, name: str, kinds: tuple[type, ...] = (str, type)) -> t
     return tuple(dict.fromkeys(several))
 
 
-def _check(module: Any, task: str, precision: str) -> None:
+def _check(module: Any, example: Any, task: str, precision: str) -> None:
     from mcdrop.planning import check_precision  # here, because a graph needs no torch
 
     if isinstance(module, type):
         raise not_a_network(module)
+    inputs = example.values() if isinstance(example, Mapping) else example if isinstance(example, tuple) else ()
+    if any(isinstance(one, Mapping) for one in inputs):
+        raise InputError(
+            "an input of the example is a dict, which has no rows: for a network that takes one, wrap a module whose "
+            "forward(self, **inputs) hands them on as a dict, and give that dict as the example"
+        )
     UnknownName.check("task", task, TASKS)
     check_precision(module, precision)
 
@@ -221,7 +227,8 @@ def wrap_graph(
     """Discovers the draws of an ONNX graph and gives a model that runs on onnxruntime.
 
     Args:
-        source: a path, the bytes of a file, a model of onnx or a session of onnxruntime.
+        source: a path, the bytes of a file, a model of onnx, what ``torch.onnx.export(dynamo=True)`` gives, or a
+            session of onnxruntime.
         example: as for ``wrap``; None makes rows up.
         task: as for ``wrap``, and so is the output's name or position.
         output: the output to read; None is the only one of real numbers.
@@ -262,12 +269,14 @@ def _all_whole(rows: Rows) -> bool:
 
 def _specs(module: Any, rows: Rows) -> tuple[InputSpec, ...]:
     """Names positional inputs as the module's forward does."""
+    from mcdrop.forward import place_of
+
     try:
         signature = inspect.signature(module.forward).parameters.values()
         parameters = [parameter.name for parameter in signature if parameter.kind < parameter.VAR_POSITIONAL]
     except (TypeError, ValueError):
         parameters = []
-    double = any(str(parameter.dtype) == "torch.float64" for parameter in module.parameters())
+    double = str(place_of([*module.parameters(), *module.buffers()])[1]) == "torch.float64"
     specs = []
     for index, (name, leaf) in enumerate(rows.named()):
         label = parameters[index] if index < len(rows.args) and index < len(parameters) else name

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -55,6 +56,32 @@ def test_a_share_is_the_variance_of_one_site_alone_over_that_of_all() -> None:
     )
     shares = [site.share for site in audit.sites]
     np.testing.assert_allclose(np.array(shares, float), [alone_first / total, alone_second / total], rtol=1e-4)
+
+
+class IntoTokens(nn.Module):
+    """Adds to a view in place, as positions to tokens: with the masks of the addend alone it has no sample axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.linear = nn.Dropout(0.2), nn.Dropout(0.5), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.first(self.linear(x)).unflatten(1, (2, 4)).transpose(1, 2)
+        tokens += self.second(x).unflatten(1, (4, 2))
+        return tokens
+
+
+def test_a_draw_that_is_added_to_a_view_in_place_has_its_share_too() -> None:
+    torch.manual_seed(0)
+    net = IntoTokens()
+    audit = mcdrop.wrap(net, example=X).audit
+    masks = sample_masks([mcdrop.masks.Site(site.name, site.shape, site.p or 0.0) for site in audit.sites], 32, seed=0)
+    first, second = (masks[site.name][:, None] / (1 - (site.p or 0)) for site in audit.sites)
+    hidden = net.linear(X).detach().double().numpy().reshape(4, 2, 4).transpose(0, 2, 1)
+    first = (first.reshape(32, 1, 2, 4).transpose(0, 1, 3, 2)) * hidden
+    second = second.reshape(32, 1, 4, 2) * X.double().numpy().reshape(4, 4, 2)
+    total, *alone = (passes.var(axis=0, ddof=1).sum() for passes in (first + second, first, second))
+    np.testing.assert_allclose([site.share or 0 for site in audit.sites], np.array(alone) / total, rtol=1e-4)
 
 
 def test_a_single_site_makes_all_of_the_variance() -> None:
@@ -197,8 +224,30 @@ def test_norm_layers_are_looked_at_in_as_few_forwards_as_there_are_masks_to_see(
     assert (len(ran), sum(ran)) == (forwards, max(rows, 128) * bool(forwards))
 
 
-def test_a_norm_layer_without_running_statistics_is_not_reported() -> None:
-    assert audit_of(nn.Dropout(0.5), nn.LayerNorm(8), nn.Linear(8, 1)).norms == ()
+@pytest.mark.parametrize("norm", [nn.LayerNorm(2), nn.InstanceNorm1d(4, affine=True)])
+def test_a_norm_layer_without_running_statistics_is_not_reported(norm: nn.Module) -> None:
+    audit = audit_of(nn.Dropout(0.5), nn.Unflatten(1, (4, 2)), norm, nn.Linear(2, 1))
+    assert (audit.norms, audit.kept) == ((), {})
+
+
+def test_a_draw_that_a_hook_on_one_makes_is_live() -> None:
+    norm = nn.InstanceNorm1d(4)
+    norm.register_forward_hook(lambda layer, given, out: F.dropout(out, 0.3, layer.training))
+    audit = audit_of(nn.Dropout(0.5), nn.Unflatten(1, (4, 2)), norm, nn.Linear(2, 1))
+    assert [site.path for site in audit.live] == ["0", "2"]
+
+
+def test_one_with_running_statistics_is_said_to_keep_them() -> None:
+    norm = nn.InstanceNorm1d(4, track_running_stats=True)
+    audit = audit_of(nn.Dropout(0.5), nn.Unflatten(1, (4, 2)), norm, nn.Linear(2, 1))
+    assert "running statistics stay frozen" in audit.kept["2"]
+
+
+def test_rows_that_vary_under_masks_alone_are_not_told_in_endless_digits() -> None:
+    audit = audit_of(nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1), example=torch.ones(4, 8))
+    assert audit.norms[0].mask_effect > 1e6
+    assert re.search(r"most over x1000 at 1 \(x\d\.\d\d of", audit.warnings[0])
+    assert not re.search(r"x\d{5}", str(audit))
 
 
 # -- prefix ------------------------------------------------------------------------------------------------------------

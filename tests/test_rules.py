@@ -1,7 +1,11 @@
 """What each function that draws becomes: the closed form given its mask, torch's own distribution over many."""
 
+import functools
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +15,13 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
+import mcdrop
+from mcdrop import rules
 from mcdrop.decisions import DECISION_RULES
+from mcdrop.kernel_rules import KERNEL_RULES
 from mcdrop.masks import Site, sample_masks
 from mcdrop.model import Model
-from mcdrop.rules import RULES
+from mcdrop.rules import RULES, by_torchs_own
 from mcdrop.sequences import SEQUENCE_RULES
 from mcdrop.wrapping import wrap
 
@@ -244,3 +251,54 @@ def test_every_rule_is_tested() -> None:
     homes = {"torch.nn.functional": "F", "torch": "torch", None: "Tensor"}
     names = {f"{homes[getattr(rule, '__module__', None)]}.{rule.__name__}" for rule in rules}
     assert names <= {name.split()[0] for name in (*FORMS, *DRAWS)}
+
+
+# -- functions of torch's that a library has put its own in the place of ----------------------------------------------
+
+
+class Reversed(nn.Module):
+    """Picks units, in another order, by an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(torch.index_select(self.drop(self.first(x)), 1, torch.arange(7, -1, -1)))
+        return output
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_rules_hold_where_a_library_has_replaced_functions_of_torch(
+    monkeypatch: pytest.MonkeyPatch, alike: bool
+) -> None:
+    """As torch_geometric does; the tables are made anew, as where mcdrop is imported later."""
+    owns = {name: getattr(torch, name) for name in ("index_select", "gather", "rand", "bernoulli", "dropout")}
+
+    def replaced(own: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **named: Any) -> Any:
+            return own(*args, **named)
+
+        return functools.wraps(own)(wrapper) if alike else wrapper
+
+    for name, own in owns.items():
+        monkeypatch.setattr(torch, name, replaced(own))
+    fresh = {name: runpy.run_path(str(Path(rules.__file__).with_name(f"{name}.py"))) for name in ("rules", "row_rules")}
+    tables = [fresh["rules"]["RULES"], by_torchs_own(dict(fresh["row_rules"]["ROW_RULES"]))]
+    assert {owns["rand"], owns["bernoulli"], owns["dropout"]} <= tables[0].keys()
+    assert {owns["index_select"], owns["gather"], Tensor.index_select, Tensor.gather} <= tables[1].keys()
+    monkeypatch.setattr("mcdrop.capture.KERNEL_RULES", {**KERNEL_RULES, **tables[1]})
+    torch.manual_seed(0)
+    net, x = Reversed(), torch.randn(3, 4)
+    model = wrap(net, example=x, tuning={})
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    plain = nn.Sequential(net.first, net.drop, nn.Linear(8, 1))
+    plain[2].load_state_dict({"weight": net.last.weight.flip(1), "bias": net.last.bias})
+    found, expected = (mcdrop.predict(one, x, passes=20) for one in (model, wrap(plain, example=x, tuning={})))
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.std, expected.std, rtol=1e-4, atol=1e-6)
+
+
+def test_rules_of_torch_as_it_is_are_as_they_are() -> None:
+    assert by_torchs_own(dict(KERNEL_RULES)) == KERNEL_RULES
+    assert {*KERNEL_RULES} >= {F.dropout, torch.dropout, F.scaled_dot_product_attention, torch.index_select}

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from made import net, summary
 from scipy import stats
 from scipy.spatial.distance import cdist
-from sklearn.base import clone
+from sklearn.base import clone, is_outlier_detector
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import mcdrop
@@ -204,6 +206,16 @@ def test_scikit_learn_clones_a_detector() -> None:
     other = clone(detector)
     assert not hasattr(other, "screen_")
     np.testing.assert_array_equal(other.fit(X).predict(X * 2), detector.predict(X * 2))
+
+
+def test_a_detector_is_the_last_step_of_a_pipeline() -> None:
+    model = mcdrop.wrap(net(), example=X)
+    scaled = StandardScaler().fit_transform(X)
+    expected = mcdrop.Detector(model, fpr=0.05, passes=20).fit(scaled)
+    pipeline = make_pipeline(StandardScaler(), mcdrop.Detector(model, fpr=0.05, passes=20)).fit(X)
+    np.testing.assert_array_equal(pipeline.predict(X), expected.labels_)
+    np.testing.assert_allclose(pipeline.decision_function(X), expected.decision_scores_)
+    assert is_outlier_detector(pipeline)
 
 
 def test_what_is_no_screen_is_refused(model: mcdrop.Model) -> None:

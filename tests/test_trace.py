@@ -213,7 +213,7 @@ def test_an_order_is_told_where_a_row_alone_says_nothing(act: Callable[[Tensor],
 
 
 def test_a_draw_for_each_row_by_itself_is_refused() -> None:
-    with pytest.raises(UncontrolledDraw, match="depends on the number of rows"):
+    with pytest.raises(UncontrolledDraw, match=r"depends on the number of rows.* exclude=\['part'\]"):
         traced(lambda x: torch.stack([F.dropout(row, 0.5) for row in x]))
 
 
@@ -304,6 +304,32 @@ def test_a_number_of_draws_that_is_random_is_refused() -> None:
     said = r"which random numbers a pass draws is random itself, after draw 1 of it: .* exclude=\['part'\]"
     with pytest.raises(UncontrolledDraw, match=said):
         traced(maybe)
+
+
+class Decides(nn.Module):
+    """A number says early whether the last of some layers is run."""
+
+    def __init__(self, read: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.read, self.drop = read, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        runs = self.read(torch.rand(1) < 0.5)
+        x = self.drop(self.drop(x * (x.sum() < 100).item()))
+        return self.drop(x) if runs else x
+
+
+@pytest.mark.parametrize("read", [bool, Tensor.item, lambda runs: len(runs.nonzero())])
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_the_draw_that_others_go_by_is_named_and_left_off_where_that_works(
+    read: Callable[[Tensor], object], by_flag: bool
+) -> None:
+    net = Decides(read).train()
+    net.training = by_flag
+    with pytest.raises(UncontrolledDraw, match=r"after draw 1 of it: .* draws? of the root module") as caught:
+        trace(net, ROWS, PICK)
+    assert ("exclude=['']" in str(caught.value)) == by_flag
+    assert ("exclude leaves it on" in str(caught.value)) != by_flag
 
 
 def test_one_pass_with_expectations_is_eval() -> None:
