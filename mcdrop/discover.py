@@ -31,7 +31,10 @@ __all__ = ["UNUSABLE", "Discovery", "Overrules", "discover", "matching"]
 UNUSABLE = "the network cannot take these inputs"
 
 _FEW_ROWS, _MANY_ROWS = 4, 64
-_WHOLE_GRAPH = "; call torch.compiler.set_stance('force_eager') before, which runs what it compiles as it stands"
+_REMEDIES = {  # by what an error says
+    "fullgraph=True": "; call torch.compiler.set_stance('force_eager') before, which runs what it compiles as it stands",
+    "unexpected keyword argument": "; for one that takes a dict, wrap a module whose forward(self, **inputs) hands it on",
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ def _first_look(live: nn.Module, rows: Rows, pick: Pick, example: Rows) -> Spy:
         raise
     except Exception as error:
         shapes = ", ".join(f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in rows.named())
-        remedy = _WHOLE_GRAPH if "fullgraph=True" in str(error) else _taken_whole(live, example, pick)
+        said = (remedy for part, remedy in _REMEDIES.items() if part in str(error))
+        remedy = next(said, None) or _taken_whole(live, example, pick)
         raise InputError(f"{UNUSABLE} ({shapes}): {first_line(error)}{remedy}") from error
     if output.is_complex():
         raise InputError("the picked output is complex; return real numbers, such as torch.view_as_real of it")

@@ -140,11 +140,23 @@ class Observer:
 
         Draws of the modules in ``low`` get the lowest numbers.
         """
+        with self._started(on):
+            return self._seen(seed, drawn, low)
+
+    def goes_on(self, on: Collection[nn.Module], *, seed: int) -> bool:
+        """Whether a pass that goes on from what one before it left gives other numbers under the same draws."""
+        with self._started(on):
+            first, second = (self._seen(seed, None, ()) for _ in range(2))
+        return not same(first, second)
+
+    @contextmanager
+    def _started(self, on: Collection[nn.Module]) -> Iterator[None]:
+        """Switches some flags on, and puts back what passes leave."""
         kept, left = [(child, dict(child.__dict__)) for child in self.module.modules()], Left(self.module)
         try:
             for child in on:
                 child.training = True
-            return self._seen(seed, drawn, low)
+            yield
         finally:
             for child, attributes in kept:  # counters and the like: passes start where the user's module is
                 child.__dict__.update(attributes)  # never empty: other threads may run a captured graph meanwhile

@@ -171,6 +171,9 @@ def _effect(look: Observer, child: nn.Module, base: Observation, on: Sequence[nn
         said = f"fails in training mode: {type(error).__name__}: {str(error)[:100]}"
         return Verdict("refused", said)
     draws = max(first.draws, second.draws) - base.draws
+    if altered and not draws and _counts(look, first, base) and look.goes_on([*on, child], seed=_SEEDS[0]):
+        said = "and by it gives other numbers at each call, as with masks drawn before; exclude it if it drops nothing"
+        return Verdict("refused", f"{altered} {said}", 1)
     if altered:
         return Verdict("refused", altered, draws)
     if first.structure == second.structure != base.structure:  # else the shape of the output itself is random
@@ -260,6 +263,13 @@ def _read(seen: Observation, base: Observation) -> list[Tensor]:
     if seen.picked is not None and seen.picked.shape == wanted.shape:
         return [seen.picked]
     return [value for value in seen.values if value.shape == wanted.shape]
+
+
+def _counts(look: Observer, seen: Observation, base: Observation) -> bool:
+    """Whether all that a pass in training mode leaves, and one in eval does not, are whole numbers."""
+    changed = seen.changed - base.changed
+    kinds = {type(vars(look.module.get_submodule(path)).get(name)) for path, name in changed}
+    return kinds == {int} and seen.written <= base.written
 
 
 def _altered(seen: Observation, base: Observation) -> str:

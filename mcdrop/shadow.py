@@ -138,7 +138,20 @@ def copied(module: nn.Module) -> nn.Module:
     """
     whole = unwrapped(module)
     left = (tensor for _, tensor in (*kept_tensors(whole), *whole.named_buffers()) if not tensor.is_leaf)
-    return copy.deepcopy(whole, {id(tensor): tensor.detach().clone() for tensor in left})
+    copies: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in left}
+    twin = copy.deepcopy(whole, copies)
+    for child in twin.modules():
+        _led(vars(child), copies)
+    return twin
+
+
+def _led(container: dict[Any, Any] | list[Any], copies: dict[int, Any], depth: int = 0) -> None:
+    """Leads the functions in what was copied to the copy: Python's own takes them, and what they have closed over."""
+    for key, value in [*(container.items() if isinstance(container, dict) else enumerate(container))]:
+        if isinstance(value, types.FunctionType | functools.partial):
+            container[key] = _remap(value, copies)
+        elif type(value) in (dict, OrderedDict, list) and depth < _DEEPEST:
+            _led(value, copies, depth + 1)
 
 
 def reached_originals(module: nn.Module, run: Callable[[], object]) -> dict[str, str]:

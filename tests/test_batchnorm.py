@@ -126,3 +126,30 @@ def test_counts_must_be_above_0(asked: dict[str, Any]) -> None:
 def test_what_cannot_be_recalibrated_is_said(net: nn.Module, data: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         mcdrop.recalibrate_batchnorm(mcdrop.wrap(net, example=torch.ones(4, 6)), data)
+
+
+class Through(nn.Module):
+    """Gives its norm layer what a hook has put aside, or what it has at hand."""
+
+    def __init__(self, *, put_aside: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.drop, self.norm, self.put_aside = nn.Dropout(0.3), nn.BatchNorm1d(4), put_aside
+        self.seen: dict[str, Tensor] = {}
+        self.drop.register_forward_hook(lambda module, given, out: self.seen.update(last=out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        at_hand = self.drop(x)
+        out: Tensor = self.norm(self.seen["last"] if self.put_aside else at_hand)
+        return out
+
+
+def test_a_hook_that_has_closed_over_the_network_is_the_copys_own() -> None:
+    x, fitted = torch.randn(200, 4), []
+    for put_aside in (True, False):
+        net = Through(put_aside=put_aside).eval()
+        net(x[:1])
+        last = net.seen["last"]
+        fitted.append(mcdrop.recalibrate_batchnorm(mcdrop.wrap(net, example=x), x, passes=4))
+        assert net.seen["last"] is last
+    assert torch.equal(*(one.get_buffer("norm.running_var") for one in fitted))

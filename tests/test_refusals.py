@@ -200,6 +200,8 @@ def test_a_dict_in_the_place_of_an_input_is_told_what_works() -> None:
     for example in (({"x": X},), {"inputs": {"x": X}}):
         with pytest.raises(InputError, match=r"wrap a module whose forward\(self, \*\*inputs\) hands them on"):
             mcdrop.wrap(ByDict(), example=example)
+    with pytest.raises(InputError, match=r"wrap a module whose forward\(self, \*\*inputs\) hands it on"):
+        mcdrop.wrap(ByDict(), example={"x": X})
     assert mcdrop.wrap(HandsOn(), example={"x": X}, tuning={}).audit.live
 
 

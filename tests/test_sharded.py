@@ -26,6 +26,39 @@ def test_answers_do_not_depend_on_the_number_of_devices(name: str) -> None:
             assert apart(getattr(shared, field), getattr(alone, field)) < 1e-5
 
 
+class Taps(nn.Module):
+    """Reads what a hook has put aside, which has closed over the network; a forward of a layer may be a closure too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.drop, self.two = nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2)
+        self.seen: dict[str, torch.Tensor] = {}
+        self.lists: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {"then": [lambda x: self.two(x)]}
+        self.drop.register_forward_hook(lambda module, given, out: self.seen.update(last=out))
+        self.one.forward = lambda input: nn.functional.linear(input, self.one.weight, self.one.bias)  # type: ignore[method-assign]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.drop(self.one(x))
+        return self.lists["then"][0](self.seen["last"])
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_functions_that_have_closed_over_the_network_are_each_devices_own(called: bool) -> None:
+    net, x = Taps().eval(), torch.randn(6, 4)
+    if called:  # what it has put aside is stale then
+        net(x[:2])
+    one, three = (mcdrop.wrap(net, example=x, devices=devices) for devices in ([], CPUS))
+    for rows in (x, 2 * x):
+        alone, shared = mcdrop.predict(one, rows), mcdrop.predict(three, rows)
+        assert (alone.std > 0).all()
+        assert apart(shared.std, alone.std) < 1e-5
+        assert apart(shared.mean, alone.mean) < 1e-5
+    with torch.no_grad():
+        net.two.bias.add_(1)
+    assert apart(mcdrop.predict(three, x).mean, mcdrop.predict(one, x).mean) < 1e-5
+
+
 def test_rows_that_stop_early_stop_as_on_one_device() -> None:
     net, x = made("mlp")
     one, three = (mcdrop.wrap(net, example=x[:4], devices=devices) for devices in ([], CPUS))

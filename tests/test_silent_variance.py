@@ -1,4 +1,4 @@
-"""The nine silent ways to a variance of zero or a wrong one: each ends in the right variance or in a named cause."""
+"""The silent ways to a variance of zero or a wrong one: each ends in the right variance or in a named cause."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.errors import ModelRefused, NoStochasticSite
+from mcdrop.errors import ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.quiet import quiet
 from mcdrop.wrapping import wrap_graph
 
@@ -139,3 +139,33 @@ def test_9_no_export_of_ours_moves_the_network_that_it_exports(tmp_path: Path) -
         mcdrop.save(model, tmp_path / form, format=form)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not any(child.training for child in module.modules())
+
+
+class Bank(nn.Module):
+    """Takes masks that were drawn before in turn, as some recurrent layers of SpeechBrain do; or it only counts."""
+
+    masks: Tensor
+
+    def __init__(self, *, draws: bool) -> None:
+        super().__init__()
+        self.count, self.draws = 0, draws
+        self.register_buffer("masks", nn.functional.dropout(torch.ones(1000, 8), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        self.count += len(x)
+        return x * self.masks[self.count - len(x) : self.count] if self.draws else x
+
+
+def test_masks_that_were_drawn_before_and_are_taken_in_turn_are_refused_by_name() -> None:
+    x = torch.randn(3, 8)
+
+    def net(*, draws: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Bank(draws=draws), nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+
+    with pytest.raises(UncontrolledDraw, match=r"draws in 0, which changes its attribute count .* drawn before"):
+        mcdrop.wrap(net(draws=True), example=x)
+    assert [site.path for site in mcdrop.wrap(net(draws=True), example=x, exclude="0").audit.live] == ["2"]
+    assert [site.path for site in mcdrop.wrap(net(draws=False), example=x).audit.live] == ["2"]
