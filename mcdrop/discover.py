@@ -32,8 +32,8 @@ UNUSABLE = "the network cannot take these inputs"
 
 _FEW_ROWS, _MANY_ROWS = 4, 64
 _REMEDIES = {  # by what an error says
-    "fullgraph=True": "; call torch.compiler.set_stance('force_eager') before, which runs what it compiles as it stands",
-    "unexpected keyword argument": "; for one that takes a dict, wrap a module whose forward(self, **inputs) hands it on",
+    "fullgraph=True": "; call torch.compiler.set_stance('force_eager') before, which runs what it compiles as it is",
+    "unexpected keyword": "; for one that takes a dict, wrap a module whose forward(self, **inputs) hands it on",
 }
 
 
