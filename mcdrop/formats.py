@@ -180,11 +180,13 @@ def default_format(model: Model, factory: str | None) -> str:
 
 
 def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether what a network gave is the same but for rounding, which for one near 0 goes by the usual size of all."""
-    usual = np.median(np.abs(one[np.isfinite(one)])) if np.isfinite(one).any() else 0.0
-    return one.shape == other.shape and np.allclose(
-        one, other, rtol=ROUNDING, atol=max(ROUNDING / 10, ROUNDING * usual), equal_nan=True
-    )
+    """Whether what a network gave is the same but for rounding: one near 0 has that of its output's usual numbers."""
+    if one.shape != other.shape:
+        return False
+    sizes = np.ma.masked_invalid(np.abs(one))
+    usual = np.ma.median(sizes, axis=tuple(range(max(one.ndim - 1, 1))), keepdims=True)  # type: ignore[no-untyped-call]
+    near = np.maximum(ROUNDING / 10, ROUNDING * np.ma.filled(usual, 0.0))
+    return bool(np.isclose(one, other, rtol=ROUNDING, atol=near, equal_nan=True).all())
 
 
 def check_features(model: Model, form: str, screen: Screen | None, *, fitted: Model | None = None) -> None:

@@ -49,9 +49,7 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
             again = {name for name in own.touched & {*tensors} - changed if _others(tensors, name) - own.touched}
             tied |= {_full(path, name) for name in again if kind == "_parameters"}
             written |= {_full(path, name) for name in changed}
-            if any(
-                _full(path, name) not in written | tied for name in own.touched
-            ):  # set as ``x += 1`` does, it is written
+            if any(_full(path, name) not in written | tied for name in own.touched):  # ``x += 1`` writes, and sets it
                 swapped.add(path)
 
 

@@ -236,13 +236,16 @@ def test_a_program_whose_only_draw_no_mask_reaches_says_which(tmp_path: Path) ->
         mcdrop.load(tmp_path / "net.pt2", example=x)
 
 
-def test_outputs_are_the_same_when_they_differ_by_the_rounding_of_the_usual_one_among_them() -> None:
-    """A logit near 0 has the rounding of the others, and one of -1e9, as under a mask, gives none to them."""
-    ours = np.array([[4.3, 1e-7, -2.0], [0.5, -1.5, -1e9]])
-    assert same_numbers(ours, ours + 1e-5)
-    assert same_numbers(ours * 1e6, ours * 1e6 + 10)
-    assert not same_numbers(ours, ours + 1e-4)
+def test_outputs_are_the_same_when_they_differ_by_the_rounding_of_their_usual_numbers() -> None:
+    """A logit near 0 has the rounding of its class in other rows, but not that of a larger output beside it."""
+    ours = np.array([[4.3, 1e6, -2.0], [1e-7, -3e6, -1e9], [-2.1, 2e6, 0.5]])
+    rounding = np.array([1e-5, 10.0, 1e-5])
+    assert same_numbers(ours, ours + rounding)
+    assert same_numbers(ours * 1e6, (ours + rounding) * 1e6)
+    assert not same_numbers(ours, ours + 10 * rounding)
+    assert not same_numbers(ours, ours + np.array([0.0, 0.0, 0.8]))
     assert not same_numbers(ours, ours[:1])
     assert same_numbers(ours * np.nan, ours * np.nan)
     assert not same_numbers(ours, ours * np.nan)
     assert same_numbers(ours * 0, ours * 0 + 1e-7)
+    assert same_numbers(ours[:, 0], ours[:, 0] + 1e-5)
