@@ -14,6 +14,7 @@ To add a sampler, add one line to ``SAMPLERS``; to add a kind of draw, one to ``
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ __all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "draw", "is_whol
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
 _UNITS = 2**13  # of small blocks that are drawn together
-_SPLIT = 2**16  # of a large one
+_SPLIT = 2**15  # of a large one
 _EIGHT = 8  # pieces begin with a multiple of it
+_MANY = 2**22  # numbers, above which threads are worth their start, and that they take turns in Python
 
 Masks = dict[str, NDArray[np.float32]]
 
@@ -72,8 +74,10 @@ def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 
     return {name: values.astype(np.float32, copy=False) for name, values in drawn.items()}
 
 
-def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "iid") -> NDArray[Any]:
+def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "iid", threads: int = 1) -> NDArray[Any]:
     """Gives the draws of one site as ``sample_masks`` does, but kept and dropped units as true and false.
+
+    Many of them are drawn by some ``threads`` at once.
 
     Raises:
         InputError: as for ``sample_masks``.
@@ -83,13 +87,22 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
     if site.kind == "bernoulli" and site.p in (0, 1):
         return np.full((passes, *site.shape), not site.p, kind.dtype)
     values: NDArray[Any] = np.empty((passes, *site.shape), kind.dtype)
-    for some in _together(_blocks(site.shape)):
-        drawn: NDArray[Any] = np.empty((passes, sum(block.wanted for block in some)), kind.dtype)
-        for streams, part in _parts(f"{seed}/{site.name}", some, drawn):
-            part[:] = kind.draw(numbers, streams, start, passes, site.p)
-        ends = np.cumsum([block.wanted for block in some])
-        for block, part in zip(some, np.split(drawn, ends[:-1], axis=1), strict=True):
-            values[(slice(None), *block.place)] = part.reshape(passes, *block.sizes)
+
+    def fill(pieces: Sequence[_Piece]) -> None:
+        streams = [piece.stream(f"{seed}/{site.name}") for piece in pieces]
+        drawn = kind.draw(numbers, streams, start, passes, site.p)
+        ends = itertools.accumulate(piece.wanted for piece in pieces)
+        for piece, end in zip(pieces, ends, strict=True):
+            values[(slice(None), *piece.place)] = drawn[:, end - piece.wanted : end].reshape(passes, *piece.sizes)
+
+    together = _together(itertools.chain.from_iterable(map(_pieces, _blocks(site.shape))))
+    if threads == 1 or values.size < _MANY:
+        for some in together:
+            fill(some)
+        return values
+    with ThreadPoolExecutor(threads, thread_name_prefix="mcdrop-masks") as pool:
+        for done in [pool.submit(fill, some) for some in together]:
+            done.result()
     return values
 
 
@@ -116,19 +129,18 @@ def _check(site: Site, passes: int, seed: int, start: int, sampler: str) -> None
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A dyadic block of a shape: where it lies, clipped to the shape, and its whole extent."""
+class _Piece:
+    """Units of a dyadic block that follow one another in its stream, or the whole block.
+
+    ``place`` is where they lie, clipped to the shape, and ``extent`` how many there are along each axis if they are not
+    clipped; ``block`` is the first unit of the block, of ``units`` in all, and ``first`` their place in its stream.
+    """
 
     place: tuple[slice, ...]
     extent: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return ".".join(str(part.start) for part in self.place)
-
-    @property
-    def units(self) -> int:
-        return math.prod(self.extent)
+    block: tuple[int, ...]
+    units: int
+    first: int = 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -139,68 +151,66 @@ class _Block:
     def wanted(self) -> int:
         return math.prod(self.sizes)
 
-    def stream(self, key: str, first: int = 0, drawn: int | None = None) -> Stream:
-        """Gives its random numbers: from a unit on so many, or those of all rows that are within the shape."""
-        drawn = math.prod((*self.sizes[:1], *self.extent[1:])) if drawn is None else drawn
-        chosen = self._chosen()
-        if chosen is not None:
-            inner = math.prod(self.extent[1:])
-            chosen = (np.arange(0, drawn, inner)[:, None] + chosen).reshape(-1)
-        return Stream(f"{key}/{self.name}", self.units, drawn, first, chosen)
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """The extent of what is drawn for them: all rows that are within the shape."""
+        return (*self.sizes[:1], *self.extent[1:])
 
-    def _chosen(self) -> NDArray[np.int64] | None:
-        """Which units of a step along the first axis are within the shape; None where all are."""
-        if self.sizes[1:] == self.extent[1:]:
-            return None
-        step = np.arange(math.prod(self.extent[1:])).reshape(self.extent[1:])
-        return step[tuple(map(slice, self.sizes[1:]))].reshape(-1)
-
-    def pieces(self) -> Iterator[tuple[int, int, int]]:
-        """Cuts a large one: the first unit, how many are drawn, and how many of them are wanted."""
-        inner, kept = math.prod(self.extent[1:]), math.prod(self.sizes[1:])
-        if kept == inner:
-            for first in range(0, self.wanted, _SPLIT):
-                size = min(_SPLIT, self.wanted - first)
-                yield first, size, size
-            return
-        rows = self.sizes[0]
-        step = max(_EIGHT, _SPLIT // inner // _EIGHT * _EIGHT)
-        for row in range(0, rows, step):
-            size = min(step, rows - row)
-            yield row * inner, size * inner, size * kept
+    def stream(self, key: str) -> Stream:
+        """Gives their random numbers."""
+        drawn, chosen = self.drawn, None
+        if self.sizes != drawn:
+            chosen = np.arange(math.prod(drawn)).reshape(drawn)[tuple(map(slice, self.sizes))].reshape(-1)
+        return Stream(f"{key}/{'.'.join(map(str, self.block))}", self.units, math.prod(drawn), self.first, chosen)
 
 
-def _parts(key: str, blocks: Sequence[_Block], drawn: NDArray[Any]) -> Iterator[tuple[Sequence[Stream], NDArray[Any]]]:
-    """What is drawn at a time, and where it goes: several blocks, or pieces of a large one."""
-    if len(blocks) > 1:
-        yield [block.stream(key) for block in blocks], drawn
+def _pieces(block: _Piece) -> Iterator[_Piece]:
+    """Cuts a large block: along its last axes, so that the units of a piece follow one another."""
+    if math.prod(block.drawn) <= _SPLIT:
+        yield block
         return
-    begin = 0
-    for first, size, wanted in blocks[0].pieces():
-        yield [blocks[0].stream(key, first, size)], drawn[:, begin : begin + wanted]
-        begin += wanted
+    axis, step = _cut(block.extent)
+    inner = [math.prod(block.extent[place + 1 :]) for place in range(axis + 1)]
+    before = [range(part.start, part.stop) for part in block.place[:axis]]
+    for steps in itertools.product(*before, range(block.place[axis].start, block.place[axis].stop, step)):
+        ends = [*(one + 1 for one in steps[:-1]), min(steps[-1] + step, block.place[axis].stop)]
+        cut = tuple(map(slice, steps, ends))
+        extent = (*(part.stop - part.start for part in cut), *block.extent[axis + 1 :])
+        first = sum((one - begin) * size for one, begin, size in zip(steps, block.block, inner, strict=False))
+        yield _Piece((*cut, *block.place[axis + 1 :]), extent, block.block, block.units, first)
 
 
-def _together(blocks: Iterator[_Block]) -> Iterator[list[_Block]]:
-    """Cuts blocks into groups: many small ones are drawn in as few calls as a large one."""
-    some: list[_Block] = []
+def _cut(extent: Sequence[int]) -> tuple[int, int]:
+    """Gives the axis along which a block is cut and the steps of a piece, all of which begin with a multiple of 8."""
+    for axis in range(len(extent)):
+        inner = math.prod(extent[axis + 1 :])
+        whole = _EIGHT // math.gcd(_EIGHT, inner)
+        if inner <= _SPLIT or whole > 1:
+            break
+    return axis, max(whole, _SPLIT // inner // whole * whole)
+
+
+def _together(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """Puts pieces into groups: many small ones are drawn in as few calls as a large one."""
+    some: list[_Piece] = []
     units = 0
-    for block in blocks:
-        if some and units + block.wanted > _UNITS:
+    for piece in pieces:
+        if some and units + piece.wanted > _UNITS:
             yield some
             some, units = [], 0
-        some.append(block)
-        units += block.wanted
+        some.append(piece)
+        units += piece.wanted
     if some:
         yield some
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[_Block]:
+def _blocks(shape: tuple[int, ...]) -> Iterator[_Piece]:
     """The dyadic blocks that cover a shape."""
     axes = [list(_edges(size)) for size in shape]
     for parts in itertools.product(*axes):
         place = tuple(slice(low, min(high, size)) for (low, high), size in zip(parts, shape, strict=True))
-        yield _Block(place, tuple(high - low for low, high in parts))
+        extent = tuple(high - low for low, high in parts)
+        yield _Piece(place, extent, tuple(low for low, _ in parts), math.prod(extent))
 
 
 def _edges(size: int) -> Iterator[tuple[int, int]]:

@@ -21,6 +21,7 @@ __all__ = [
     "ONEDNN",
     "Packed",
     "available",
+    "channels_put_last",
     "conv",
     "conv_add_relu",
     "conv_add_relu_",
@@ -76,7 +77,7 @@ def conv(
 
     def run(x: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            _channels_last(x), weight.of(x), bias, padding, stride, dilation, groups, then, [], ""
+            channels_put_last(x), weight.of(x), bias, padding, stride, dilation, groups, then, [], ""
         )
         return output
 
@@ -92,13 +93,13 @@ def conv_add_relu(other: Tensor, x: Tensor, *how: Any) -> Tensor:
     if other.shape[: -1 - _IMAGE] != x.shape[: -1 - _IMAGE]:
         raise RuntimeError(f"a sum of images {tuple(x.shape)} takes as many others, got {tuple(other.shape)}")
     run = torch.ops.mkldnn._convolution_pointwise.binary
-    return folded(x, _IMAGE, lambda flat: run(_channels_last(flat), _flat(other), *_sum(flat, *how)))
+    return folded(x, _IMAGE, lambda flat: run(channels_put_last(flat), _flat(other), *_sum(flat, *how)))
 
 
 def conv_add_relu_(other: Tensor, x: Tensor, *how: Any) -> Tensor:
     """The same, written over the other tensor."""
     run = torch.ops.mkldnn._convolution_pointwise_.binary
-    return folded(x, _IMAGE, lambda flat: run(_flat(other), _channels_last(flat), *_sum(flat, *how)))
+    return folded(x, _IMAGE, lambda flat: run(_flat(other), channels_put_last(flat), *_sum(flat, *how)))
 
 
 def _sum(
@@ -126,12 +127,13 @@ def narrow(x: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product.add_(bias)
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_put_last(x: Tensor) -> Tensor:
+    """Gives images, or a convolution's weight, with the channels last in memory."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _flat(x: Tensor) -> Tensor:
-    return _channels_last(x.reshape(-1, *x.shape[-1 - _IMAGE :]))
+    return channels_put_last(x.reshape(-1, *x.shape[-1 - _IMAGE :]))
 
 
 ONEDNN = frozenset({Packed, conv, conv_add_relu, conv_add_relu_, linear, narrow})

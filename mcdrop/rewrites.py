@@ -14,7 +14,8 @@ from mcdrop.active import active_linear
 from mcdrop.each_pass import EACH_PASS
 from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RECURRENT, RUN
 from mcdrop.masking import after_conv, masked, summed
-from mcdrop.onednn import IN_PLACE, NARROW, ONEDNN, available, narrow
+from mcdrop.onednn import IN_PLACE, NARROW, ONEDNN, available, channels_put_last, narrow
+from mcdrop.products import factors, times, times_
 
 __all__ = [
     "REWRITES", "alike", "alone", "channels_last", "is_view", "lower", "replace", "sizes", "split_linear", "unfolded",
@@ -146,13 +147,9 @@ def channels_last(graph: fx.Graph, *, few_digits: bool) -> None:
         if few_digits or value.device.type == "cpu" or value.dtype in (torch.bfloat16, torch.float16):
             if weight not in done:
                 with graph.inserting_before(node):
-                    done[weight] = graph.call_function(_channels_last, (weight,))
+                    done[weight] = graph.call_function(channels_put_last, (weight,))
                 done[weight].meta["val"] = weight.meta["val"]
             node.args = (node.args[0], done[weight], *node.args[2:])
-
-
-def _channels_last(weight: Tensor) -> Tensor:
-    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def split_linear(graph: fx.Graph, passes: fx.Node, symbols: dict[Any, str], *, fused: bool) -> None:
@@ -248,7 +245,7 @@ def _owned(node: fx.Node) -> bool:
     return True
 
 
-# What Python calls fastest; the rest goes through torch's table of overloads.
+# what Python calls fastest
 _FAST: dict[Any, Callable[..., Any]] = {
     aten.view.default: Tensor.reshape,  # a layout that differs from the stand-ins' must not fail
     aten._unsafe_view.default: Tensor.reshape,
@@ -272,6 +269,7 @@ _FAST: dict[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze,
     **RUN,
 }
+_PRODUCTS = {aten.mul.Tensor: times, aten.mul_.Tensor: times_}
 
 
 def lower(graph: fx.Graph, *, fused: bool) -> None:
@@ -282,18 +280,20 @@ def lower(graph: fx.Graph, *, fused: bool) -> None:
     """
     for node in graph.nodes:
         if _scales_mask(node):
-            node.target, node.args = _factors, (*node.args, node.meta["val"].dtype)
+            node.target, node.args = factors, (*node.args, node.meta["val"].dtype)
+        elif fused and node.target in _PRODUCTS and _of_images(node):
+            node.target = _PRODUCTS[node.target]
         elif node.op == "call_function" and (fused or node.target not in (EACH_PASS, RECURRENT)):
             node.target = _FAST.get(node.target, node.target)
+
+
+def _of_images(node: fx.Node) -> bool:
+    """Whether a product may be one of images (..., C, H, W), and a mask of all their units, on a CPU."""
+    one, other = (sizes(given) or () if isinstance(given, fx.Node) else () for given in node.args)
+    return min(len(one), len(other)) > 3 and one[-3:] == other[-3:] and node.meta["val"].device.type == "cpu"
 
 
 def _scales_mask(node: fx.Node) -> bool:
     source = node.args[0] if node.target is aten.mul.Tensor else None
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     return isinstance(value, Tensor) and value.dtype == torch.bool and isinstance(node.args[1], float)
-
-
-def _factors(mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Scales a mask; torch multiplies the numbers of a byte up to four times as fast as what is true or false."""
-    number = torch.tensor(scale, dtype=dtype, device="cpu")  # a plain one would give torch's default of the moment
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask.to(dtype)) * number  # expected ones are real

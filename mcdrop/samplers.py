@@ -6,7 +6,7 @@ of stratified passes are told by their stratum alone, so that takes a fraction o
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,9 @@ __all__ = ["BLOCKS", "SAMPLERS", "Sampler", "Stream"]
 
 _SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
 _AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
-_PIECE = 2**13  # units that are ranked together
+_PIECE = 2**14  # units that are ranked together
 _SKIPPED = 2**10  # counters of a pass above which those that nobody wants are skipped
+_LAST = 2**64 - 1
 _EIGHT = 8  # one counter step gives four 64-bit words, so eight units
 
 # The orders of four things that leave the first in its place, two bits for each; shifted by xor they are all orders.
@@ -74,14 +75,19 @@ def _one_philox(stream: Stream, what: str, start: int, passes: int) -> Words:
     first = start * counters + stream.first // _EIGHT
     generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=first)
     if counters - few < _SKIPPED:
-        words: NDArray[np.uint64] = generator.random_raw(passes * counters * 4)
+        words = _raw(generator, passes * counters * 4)
     else:
         words = np.empty((passes, few * 4), np.uint64)
         for one in words:
-            one[:] = generator.random_raw(few * 4)
+            one[:] = _raw(generator, few * 4)
             generator.advance(counters - few)
     each = words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)
     return each[:, : stream.drawn] if stream.chosen is None else np.take(each, stream.chosen, axis=1)
+
+
+def _raw(generator: np.random.Philox, count: int) -> NDArray[np.uint64]:
+    """Gives the next words of a generator, and lets other threads run meanwhile, as its own ``random_raw`` does not."""
+    return np.random.Generator(generator).integers(0, _LAST, count, dtype=np.uint64, endpoint=True)
 
 
 # -- independent passes ------------------------------------------------------------------------------------------------
@@ -125,17 +131,18 @@ def _balanced_kept(streams: Sequence[Stream], start: int, passes: int, threshold
     edge, finer = divmod(rest, 2**26)
 
     def made(blocks: NDArray[np.int64], nested: slice) -> Kept:
-        sixteenth = _sixteenths(streams, blocks)
+        above, there = _split(_of_blocks(streams, "/order", blocks), stratum)
         if not rest:
-            return sixteenth >= stratum
+            return above | there
         inside = _of_blocks(streams, "/inside", blocks)
         within = inside >= rest << 4
         if len(blocks[nested]):
             place, chance = _chances(streams, blocks[nested], stratum)
             quarter = _quarters(chance, place)
             within[nested] = (inside[nested] >= finer << 6) & (quarter == edge) | (quarter > edge)
-        kept: Kept = (sixteenth > stratum) | (within & (sixteenth == stratum))
-        return kept
+        within &= there
+        within |= above
+        return within
 
     return _in_stretches(made, np.bool_, streams, start, passes)
 
@@ -191,6 +198,78 @@ def _quarters(chance: Words, place: NDArray[np.uint32]) -> Words:
     orders: Words = np.take(_ORDERS, (chance >> np.uint32(2)) % np.uint32(len(_ORDERS)))
     quarter: Words = ((orders >> (2 * place).astype(np.uint32)) ^ chance) & np.uint32(3)
     return quarter
+
+
+def _split(order: Words, rank: int) -> tuple[Kept, Kept]:
+    """Says which passes of each block (blocks, 16, units) rank above a place, and which one is there.
+
+    That one's word alone is found, by a part of a sorting network.
+    """
+    blocks, count, units = order.shape
+    flat = np.ascontiguousarray(order.transpose(1, 0, 2)).reshape(count, -1)
+    above, there = np.empty(flat.shape, np.bool_), np.empty(flat.shape, np.bool_)
+    for begin in range(0, flat.shape[1], _PIECE):
+        piece = slice(begin, begin + _PIECE)
+        words = flat[:, piece]
+        found = _ranked(words, rank)
+        np.greater(words, found, out=above[:, piece])
+        np.equal(words, found, out=there[:, piece])
+        if np.count_nonzero(there[:, piece]) > words.shape[1]:  # some are equal, and the earlier comes first
+            ranks = _ranks(words[None])[0]
+            above[:, piece], there[:, piece] = ranks > rank, ranks == rank
+    by_block = (count, blocks, units)
+    above, there = (np.ascontiguousarray(one.reshape(by_block).transpose(1, 0, 2)) for one in (above, there))
+    return above, there
+
+
+def _ranked(words: Words, rank: int) -> Words:
+    """Gives the word of a rank in each column of (16, units)."""
+    rows: list[Words] = list(words)
+    own = [False] * len(words)  # what is not its own stays as it is
+    for one, other, lower, upper in _NETWORKS[rank]:
+        a, b = rows[one], rows[other]
+        if lower and upper:
+            rows[one] = np.minimum(a, b)
+            rows[other] = np.maximum(a, b, out=b if own[other] else None)
+        elif lower:
+            rows[one] = np.minimum(a, b, out=a if own[one] else None)
+        else:
+            rows[other] = np.maximum(a, b, out=b if own[other] else None)
+        own[one], own[other] = own[one] or lower, own[other] or upper
+    return rows[rank]
+
+
+def _network(rank: int) -> list[tuple[int, int, bool, bool]]:
+    """Gives the steps of Batcher's odd-even merge sort (1968) of 16 that one rank depends on, in their order.
+
+    A step puts the lower of two into the first place and the upper into the second, and says which are needed.
+    """
+    needed, steps = {rank}, []
+    for one, other in reversed([*_merge_sort(range(_SMALL))]):
+        if {one, other} & needed:
+            steps.append((one, other, one in needed, other in needed))
+            needed |= {one, other}
+    return steps[::-1]
+
+
+def _merge_sort(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    if len(places) > 1:
+        half = len(places) // 2
+        yield from _merge_sort(places[:half])
+        yield from _merge_sort(places[half:])
+        yield from _merge(places)
+
+
+def _merge(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    if len(places) == 2:
+        yield places[0], places[1]
+        return
+    yield from _merge(places[::2])
+    yield from _merge(places[1::2])
+    yield from zip(places[1:-1:2], places[2::2], strict=True)
+
+
+_NETWORKS = [_network(rank) for rank in range(_SMALL)]
 
 
 def _ranks(order: Words) -> NDArray[np.uint8]:

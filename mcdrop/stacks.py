@@ -119,7 +119,8 @@ class Bits:
 
 def stack(site: Site, span: Span, device: torch.device) -> Tensor | Bits:
     """Gives the masks of a site (T, *shape): a byte or a bit a unit where they are kept or dropped, else numbers."""
-    drawn = draw(site, span.passes, seed=span.seed, start=span.start, sampler=span.sampler)
+    threads = torch.get_num_threads()
+    drawn = draw(site, span.passes, seed=span.seed, start=span.start, sampler=span.sampler, threads=threads)
     if device.type == "cpu" and drawn.dtype == np.bool_ and math.prod(site.shape) >= _PACKED:
         return Bits(drawn)
     return torch.from_numpy(drawn).to(device)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import BLOCKS, KINDS, SAMPLERS, SEED_LIMIT, Site, sample_masks
+from mcdrop.masks import BLOCKS, KINDS, SAMPLERS, SEED_LIMIT, Site, draw, sample_masks
+from mcdrop.samplers import _split
 
 Array = NDArray[np.float32]
 
@@ -314,3 +315,23 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         masks((1,), 1, sampler=["iid"])  # type: ignore[arg-type]
     with pytest.raises(UnknownName, match="unknown kind of draw 'poisson'; choose one of: bernoulli, normal, uniform"):
         masks((1,), 1, kind="poisson")
+
+
+@every_sampler
+@pytest.mark.parametrize("shape", [(300_000,), (32, 100, 100)], ids=str)
+def test_threads_draw_the_same_masks(sampler: str, shape: tuple[int, ...]) -> None:
+    site = Site("site0", shape, 0.1)
+    one, several = (draw(site, 20, seed=4, sampler=sampler, threads=threads) for threads in (1, 3))
+    np.testing.assert_array_equal(one, several)
+
+
+def test_passes_rank_as_a_stable_sort_ranks_them() -> None:
+    """Also where some of a unit's words are equal: here they are of 40 or of 2**32."""
+    words = np.random.default_rng(0)
+    for most, units in ((40, 500), (2**32, 500), (40, 40_000)):
+        order = words.integers(0, most, (3, 16, units), dtype=np.uint32)
+        ranks = np.argsort(np.argsort(order, axis=1, kind="stable"), axis=1)
+        for rank in range(16):
+            above, there = _split(order, rank)
+            np.testing.assert_array_equal(above, ranks > rank)
+            np.testing.assert_array_equal(there, ranks == rank)
