@@ -156,6 +156,24 @@ def test_a_norm_layer_before_all_draws_is_not_shifted() -> None:
     assert audit.warnings == ()
 
 
+def test_only_norm_layers_after_a_draw_are_looked_at_under_masks_however_rare_it_is() -> None:
+    (before,) = audit_of(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)).norms
+    (after,) = audit_of(nn.Dropout(0.001), nn.BatchNorm1d(8), nn.Linear(8, 1)).norms
+    assert before.mask_effect == 1
+    assert after.mask_effect != 1
+
+
+def test_a_network_that_cannot_be_dropped_whole_has_its_norm_layers_looked_at() -> None:
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.any():
+                raise RuntimeError("nothing is left")
+            return x
+
+    (report,) = audit_of(nn.Dropout(0.5), Strict(), nn.BatchNorm1d(64), nn.Linear(64, 1), example=centred(64)).norms
+    assert report.mask_effect == pytest.approx(2, abs=0.25)
+
+
 def test_a_shifted_norm_layer_is_warned_of_with_advice() -> None:
     x = centred(64)
     net = (nn.BatchNorm1d(64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 1))

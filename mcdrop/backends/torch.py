@@ -179,6 +179,20 @@ class TorchBackend:
             with self.plans.turn, self.flags.under(plan.verdicts):
                 one_pass(self.live, tensors, self.pick, plan.trace, stacks, EachRow)
 
+    def all_at(self, rows: Rows, value: float, watching: AbstractContextManager[object]) -> None:
+        """Runs a pass in which every number drawn is the same: with 0 all units are dropped, with 1 all are kept."""
+        plan, tensors = self.plans.prepare(rows)
+        drawn = self.plans.stacks(plan, Span(1, 0, 0, "iid"))
+        masks = [None if stack is None else torch.full_like(stack[:1][0], value) for stack in drawn]
+        with (
+            torch.no_grad(),
+            self.plans.arithmetic(tensors),
+            watching,
+            self.plans.turn,
+            self.flags.under(plan.verdicts),
+        ):
+            one_pass(self.live, tensors, self.pick, plan.trace, masks)
+
     def watch(self, rows: Rows, mode: TorchFunctionMode) -> None:
         """Runs the forward with every draw off under a function mode that looks on."""
         _, tensors = self.plans.prepare(rows)
