@@ -198,20 +198,24 @@ def _norm_inputs(backend: TorchBackend, rows: Rows, *, together: bool) -> tuple[
 
 
 def _reached(backend: TorchBackend, rows: Rows) -> bool:
-    """Whether any draw comes before a norm layer: masks that drop all units, and none, show it however rare drops are.
+    """Whether any draw comes before a norm layer: numbers that are all 0 or all 1 show it, however rare drops are.
 
-    Most networks drop in their head alone, and 32 passes of all that comes before it would be for nothing.
+    Those that are drawn show it where these cancel out. Most networks drop in their head alone, and 32 passes of all
+    that comes before it would be for nothing.
     """
-    dropped, kept = _NormInputs(backend.live), _NormInputs(backend.live)
+    looks = [_NormInputs(backend.live) for _ in range(3)]
     try:
-        backend.all_at(rows, 0.0, dropped)
-        backend.all_at(rows, 1.0, kept)
+        for look, value in zip(looks, (0.0, 1.0, None), strict=True):
+            backend.all_at(rows, value, look)
     except Exception:  # whatever a network makes of nothing
         return True
-    pairs = [zip(dropped.seen[path], kept.seen[path], strict=False) for path in kept.seen if path in dropped.seen]
-    same = all(torch.equal(a.mean, b.mean) and torch.equal(a.variance, b.variance) for pair in pairs for a, b in pair)
-    counts = [{path: len(calls) for path, calls in one.seen.items()} for one in (dropped, kept)]
-    return not same or counts[0] != counts[1]
+    first, *others = ([(path, one) for path, seen in look.seen.items() for one in seen] for look in looks)
+    return not all(len(first) == len(other) and all(map(_alike, first, other)) for other in others)
+
+
+def _alike(one: tuple[str, _Seen], other: tuple[str, _Seen]) -> bool:
+    (path, seen), (elsewhere, beside) = one, other
+    return path == elsewhere and torch.equal(seen.mean, beside.mean) and torch.equal(seen.variance, beside.variance)
 
 
 def _pooled(seen: list[_Seen]) -> tuple[Tensor, Tensor]:

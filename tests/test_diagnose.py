@@ -156,11 +156,20 @@ def test_a_norm_layer_before_all_draws_is_not_shifted() -> None:
     assert audit.warnings == ()
 
 
+class Difference(nn.Module):
+    """Noise that is nothing where all numbers drawn are the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x) - torch.rand_like(x) if self.training else x
+
+
 def test_only_norm_layers_after_a_draw_are_looked_at_under_masks_however_rare_it_is() -> None:
     (before,) = audit_of(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)).norms
     (after,) = audit_of(nn.Dropout(0.001), nn.BatchNorm1d(8), nn.Linear(8, 1)).norms
+    (noisy,) = audit_of(Difference(), nn.BatchNorm1d(8), nn.Linear(8, 1)).norms
     assert before.mask_effect == 1
     assert after.mask_effect != 1
+    assert noisy.mask_effect > 1.01
 
 
 def test_a_network_that_cannot_be_dropped_whole_has_its_norm_layers_looked_at() -> None:

@@ -179,11 +179,12 @@ class TorchBackend:
             with self.plans.turn, self.flags.under(plan.verdicts):
                 one_pass(self.live, tensors, self.pick, plan.trace, stacks, EachRow)
 
-    def all_at(self, rows: Rows, value: float, watching: AbstractContextManager[object]) -> None:
-        """Runs a pass in which every number drawn is the same: with 0 all units are dropped, with 1 all are kept."""
+    def all_at(self, rows: Rows, value: float | None, watching: AbstractContextManager[object]) -> None:
+        """Runs a pass in which every number is 0, as where all units are dropped, or 1; None takes them as drawn."""
         plan, tensors = self.plans.prepare(rows)
         drawn = self.plans.stacks(plan, Span(1, 0, 0, "iid"))
-        masks = [None if stack is None else torch.full_like(stack[:1][0], value) for stack in drawn]
+        once = [None if stack is None else stack[:1][0] for stack in drawn]
+        masks = [mask if mask is None or value is None else torch.full_like(mask, value) for mask in once]
         with (
             torch.no_grad(),
             self.plans.arithmetic(tensors),
