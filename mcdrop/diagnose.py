@@ -189,7 +189,7 @@ def _norm_inputs(backend: TorchBackend, rows: Rows, *, together: bool) -> tuple[
     room = max(_ROWS, backend.chunk_bytes // backend.row_bytes(few))
     for block in rows.split(room):
         backend.watch(block, plain)
-    if not _reached(backend, few):
+    if not _reached(backend, rows.take([*range(0, rows.count, -(-rows.count // _ROWS))])):  # the first may be alike
         return plain, plain
     many = rows.take([*range(rows.count)] * min(_PASSES, max(1, _ROWS * _PASSES // rows.count)))
     for number, block in enumerate(many.split(min(room, many.count if together else -(-many.count // _PASSES)))):

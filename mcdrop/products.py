@@ -8,7 +8,8 @@ from torch import Tensor
 __all__ = ["factors", "times", "times_"]
 
 _CHANNELS = -3  # the axis of an image's channels
-_MANY_CHANNELS, _PAGE = 32, 1024
+_MANY_CHANNELS = 32  # fewer are read from as many places of memory at a time without loss
+_PAGE = 1024  # numbers of float32 in a page of memory
 
 
 def factors(mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

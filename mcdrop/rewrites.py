@@ -245,7 +245,7 @@ def _owned(node: fx.Node) -> bool:
     return True
 
 
-# what Python calls fastest
+# What Python calls fastest; the rest goes through torch's table of overloads.
 _FAST: dict[Any, Callable[..., Any]] = {
     aten.view.default: Tensor.reshape,  # a layout that differs from the stand-ins' must not fail
     aten._unsafe_view.default: Tensor.reshape,

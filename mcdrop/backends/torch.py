@@ -16,7 +16,7 @@ from mcdrop.digits import digits
 from mcdrop.features import beside_weights, hidden_features, tensors_digest, weights_digest
 from mcdrop.flags import Flags
 from mcdrop.forward import Outputs, as_numpy, draws_off, place_of
-from mcdrop.intercept import EachRow
+from mcdrop.intercept import EachRow, Given
 from mcdrop.moments import Summing
 from mcdrop.outputs import Pick
 from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
@@ -26,6 +26,7 @@ from mcdrop.record import nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
 from mcdrop.stacks import Span
+from mcdrop.tiers import Stacks
 from mcdrop.trace import one_pass
 from mcdrop.volatile import own, placed_starts
 
@@ -172,12 +173,10 @@ class TorchBackend:
         plan, tensors = self.plans.prepare(rows)
         draws = zip(plan.trace.sites, plan.trace.layouts, strict=True)
         shared = frozenset(site.name for site, layout in draws if layout is None)
-        with torch.no_grad(), self.plans.arithmetic(tensors), watching or nullcontext():
-            own = self.plans.stacks(replace(plan, off=plan.off | shared), Span(rows.count, seed, start, "iid"))
-            first = self.plans.stacks(plan, Span(1, seed, start, "iid"))
-            stacks = [once if each is None else each for each, once in zip(own, first, strict=True)]
-            with self.plans.turn, self.flags.under(plan.verdicts):
-                one_pass(self.live, tensors, self.pick, plan.trace, stacks, EachRow)
+        own = self.plans.stacks(replace(plan, off=plan.off | shared), Span(rows.count, seed, start, "iid"))
+        first = self.plans.stacks(plan, Span(1, seed, start, "iid"))
+        masks = [once if each is None else each for each, once in zip(own, first, strict=True)]
+        self._one_pass(plan, tensors, masks, EachRow, watching or nullcontext())
 
     def all_at(self, rows: Rows, value: float | None, watching: AbstractContextManager[object]) -> None:
         """Runs a pass in which every number is 0, as where all units are dropped, or 1; None takes them as drawn."""
@@ -185,14 +184,13 @@ class TorchBackend:
         drawn = self.plans.stacks(plan, Span(1, 0, 0, "iid"))
         once = [None if stack is None else stack[:1][0] for stack in drawn]
         masks = [mask if mask is None or value is None else torch.full_like(mask, value) for mask in once]
-        with (
-            torch.no_grad(),
-            self.plans.arithmetic(tensors),
-            watching,
-            self.plans.turn,
-            self.flags.under(plan.verdicts),
-        ):
-            one_pass(self.live, tensors, self.pick, plan.trace, masks)
+        self._one_pass(plan, tensors, masks, Given, watching)
+
+    def _one_pass(
+        self, plan: Plan, rows: Rows, masks: Stacks, source: type[Given], watching: AbstractContextManager[object]
+    ) -> None:
+        with torch.no_grad(), self.plans.arithmetic(rows), watching, self.plans.turn, self.flags.under(plan.verdicts):
+            one_pass(self.live, rows, self.pick, plan.trace, masks, source)
 
     def watch(self, rows: Rows, mode: TorchFunctionMode) -> None:
         """Runs the forward with every draw off under a function mode that looks on."""
