@@ -48,29 +48,36 @@ def _masks(found: Trace, rows: Rows, *, seed: int = 0) -> list[Tensor]:
     return [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]
 
 
-def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Callable[[int], bool]:
-    """Gives what says of a site whether another mask on it alone changes the output; one pass is shared by all."""
+def changing(
+    live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: bool
+) -> Callable[[int], bool]:  # fmt: skip
+    """Gives what says of a site whether another mask on it alone changes the output; one pass is shared by all.
+
+    ``by_one`` lets the first row show it, which takes a part of the time; only where it does not are all looked at.
+    """
     # the others drawn too: some draws only show where another one is not at its expectation
     drawn = cache(lambda seed: _masks(found, rows, seed=seed))
     others = cache(lambda seed: _masks(_halved(found), rows, seed=_APART + seed))
 
     @torch.no_grad()
-    def output(masks: Sequence[Tensor | None]) -> Tensor:
-        return one_pass(live, rows, pick, found, masks)
+    def output(masks: Sequence[Tensor | None], count: int = rows.count) -> Tensor:
+        return one_pass(live, rows.take(slice(0, count)), pick, found, masks)
 
-    base = cache(lambda seed: output(drawn(seed)))
+    base = cache(lambda seed, count: output(drawn(seed), count))
 
-    def differs(index: int, seed: int, other: Tensor) -> bool:
+    def differs(index: int, seed: int, count: int, other: Tensor) -> bool:
         masks = [*drawn(seed)]
         masks[index] = other
-        return not identical(output(masks), base(seed))
+        return not identical(output(masks, count), base(seed, count))
+
+    tries = [(0, 1)] * by_one + [(seed, rows.count) for seed in range(_TRIES)]
 
     def changes(index: int) -> bool:
         few = math.prod(found.sites[index].shape) <= _FEW  # another mask of so few units may be the same
-        for seed in range(_TRIES):
-            if few and differs(index, seed, _opposite(drawn(seed)[index], found.sites[index].kind)):
+        for seed, count in tries:
+            if few and differs(index, seed, count, _opposite(drawn(seed)[index], found.sites[index].kind)):
                 return True
-            if differs(index, seed, others(seed)[index]):
+            if differs(index, seed, count, others(seed)[index]):
                 return True
         # of many draws in a row often no unit passes all, whatever one of them does
         one, other = (output([mask if i == index else None for i, mask in enumerate(others(seed))]) for seed in (0, 1))

@@ -29,6 +29,7 @@ from mcdrop.rows import Rows
 __all__ = ["diagnose"]
 
 _ROWS, _PASSES = 4, 32
+_FEWEST_PASSES = 16  # where these take long enough
 _NORM_ROWS = 256  # so few as above say little about a variance
 _SECONDS = 5.0  # longer than this the shares are not worth waiting for
 _SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
@@ -45,9 +46,7 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
     began = time.monotonic()
     plan = backend.plan(rows)
     prepared = time.monotonic() - began
-    began = time.monotonic()
-    everything = backend.run(rows, _PASSES, only=None)
-    seconds = time.monotonic() - began
+    everything, seconds = _passes(backend, rows)
     error, found = _precision_error(backend, rows, everything), _moments(everything)
     # where the draws belong to one number of rows, or these take long, the few have to do
     more = example.count > _ROWS and not plan.trace.unclear and seconds * _NORM_ROWS < _SECONDS * _ROWS * _PASSES / 2
@@ -63,6 +62,14 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
     if seconds * len(audit.live) > _SECONDS:
         return audit
     return replace(audit, sites=_shares(backend, rows, audit, found))
+
+
+def _passes(backend: TorchBackend, rows: Rows) -> tuple[Tensor, float]:
+    """Some passes, and the seconds that as many as usual take; fewer where they take long."""
+    began = time.monotonic()
+    passes = backend.run(rows, _FEWEST_PASSES, only=None)
+    seconds = (time.monotonic() - began) * _PASSES / _FEWEST_PASSES
+    return (passes if seconds > _SECONDS else backend.run(rows, _PASSES, only=None)), seconds
 
 
 def _shares(backend: TorchBackend, rows: Rows, audit: Audit, everything: Found) -> Any:
@@ -95,12 +102,12 @@ def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> f
     """
     if backend.precision == "fp32":
         return None
-    exact = backend.run(rows, _PASSES, only=None, tier="loop")
+    exact = backend.run(rows, len(everything), only=None, tier="loop")
     found, squares = _moments(exact), 0.0
     with np.errstate(invalid="ignore"):
         for low, full in zip(map(as_numpy, everything), map(as_numpy, exact), strict=True):
             squares += float(np.nansum(np.square(low - full, dtype=np.float64), where=found.variance > 0))
-    error = math.sqrt(squares / _PASSES / total_variance(found))
+    error = math.sqrt(squares / len(everything) / total_variance(found))
     if not error <= LARGEST_ERROR:
         raise ModelRefused(
             f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation, more "
@@ -192,8 +199,11 @@ def _norm_inputs(backend: TorchBackend, rows: Rows, *, together: bool) -> tuple[
     if not _reached(backend, rows.take([*range(0, rows.count, -(-rows.count // _ROWS))])):  # the first may be alike
         return plain, plain
     many = rows.take([*range(rows.count)] * min(_PASSES, max(1, _ROWS * _PASSES // rows.count)))
+    began = time.monotonic()
     for number, block in enumerate(many.split(min(room, many.count if together else -(-many.count // _PASSES)))):
         backend.each_row(block, seed=0, start=number * room, watching=masked)
+        if time.monotonic() - began > _SECONDS and 4 * (number + 1) * block.count >= many.count:
+            break
     return masked, plain
 
 

@@ -114,7 +114,7 @@ def discover(
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
     single = alone(live, few, pick, found, excluded)
     warnings += [*lost, *_in_doubt(name, overrules), *_unclear(found), *single.said]
-    changes = changing(live, few, pick, found)
+    changes = changing(live, few, pick, found, by_one=not (single.said or single.beside or found.unclear))
     sites = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))
     preserving = mean_preserving(live, plain, few, pick, found)
     audit = _audit(module, verdicts, sites, warnings, preserving=preserving)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from mcdrop.agreement import identical
+from mcdrop.forward import out_of_memory
 from mcdrop.outputs import Pick
 from mcdrop.record import Draw, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
 from mcdrop.volatile import Left
 
-__all__ = ["Observation", "Observer", "Readers", "same", "unwatched", "watched"]
+__all__ = ["Observation", "Observer", "Readers", "altered", "same", "unwatched", "watched"]
 
 _LOOKS_UP = nn.Module.__getattr__.__code__
 
@@ -112,6 +113,14 @@ def same(one: Observation, other: Observation) -> bool:
     )
 
 
+def altered(seen: Observation, base: Observation) -> str:
+    """Says what a pass in training mode writes to or changes and one in eval does not; empty where there is nothing."""
+    written, changed = seen.written - base.written, seen.changed - base.changed
+    if written:
+        return f"writes to {', '.join(sorted(written))} in training mode"
+    return f"changes its attribute {min(changed)[1]} in training mode" if changed else ""
+
+
 class Observer:
     """Runs passes of a shadow, all from the same start; flags are off but for those that are asked for.
 
@@ -148,6 +157,21 @@ class Observer:
         with self._started(on):
             first, second = (self._seen(seed, None, ()) for _ in range(2))
         return not same(first, second)
+
+    def attempt(self, on: Collection[nn.Module], drawn: list[Draw], *, seed: int) -> Observation | None:
+        """Gives a pass of flags that may not go together; None where it fails."""
+        try:
+            return self.observe(on, seed=seed, drawn=drawn)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            return None
+
+    def counts(self, seen: Observation, base: Observation) -> bool:
+        """Whether all that a pass in training mode leaves, and one in eval does not, are whole numbers."""
+        changed = seen.changed - base.changed
+        kinds = {type(vars(self.module.get_submodule(path)).get(name)) for path, name in changed}
+        return kinds == {int} and seen.written <= base.written
 
     @contextmanager
     def _started(self, on: Collection[nn.Module]) -> Iterator[None]:

@@ -9,13 +9,14 @@ together: draws may need several.
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mcdrop.agreement import identical
 from mcdrop.forward import out_of_memory
-from mcdrop.observed import Observation, Observer, same
+from mcdrop.observed import Observation, Observer, altered, same
 from mcdrop.outputs import Pick
 from mcdrop.record import ALL_HIGH, ALL_LOW, Draw
 from mcdrop.rows import Rows
@@ -60,14 +61,43 @@ def _each(look: Observer, base: Observation, on: Sequence[nn.Module], known: Map
     norms = {path: child for path, child in new.items() if _keeps_statistics(child)}
     others = [child for child in norms.values() if not type(child).__module__.startswith("torch.")]
     draw = bool(others) and look.observe([*on, *others], seed=_SEEDS[0]).draws > base.draws
+    asked = dict[type, dict[str, nn.Module]]()
     for path, child in new.items():
         if path in norms and not (draw and child in others):
             verdicts[path] = Verdict("norm", "a norm layer: its running statistics stay frozen")
         elif _only_drops(child, by_itself=all(base.readers[id(child)])):
             verdicts[path] = Verdict("stochastic", "draws random numbers", len(base.readers[id(child)]))
         else:
-            verdicts[path] = _effect(look, child, base, on)
-    return verdicts
+            asked.setdefault(type(child), {})[path] = child
+    for several in asked.values():
+        verdicts |= _effects(look, several, base, on)
+    return {path: verdicts[path] for path in new}
+
+
+def _effects(look: Observer, several: Mapping[str, nn.Module], base: Observation, on: Sequence[nn.Module]) -> Verdicts:
+    """Says what the flags of modules of one class do: one by itself, then the others, which mostly do the same."""
+    (first, child), *others = several.items()
+    like = _effect(look, child, base, on)
+    alike = _together(look, dict(others), like, base, on) if len(others) > 1 else {}
+    return {first: like} | {path: alike.get(path) or _effect(look, child, base, on) for path, child in others}
+
+
+def _together(
+    look: Observer, others: Mapping[str, nn.Module], like: Verdict, base: Observation, on: Sequence[nn.Module]
+) -> Verdicts:
+    """Tells flags that do together what one like them does by itself: draw as often in their own name, or nothing."""
+    if like.kind == "refused" or base.draws or (like.kind == "stochastic" and not like.draws):
+        return {}
+    seen = []
+    for seed in _SEEDS[: 1 if like.draws else 2]:
+        one = look.attempt([*on, *others.values()], [], seed=seed)
+        if one is None or altered(one, base) or one.structure != base.structure:
+            return {}
+        seen.append(one)
+    drawn = Counter(path for _, _, path in seen[0].rates)
+    told = {path: like for path in others if drawn[path] == like.draws}
+    alone = len(told) == len(others) and all(one.draws == len(others) * like.draws for one in seen)
+    return told if alone and (like.draws or all(same(one, base) for one in seen)) else {}
 
 
 def _keeps_statistics(child: nn.Module) -> bool:
@@ -80,7 +110,7 @@ def _beneath(look: Observer, verdicts: Verdicts) -> Verdicts:
     """Looks at flags that are read only where others are on, as in ``if self.training: x = self.drop(x)``."""
     while True:
         on = _modules(look, verdicts, "stochastic", "inert")
-        seen = _attempted(look, on, [])
+        seen = look.attempt(on, [], seed=_SEEDS[0])
         found = {} if seen is None else _each(look, seen, on, verdicts)
         if not found:
             return verdicts
@@ -98,14 +128,19 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
     inert = [path for path, one in verdicts.items() if one.kind == "inert"]
     chosen = _modules(look, verdicts, "stochastic")
 
+    @cache
+    def observed(paths: frozenset[str], low: frozenset[str]) -> Observation:
+        return look.observe([*chosen, *(by_path[path] for path in paths)], seed=_SEEDS[0], low=low)
+
     def passes(paths: Collection[str], new: Collection[str] = ()) -> list[Observation]:
         """As they are, and where all that the new draws can drop is dropped."""
-        on = [*chosen, *(by_path[path] for path in paths)]
-        return [look.observe(on, seed=_SEEDS[0], low=low) for low in ((), new)]
+        return [observed(frozenset(paths), frozenset(low)) for low in ((), new)]
 
     for hidden in (unread, []):
         try:
             needed = _those_needed(look, passes, hidden, inert)
+            if not needed:
+                return verdicts
             alone = look.observe([by_path[path] for path in needed], seed=_SEEDS[0])
         except Exception as error:  # of several together, which no verdict is about
             if out_of_memory(error):
@@ -161,8 +196,8 @@ def _effect(look: Observer, child: nn.Module, base: Observation, on: Sequence[nn
     """Says what a flag does that is switched on; a second look is for what the first does not settle."""
     try:
         first = look.observe([*on, child], seed=_SEEDS[0])
-        altered = _altered(first, base)
-        if first.draws > base.draws and first.structure == base.structure and not altered:
+        left = altered(first, base)
+        if first.draws > base.draws and first.structure == base.structure and not left:
             return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
         second = look.observe([*on, child], seed=_SEEDS[1])
     except Exception as error:  # any failure but of memory means that this is not a flag to switch on
@@ -171,11 +206,11 @@ def _effect(look: Observer, child: nn.Module, base: Observation, on: Sequence[nn
         said = f"fails in training mode: {type(error).__name__}: {str(error)[:100]}"
         return Verdict("refused", said)
     draws = max(first.draws, second.draws) - base.draws
-    if altered and not draws and _counts(look, first, base) and look.goes_on([*on, child], seed=_SEEDS[0]):
+    if left and not draws and look.counts(first, base) and look.goes_on([*on, child], seed=_SEEDS[0]):
         said = "and by it gives other numbers at each call, as with masks drawn before; exclude it if it drops nothing"
-        return Verdict("refused", f"{altered} {said}", 1)
-    if altered:
-        return Verdict("refused", altered, draws)
+        return Verdict("refused", f"{left} {said}", 1)
+    if left:
+        return Verdict("refused", left, draws)
     if first.structure == second.structure != base.structure:  # else the shape of the output itself is random
         return Verdict("refused", "returns something else in training mode", draws)
     if {first.draws, second.draws} != {base.draws}:
@@ -231,11 +266,11 @@ def _hidden_draws(
     on, new = list[nn.Module](), [by_path[path], *inert]
     while new:  # and then the flags that are read there
         on, drawn = on + new, list[Draw]()
-        seen = _attempted(look, on, drawn)
+        seen = look.attempt(on, drawn, seed=_SEEDS[0])
         known |= {*map(id, on)}
         others = (one for one in by_path.values() if not isinstance(one, _NormBase))
         new = [one for one in others if id(one) in look.readers and id(one) not in known]
-    without = _attempted(look, inert, []) or base
+    without = look.attempt(inert, [], seed=_SEEDS[0]) or base
     if seen is None:
         return max(0, len(drawn) - without.draws), True
     if seen.draws <= without.draws:
@@ -247,34 +282,9 @@ def _hidden_draws(
     return (seen.draws - without.draws if follows and all(follows) else 0), False
 
 
-def _attempted(look: Observer, on: Sequence[nn.Module], drawn: list[Draw]) -> Observation | None:
-    """Gives a pass of flags that may not go together; None where it fails."""
-    try:
-        return look.observe(on, seed=_SEEDS[0], drawn=drawn)
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        return None
-
-
 def _read(seen: Observation, base: Observation) -> list[Tensor]:
     """The output that is read; where training returns something else, all that may be it by their shape."""
     wanted = base.values[0] if base.picked is None else base.picked
     if seen.picked is not None and seen.picked.shape == wanted.shape:
         return [seen.picked]
     return [value for value in seen.values if value.shape == wanted.shape]
-
-
-def _counts(look: Observer, seen: Observation, base: Observation) -> bool:
-    """Whether all that a pass in training mode leaves, and one in eval does not, are whole numbers."""
-    changed = seen.changed - base.changed
-    kinds = {type(vars(look.module.get_submodule(path)).get(name)) for path, name in changed}
-    return kinds == {int} and seen.written <= base.written
-
-
-def _altered(seen: Observation, base: Observation) -> str:
-    """Says what a pass in training mode writes to or changes and one in eval does not; empty where there is nothing."""
-    written, changed = seen.written - base.written, seen.changed - base.changed
-    if written:
-        return f"writes to {', '.join(sorted(written))} in training mode"
-    return f"changes its attribute {min(changed)[1]} in training mode" if changed else ""
