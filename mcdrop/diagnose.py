@@ -5,7 +5,7 @@ Everything here is measured on the example rows with a few passes, and goes into
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from mcdrop.forward import as_numpy
 from mcdrop.moments import Found, mean_gap, moments_of, total_variance
 from mcdrop.onednn import FLOPS, available
 from mcdrop.planning import LARGEST_ERROR
-from mcdrop.record import caller, module_paths
+from mcdrop.record import ALL_HIGH, ALL_LOW, caller, module_paths
 from mcdrop.rows import Rows
 
 __all__ = ["diagnose"]
@@ -31,6 +31,7 @@ __all__ = ["diagnose"]
 _ROWS, _PASSES = 4, 32
 _FEWEST_PASSES = 16  # where these take long enough
 _NORM_ROWS = 256  # so few as above say little about a variance
+_LOOKS = (None, ALL_LOW, ALL_HIGH)  # passes that show whether anything changes: as drawn, and the extremes
 _SECONDS = 5.0  # longer than this the shares are not worth waiting for
 _SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
 _PREDICTED_AT = 100
@@ -196,9 +197,9 @@ def _norm_inputs(backend: TorchBackend, rows: Rows, *, together: bool) -> tuple[
     room = max(_ROWS, backend.chunk_bytes // backend.row_bytes(few))
     for block in rows.split(room):
         backend.watch(block, plain)
-    if not _reached(backend, rows.take([*range(0, rows.count, -(-rows.count // _ROWS))])):  # the first may be alike
-        return plain, plain
     many = rows.take([*range(rows.count)] * min(_PASSES, max(1, _ROWS * _PASSES // rows.count)))
+    if len(_LOOKS) * rows.count < many.count and (unmoved := _unmoved(backend, [*rows.split(room)])):
+        return unmoved, plain
     began = time.monotonic()
     for number, block in enumerate(many.split(min(room, many.count if together else -(-many.count // _PASSES)))):
         backend.each_row(block, seed=0, start=number * room, watching=masked)
@@ -207,20 +208,23 @@ def _norm_inputs(backend: TorchBackend, rows: Rows, *, together: bool) -> tuple[
     return masked, plain
 
 
-def _reached(backend: TorchBackend, rows: Rows) -> bool:
-    """Whether any draw comes before a norm layer: numbers that are all 0 or all 1 show it, however rare drops are.
+def _unmoved(backend: TorchBackend, blocks: Sequence[Rows]) -> _NormInputs | None:
+    """What norm layers are given in a pass, where no draw comes before one; None where one does.
 
-    Those that are drawn show it where these cancel out. Most networks drop in their head alone, and 32 passes of all
-    that comes before it would be for nothing.
+    Numbers as low and as high as can be show a drop, however rare it is; those that are drawn show noise that cancels
+    out where all are alike. Most networks drop in their head alone, and more passes of all before it would be for
+    nothing.
     """
-    looks = [_NormInputs(backend.live) for _ in range(3)]
+    looks = [_NormInputs(backend.live) for _ in _LOOKS]
     try:
-        for look, value in zip(looks, (0.0, 1.0, None), strict=True):
-            backend.all_at(rows, value, look)
+        for look, at in zip(looks, _LOOKS, strict=True):
+            for block in blocks:
+                backend.first_pass(block, look, at=at)
     except Exception:  # whatever a network makes of nothing
-        return True
+        return None
     first, *others = ([(path, one) for path, seen in look.seen.items() for one in seen] for look in looks)
-    return not all(len(first) == len(other) and all(map(_alike, first, other)) for other in others)
+    alike = all(len(first) == len(other) and all(map(_alike, first, other)) for other in others)
+    return looks[0] if alike else None
 
 
 def _alike(one: tuple[str, _Seen], other: tuple[str, _Seen]) -> bool:

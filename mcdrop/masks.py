@@ -13,8 +13,9 @@ To add a sampler, add one line to ``SAMPLERS``; to add a kind of draw, one to ``
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ _FIRST_EDGE = 16
 _UNITS = 2**13  # of small blocks that are drawn together
 _SPLIT = 2**15  # of a large one
 _EIGHT = 8  # pieces begin with a multiple of it
-_MANY = 2**22  # numbers, above which threads are worth their start, and that they take turns in Python
+_MANY = 2**22  # numbers, above which threads gain more than they lose by waiting for each other in Python
 
 Masks = dict[str, NDArray[np.float32]]
 
@@ -84,8 +85,8 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
     """
     _check(site, passes, seed, start, sampler)
     kind, numbers = KINDS[site.kind], SAMPLERS[sampler]
-    if site.kind == "bernoulli" and site.p in (0, 1):
-        return np.full((passes, *site.shape), not site.p, kind.dtype)
+    if site.kind == "bernoulli" and _threshold(site.p) in (0, 2**32):
+        return np.full((passes, *site.shape), not _threshold(site.p), kind.dtype)
     values: NDArray[Any] = np.empty((passes, *site.shape), kind.dtype)
 
     def fill(pieces: Sequence[_Piece]) -> None:
@@ -96,14 +97,38 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
             values[(slice(None), *piece.place)] = drawn[:, end - piece.wanted : end].reshape(passes, *piece.sizes)
 
     together = _together(itertools.chain.from_iterable(map(_pieces, _blocks(site.shape))))
-    if threads == 1 or values.size < _MANY:
-        for some in together:
-            fill(some)
-        return values
-    with ThreadPoolExecutor(threads, thread_name_prefix="mcdrop-masks") as pool:
-        for done in [pool.submit(fill, some) for some in together]:
-            done.result()
+    _side_by_side(fill, together, 1 if values.size < _MANY else threads)
     return values
+
+
+def _side_by_side(work: Callable[[Any], None], parts: Iterator[Any], threads: int) -> None:
+    """Does a work's parts by so many threads, this one among them; an error in one of them ends all, and is raised.
+
+    Where no further thread can be had, as while Python ends, those that there are do it.
+    """
+    turn, errors = threading.Lock(), list[BaseException]()
+
+    def following() -> Any:
+        with turn:
+            return next(parts, None)
+
+    def run() -> None:
+        try:
+            while not errors and (part := following()) is not None:
+                work(part)
+        except BaseException as error:  # also an interruption, which reaches the main thread alone
+            errors.append(error)
+
+    others = [threading.Thread(target=run, name="mcdrop-masks") for _ in range(threads - 1)]
+    with suppress(RuntimeError):
+        for other in others:
+            other.start()
+    run()
+    for other in others:
+        if other.ident is not None:
+            other.join()
+    if errors:
+        raise errors[0]
 
 
 def is_whole(value: object) -> bool:
@@ -228,7 +253,12 @@ class Kind(NamedTuple):
 
 
 def _bernoulli(sampler: Sampler, streams: Sequence[Stream], start: int, passes: int, p: float) -> NDArray[np.bool_]:
-    return sampler.kept(streams, start, passes, round(p * 2**32))
+    return sampler.kept(streams, start, passes, _threshold(p))
+
+
+def _threshold(p: float) -> int:
+    """Of 32 random bits those below it drop."""
+    return round(p * 2**32)
 
 
 def _uniform(sampler: Sampler, streams: Sequence[Stream], start: int, passes: int, p: float) -> NDArray[np.float32]:

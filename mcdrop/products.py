@@ -20,15 +20,15 @@ def factors(mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def times(one: Tensor, other: Tensor) -> Tensor:
     """Gives the product of two (..., C, H, W), of which one may be a mask of each image's units."""
-    return _like(one, other) * _like(other, one)
+    return _in_order_of(other, one) * _in_order_of(one, other)
 
 
 def times_(x: Tensor, other: Tensor) -> Tensor:
     """The same, written over the first."""
-    return x.mul_(_like(other, x))
+    return x.mul_(_in_order_of(x, other))
 
 
-def _like(mask: Tensor, x: Tensor) -> Tensor:
+def _in_order_of(x: Tensor, mask: Tensor) -> Tensor:
     """Puts the channels of a mask last in memory where those of its images are, as convolutions leave them.
 
     Torch takes 3 to 15 times as long to read two orders side by side as both steps do for eight images of a mask, and

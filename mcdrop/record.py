@@ -24,7 +24,19 @@ from mcdrop.standing import kept_tensors
 from mcdrop.volatile import Left
 from mcdrop.written import own_tensor_dicts
 
-__all__ = ["ALL_HIGH", "ALL_LOW", "Draw", "Recorder", "Spy", "caller", "draws", "module_paths", "nowhere", "record"]
+__all__ = [
+    "ALL_HIGH",
+    "ALL_LOW",
+    "Draw",
+    "Recorder",
+    "Spy",
+    "caller",
+    "draws",
+    "extreme",
+    "module_paths",
+    "nowhere",
+    "record",
+]
 
 
 ALL_LOW, ALL_HIGH = -1, -2  # in place of a seed: all is dropped and numbers are as small as can be, or the opposite
@@ -32,6 +44,13 @@ _EXTREMES = {
     ALL_LOW: {"bernoulli": 0.0, "uniform": 0.0, "normal": -3.0},
     ALL_HIGH: {"bernoulli": 1.0, "uniform": 1 - 2.0**-24, "normal": 3.0},
 }
+
+
+def extreme(kind: str, which: int) -> float:
+    """Gives the number that a kind of draw has everywhere in a pass that is ``ALL_LOW`` or ``ALL_HIGH``."""
+    return _EXTREMES[which][kind]
+
+
 _READ = {"_local_scalar_dense.default", *(f"Tensor.{read.__name__}" for read in NUMBERS_READ)}
 
 
@@ -95,7 +114,7 @@ class Recorder:
             return None
         seed = ALL_LOW if self.draws[-1].path in self._low else self._seed
         if seed in _EXTREMES:
-            return torch.full(shape, _EXTREMES[seed][kind]).to(self._device)
+            return torch.full(shape, extreme(kind, seed)).to(self._device)
         return torch.as_tensor(np.asarray(sample_masks([site], 1, seed=self._seed)[site.name][0])).to(self._device)
 
     def forces(self, p: float) -> bool:

@@ -17,6 +17,7 @@ __all__ = ["BLOCKS", "SAMPLERS", "Sampler", "Stream"]
 _SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
 _AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
 _PIECE = 2**14  # units that are ranked together
+_FEW = 2**14  # units whose words are rather drawn for all 16 strata at once, in fewer calls
 _SKIPPED = 2**10  # counters of a pass above which those that nobody wants are skipped
 _LAST = 2**64 - 1
 _EIGHT = 8  # one counter step gives four 64-bit words, so eight units
@@ -131,7 +132,7 @@ def _balanced_kept(streams: Sequence[Stream], start: int, passes: int, threshold
     edge, finer = divmod(rest, 2**26)
 
     def made(blocks: NDArray[np.int64], nested: slice) -> Kept:
-        above, there = _split(_of_blocks(streams, "/order", blocks), stratum)
+        above, there = _above(_of_blocks(streams, "/order", blocks), stratum)
         if not rest:
             return above | there
         inside = _of_blocks(streams, "/inside", blocks)
@@ -184,9 +185,9 @@ def _chances(
     """Each block's place in its block of 64, and what the quarters of a 16th follow from: (blocks, 16 or 1, units)."""
     whole, place = np.divmod(blocks, _LARGE // _SMALL)
     wholes = np.arange(whole[0], whole[-1] + 1)
-    if stratum is not None and sum(stream.drawn for stream in streams) > _PIECE:
+    if stratum is not None and sum(stream.drawn for stream in streams) > _FEW:
         words = np.stack([_philox(streams, "/quarter", int(one) * _SMALL + stratum, 1) for one in wholes])
-    else:  # all at once are fewer calls
+    else:
         words = _of_blocks(streams, "/quarter", wholes)[
             :, slice(None) if stratum is None else slice(stratum, stratum + 1)
         ]
@@ -200,7 +201,7 @@ def _quarters(chance: Words, place: NDArray[np.uint32]) -> Words:
     return quarter
 
 
-def _split(order: Words, rank: int) -> tuple[Kept, Kept]:
+def _above(order: Words, rank: int) -> tuple[Kept, Kept]:
     """Says which passes of each block (blocks, 16, units) rank above a place, and which one is there.
 
     That one's word alone is found, by a part of a sorting network.

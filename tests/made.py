@@ -1,4 +1,4 @@
-"""Summaries made by hand, the small networks that tests of statistics share, and a data frame."""
+"""Summaries made by hand, the small networks, rows and audits that tests share, and a data frame."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +7,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import entr
-from torch import nn
+from torch import Tensor, nn
 
+import mcdrop
+from mcdrop.audit import Audit
 from mcdrop.summaries import Classes, Summary
 
 Array = NDArray[np.float64]
+
+EIGHT = torch.linspace(-1, 1, 32).reshape(4, 8)
 
 
 def summary(mean: Any, epistemic: Any = 0.1, *, passes: int = 100, **more: Any) -> Summary:
@@ -60,3 +64,13 @@ class Frame:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self.data
+
+
+def audit_of(*layers: nn.Module, example: Tensor = EIGHT) -> Audit:
+    return mcdrop.wrap(nn.Sequential(*layers).eval(), example=example).audit
+
+
+def centred(channels: int) -> Tensor:
+    """Four rows whose every channel has the mean 0."""
+    rows = torch.randn(2, channels, generator=torch.Generator().manual_seed(0))
+    return torch.cat([rows, -rows])

@@ -2,6 +2,10 @@
 
 import itertools
 import random
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +18,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import BLOCKS, KINDS, SAMPLERS, SEED_LIMIT, Site, draw, sample_masks
-from mcdrop.samplers import _split
+from mcdrop.masks import BLOCKS, KINDS, SAMPLERS, SEED_LIMIT, Site, _side_by_side, draw, sample_masks
+from mcdrop.samplers import _above
 
 Array = NDArray[np.float32]
 
@@ -297,6 +301,14 @@ def test_a_first_pass_below_0_is_refused(start: Any) -> None:
         masks((1,), 1, start=start)
 
 
+@every_sampler
+@pytest.mark.parametrize(("p", "kept"), [(1 - 1e-11, 0), (1e-11, 1), (1 - 2**-32, None), (2**-32, None)])
+def test_a_rate_is_of_2_to_the_32_steps(sampler: str, p: float, kept: int | None) -> None:
+    """What rounds to none or all of them drops none or all; a step from there is drawn, with hardly a chance."""
+    drawn = masks((50,), 80, sampler=sampler, p=p)
+    np.testing.assert_array_equal(drawn, round(1 - p) if kept is None else kept)
+
+
 @pytest.mark.parametrize("p", [1.5, -0.1, np.nan, "0.5"])
 def test_a_rate_that_is_no_share_is_refused(p: Any) -> None:
     with pytest.raises(InputError, match="drop rate p of site 'site0' must be a number from 0 to 1, got"):
@@ -325,6 +337,43 @@ def test_threads_draw_the_same_masks(sampler: str, shape: tuple[int, ...]) -> No
     np.testing.assert_array_equal(one, several)
 
 
+def test_an_error_in_one_part_ends_all_and_is_raised() -> None:
+    """At most one part more is begun by each thread once one has failed."""
+    begun = list[int]()
+    failed = threading.Event()
+
+    def work(part: int) -> None:
+        begun.append(part)
+        if part == 2:
+            failed.set()
+            raise KeyboardInterrupt
+        if part > 2:
+            failed.wait()
+            time.sleep(0.01)
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        _side_by_side(work, iter(range(1000)), 3)
+    assert len(begun) < 10
+    assert threading.active_count() == before
+
+
+def test_masks_are_drawn_while_python_ends() -> None:
+    """A thread that goes on after the main one, and what runs at exit, may find no further threads."""
+    code = """if True:
+        import atexit, threading
+        from mcdrop.masks import Site, draw
+        site, ended = Site("site0", (2**19,), 0.1), threading.main_thread().join
+        wanted = draw(site, 8, seed=0)
+        def same(when):
+            print(when, (draw(site, 8, seed=0, threads=2) == wanted).all())
+        threading.Thread(target=lambda: (ended(), same("later"))).start()
+        atexit.register(same, "at exit")
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("later True\nat exit True\n", "")
+
+
 def test_passes_rank_as_a_stable_sort_ranks_them() -> None:
     """Also where some of a unit's words are equal: here they are of 40 or of 2**32."""
     words = np.random.default_rng(0)
@@ -332,6 +381,6 @@ def test_passes_rank_as_a_stable_sort_ranks_them() -> None:
         order = words.integers(0, most, (3, 16, units), dtype=np.uint32)
         ranks = np.argsort(np.argsort(order, axis=1, kind="stable"), axis=1)
         for rank in range(16):
-            above, there = _split(order, rank)
+            above, there = _above(order, rank)
             np.testing.assert_array_equal(above, ranks > rank)
             np.testing.assert_array_equal(there, ranks == rank)

@@ -22,7 +22,7 @@ from mcdrop.outputs import Pick
 from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
 from mcdrop.plans import Plans
 from mcdrop.ready import Ready, Room
-from mcdrop.record import nowhere
+from mcdrop.record import extreme, nowhere
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
 from mcdrop.stacks import Span
@@ -178,19 +178,21 @@ class TorchBackend:
         masks = [once if each is None else each for each, once in zip(own, first, strict=True)]
         self._one_pass(plan, tensors, masks, EachRow, watching or nullcontext())
 
-    def all_at(self, rows: Rows, value: float | None, watching: AbstractContextManager[object]) -> None:
-        """Runs a pass in which every number is 0, as where all units are dropped, or 1; None takes them as drawn."""
+    def first_pass(self, rows: Rows, mode: TorchFunctionMode, *, at: int | None = None) -> None:
+        """Runs a pass under a function mode that looks on, ``at`` an extreme of its numbers where that is given."""
         plan, tensors = self.plans.prepare(rows)
-        drawn = self.plans.stacks(plan, Span(1, 0, 0, "iid"))
-        once = [None if stack is None else stack[:1][0] for stack in drawn]
-        masks = [mask if mask is None or value is None else torch.full_like(mask, value) for mask in once]
-        self._one_pass(plan, tensors, masks, Given, watching)
+        masks = [None if stack is None else stack[0] for stack in self.plans.stacks(plan, Span(1, 0, 0, "iid"))]
+        if at is not None:
+            pairs = zip(plan.trace.sites, masks, strict=True)
+            masks = [None if mask is None else torch.full_like(mask, extreme(site.kind, at)) for site, mask in pairs]
+        self._one_pass(plan, tensors, masks, Given, mode)
 
     def _one_pass(
-        self, plan: Plan, rows: Rows, masks: Stacks, source: type[Given], watching: AbstractContextManager[object]
+        self, plan: Plan, tensors: Rows, masks: Stacks, source: type[Given], watching: AbstractContextManager[object]
     ) -> None:
-        with torch.no_grad(), self.plans.arithmetic(rows), watching, self.plans.turn, self.flags.under(plan.verdicts):
-            one_pass(self.live, rows, self.pick, plan.trace, masks, source)
+        exact, flags = self.plans.arithmetic(tensors), self.flags.under(plan.verdicts)
+        with torch.no_grad(), exact, watching, self.plans.turn, flags:
+            one_pass(self.live, tensors, self.pick, plan.trace, masks, source)
 
     def watch(self, rows: Rows, mode: TorchFunctionMode) -> None:
         """Runs the forward with every draw off under a function mode that looks on."""
