@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mcdrop.console import check_output, checked, note, note_not_finite, progress, terminable
+from mcdrop.console import check_output, checked, load, note, note_not_finite, progress, terminable, waiting
 from mcdrop.errors import InputError, MCDropError, MissingExtra
 from mcdrop.streams import STANDARD_STREAM, check_place, check_stays
 
@@ -91,9 +91,7 @@ def inspect(
     device: _Devices = None,
 ) -> None:
     """Show which random draws a model has, and which of them are live."""
-    from mcdrop.artifact import load
-
-    found = load(model, devices=device or ())
+    found = load(model, device)
     if as_json:
         head = {"name": found.name, "version": found.version, "task": found.task}
         typer.echo(json.dumps({**head, "audit": found.audit.to_dict()}, indent=2))
@@ -117,12 +115,11 @@ def predict(
     device: _Devices = None,
 ) -> None:
     """Predict the rows of a table: its columns followed by mean, variance, interval and flags."""
-    from mcdrop.artifact import load
     from mcdrop.table import write_rows
 
     check_output(output, suffixes=_CSV, inputs=[rows, model])
     options = {"passes": passes, "level": level, "interval": interval, "seed": seed}
-    loaded = load(model, devices=device or ())
+    loaded = load(model, device)
     with progress(rows, output) as advance:
         count = write_rows(output, predicted(loaded, rows, options, prefix, advance))
     if output != STANDARD_STREAM:
@@ -142,7 +139,7 @@ def calibrate(
     """Fit intervals for future values on held-out rows, and keep them in the model's folder."""
     import numpy as np
 
-    from mcdrop.artifact import CALIBRATION, load
+    from mcdrop.artifact import CALIBRATION
     from mcdrop.files import read_inputs, read_targets
     from mcdrop.fitting import calibrate as fit
     from mcdrop.store import check_writable, put_file, resolve
@@ -150,7 +147,7 @@ def calibrate(
     check_stays(rows)
     folder = resolve(model)  # once: a version that is added meanwhile is another model
     check_writable(folder)
-    loaded = load(folder, devices=device or ())
+    loaded = load(folder, device)
     if loaded.task == "classification" and len(target) > 1:
         raise typer.BadParameter("a classifier has one column of labels, so give it once", param_hint="--target")
     if twice := [name for name in target if target.count(name) > 1]:
@@ -159,7 +156,8 @@ def calibrate(
     with progress(str(rows), "", "reading") as advance:
         x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])
     labels = y[:, 0] if loaded.task == "classification" else y
-    fitted = fit(loaded, {loaded.inputs[0].name: x}, labels, method=method, passes=passes, seed=seed)
+    with waiting("calibrating"):
+        fitted = fit(loaded, {loaded.inputs[0].name: x}, labels, method=method, passes=passes, seed=seed)
     put_file(folder, CALIBRATION, json.dumps(fitted.to_dict(), allow_nan=False).encode())
     known = f"passes={fitted.plan.passes} seed={fitted.plan.seed}"
     known += "" if loaded.task == "classification" else "; ask with --interval conformal"  # sets come of themselves
@@ -181,7 +179,6 @@ def screen(
     """Flag the anomalies of a table: its columns followed by score, p_value and is_anomaly."""
     import numpy as np
 
-    from mcdrop.artifact import load
     from mcdrop.detect import screen as find
     from mcdrop.files import append_columns, check_target, read_inputs, state_of
 
@@ -193,7 +190,7 @@ def screen(
     check_stays(rows)
     columns = {prefix + column: column for column in ("score", "p_value", "is_anomaly")}
     check_target(rows, output, [*columns])
-    loaded, since = load(model, devices=device or ()), state_of(rows)
+    loaded, since = load(model, device), state_of(rows)
     if reference is None and loaded.screen is None:
         raise InputError("the model has no screen of its own; give rows without anomalies as --reference FILE")
     # a screen that is fitted for a false-discovery rate alone flags no single rows: any rate of theirs will do
@@ -218,14 +215,14 @@ def export(
     seed: Annotated[int | None, checked("seed", "Same seed, same answer.")] = None,
 ) -> None:
     """Write the posterior as one plain graph that needs no mcdrop to run."""
-    from mcdrop.artifact import load
     from mcdrop.posterior import export_onnx, export_torch
 
     check_output(output, suffixes=(".onnx", ".pt2"), inputs=[model], hint="OUTPUT")
     check_place(output)
     loaded = load(model)
     write = export_torch if output.suffix.lower() == ".pt2" else export_onnx
-    write(loaded, output, passes=passes, level=level, interval=interval, seed=seed)
+    with waiting("exporting"):
+        write(loaded, output, passes=passes, level=level, interval=interval, seed=seed)
     if loaded.calibration is not None:
         note("the model's calibration is not in it: variance and bounds are those of the passes alone")
     typer.echo(f"{passes} passes written to {output}", err=True)
@@ -297,4 +294,5 @@ def _fitted_screen(model: "Model", reference: Path, score: str, fpr: float) -> "
     from mcdrop.fitting import fit_screen
 
     rows = np.concatenate([*read_inputs(model, reference, note=note)])
-    return fit_screen(model, {model.inputs[0].name: rows}, score=score, fpr=fpr)
+    with waiting("fitting the screen"):
+        return fit_screen(model, {model.inputs[0].name: rows}, score=score, fpr=fpr)

@@ -3,11 +3,11 @@
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -15,7 +15,10 @@ from mcdrop.errors import InputError, UnknownName
 from mcdrop.store import MANIFEST
 from mcdrop.streams import STANDARD_STREAM
 
-__all__ = ["check_output", "checked", "note", "note_not_finite", "progress", "terminable"]
+if TYPE_CHECKING:
+    from mcdrop.model import Model
+
+__all__ = ["check_output", "checked", "load", "note", "note_not_finite", "progress", "terminable", "waiting"]
 
 _OF_TABLES = (".arrow", ".csv", ".feather", ".json", ".jsonl", ".parquet", ".pq", ".tsv", ".txt", ".xls", ".xlsx")
 _OF_NETWORKS = (".onnx", ".pt", ".pt2", ".pth", ".safetensors")
@@ -122,6 +125,14 @@ def terminable() -> Iterator[None]:
         yield
 
 
+def load(model: Path, devices: Sequence[str] | None = None) -> "Model":
+    """Loads a model, which takes a while where it is large: each of its draws is proved anew."""
+    from mcdrop.artifact import load
+
+    with waiting("loading the model"):
+        return load(model, devices=devices or ())
+
+
 @contextmanager
 def progress(source: str, output: str, doing: str = "predicting") -> Iterator[Callable[[int], None]]:
     """Gives what is to be told the bytes that were read; shows a bar on a terminal that prints nothing else."""
@@ -137,6 +148,21 @@ def progress(source: str, output: str, doing: str = "predicting") -> Iterator[Ca
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda position: bar.update(task, completed=position)
+
+
+@contextmanager
+def waiting(doing: str) -> Iterator[None]:
+    """Shows on a terminal that something is being done, and for how long, where nobody can tell how much is left."""
+    if not _is_terminal(sys.stderr):
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        bar.add_task(doing, total=None)
+        yield
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

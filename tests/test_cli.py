@@ -281,6 +281,7 @@ def test_a_terminal_sees_progress_and_a_file_does_not(store: Path, rows: Path, t
     finally:
         os.close(ours)
         os.close(theirs)
+    assert "loading the model" in shown
     assert "predicting" in shown
     assert "3 rows written" in shown
 
