@@ -12,12 +12,13 @@ from torch.nn.parameter import is_lazy
 
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.checks import alone, changing, mean_preserving, same_again, seeded_anew, unrepeatable
+from mcdrop.effects import Verdict
 from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.flags import Flags, in_front, lost_draws, lost_message
 from mcdrop.forward import may_fail, to_tensors
-from mcdrop.generators import doubted, own_generator
+from mcdrop.generators import doubted, own_generator, with_private
 from mcdrop.outputs import Pick
-from mcdrop.probe import Verdict, probe
+from mcdrop.probe import probe
 from mcdrop.quiet import first_line
 from mcdrop.record import Spy, record
 from mcdrop.refusals import check_reach, none_message, whose
@@ -90,6 +91,8 @@ def discover(
     name = type(module).__name__
     live, plain = live_shadow(module, drawing=True), live_shadow(module)
     _check_initialised(module)
+    if any(not type(child).__module__.startswith("torch.") for child in module.modules()):  # whose code is known
+        with_private()
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
     spy = _first_look(live, few, pick, rows)
     warnings = _own_written((live, plain), spy)

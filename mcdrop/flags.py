@@ -19,11 +19,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from mcdrop.effects import Verdict
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import may_fail
 from mcdrop.observed import Observation, Observer, Readers, same, unwatched, watched
 from mcdrop.outputs import Pick
-from mcdrop.probe import Verdict, probe
+from mcdrop.probe import probe
 from mcdrop.refusals import PARTIAL
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks

@@ -1,9 +1,12 @@
 """Generators of random numbers: which move out of sight, what stays as it was, which are seeded in every pass.
 
 Global generators are one for the whole process, and other threads may draw from them at any time. Only what a network
-draws itself says something of it, and only that is put back: else numbers of the other threads would come twice.
+draws itself says something of it, and only that is put back: else numbers of the other threads would come twice. Those
+that code keeps for itself are found among all that is in memory.
 """
 
+import gc
+import itertools
 import random
 import threading
 import time
@@ -18,7 +21,17 @@ from torch import Tensor
 
 from mcdrop.intercept import Interception
 
-__all__ = ["GLOBALS", "Noted", "doubted", "moved_on", "noting", "out_of_sight", "own_generator", "stepped"]
+__all__ = [
+    "Noted",
+    "doubted",
+    "known",
+    "moved_on",
+    "noting",
+    "out_of_sight",
+    "own_generator",
+    "stepped",
+    "with_private",
+]
 
 Noted = list[tuple[torch.Generator, Tensor]]  # generators that draws were given, with their states then
 
@@ -27,8 +40,8 @@ _MOST = 20  # where others draw
 _SECONDS = 0.002  # the shortest wait
 
 
-class _Global(NamedTuple):
-    """How a global generator is read, put back, and moved on by a number."""
+class _Access(NamedTuple):
+    """How a generator is read, put back, and moved on by a number."""
 
     state: Callable[[], Any]
     put_back: Callable[[Any], None]
@@ -47,21 +60,32 @@ def _set_torch(state: tuple[Tensor, list[Tensor]]) -> None:
 
 _TORCH = "torch's generator in another thread"  # in this one its operations are seen
 _GLOBAL = {
-    "Python's random": _Global(random.getstate, random.setstate, random.random),
-    "numpy.random": _Global(
+    "Python's random": _Access(random.getstate, random.setstate, random.random),
+    "numpy.random": _Access(
         lambda: np.random.get_state(legacy=False),  # noqa: NPY002
         np.random.set_state,
         np.random.random_sample,
     ),
-    _TORCH: _Global(_torch_state, _set_torch, lambda: torch.rand(1, device="cpu")),
+    _TORCH: _Access(_torch_state, _set_torch, lambda: torch.rand(1, device="cpu")),
 }
-GLOBALS = tuple(_GLOBAL)
+_PRIVATE: dict[type, Callable[[Any], _Access]] = {
+    random.Random: lambda one: _Access(one.getstate, one.setstate, one.random),
+    np.random.RandomState: lambda one: _Access(lambda: one.get_state(legacy=False), one.set_state, one.random_sample),
+    np.random.Generator: lambda one: _Access(
+        lambda: one.bit_generator.state, lambda state: setattr(one.bit_generator, "state", state), one.random
+    ),
+}
 
 
 @dataclass
 class _Own:
-    """The global generators that the network of a ``own_generator`` draws from, and those where nobody knows."""
+    """The generators that are known in an ``own_generator``, as they were before it, by name.
 
+    ``drawn`` are those that its network draws from, ``doubted`` those where nobody knows.
+    """
+
+    known: dict[str, _Access]
+    before: dict[str, Any]
     drawn: set[str] = field(default_factory=set)
     doubted: set[str] = field(default_factory=set)
 
@@ -69,13 +93,32 @@ class _Own:
 _NOW = threading.local()  # its ``own`` are those of this thread, the innermost last
 
 
+def known() -> dict[str, _Access]:
+    """Gives the generators that are known in this ``own_generator``, by what they are called."""
+    return _NOW.own[-1].known  # type: ignore[no-any-return]
+
+
+def with_private() -> None:
+    """Lets this ``own_generator`` know those of numpy and Python that anybody holds besides the global ones."""
+    shared = {id(random.random.__self__), id(np.random.random_sample.__self__)}  # type: ignore[attr-defined]
+    own: _Own = _NOW.own[-1]
+    objects = [] if own.known.keys() - _GLOBAL.keys() else gc.get_objects()
+    for one, kind in zip(objects, map(type, objects), strict=True):
+        if kind in _PRIVATE and id(one) not in shared:
+            module = kind.__module__.split("._")[0].removesuffix(".mtrand")
+            name = f"a {module}.{kind.__name__}"
+            names = (f"{name} ({number})" if number else name for number in itertools.count())
+            own.known[next(free for free in names if free not in own.known)] = _PRIVATE[kind](one)
+    own.before |= _states(own.known.keys() - own.before.keys())
+
+
 def stepped(name: str) -> None:
-    """Lets a global generator be a number further."""
-    _GLOBAL[name].step()
+    """Lets a generator be a number further."""
+    known()[name].step()
 
 
-def _states(names: Collection[str] = tuple(_GLOBAL)) -> dict[str, Any]:
-    return {name: _GLOBAL[name].state() for name in names}
+def _states(names: Collection[str]) -> dict[str, Any]:
+    return {name: known()[name].state() for name in names}
 
 
 def _moved(before: Mapping[str, Any]) -> set[str]:
@@ -95,16 +138,17 @@ def _told(state: Any) -> Any:
 @contextmanager
 def own_generator() -> Iterator[None]:
     """Leaves the global generators that a network draws from inside (``out_of_sight``) as they were, and no others."""
-    before, own = _states(), _Own()
     outer: list[_Own] = getattr(_NOW, "own", [])
+    own = _Own(outer[-1].known if outer else {**_GLOBAL}, {})
     _NOW.own = [*outer, own]
+    own.before |= _states(own.known)
     try:
         with torch.no_grad():
             yield
     finally:
         _NOW.own = outer
-        for name in own.drawn:
-            _GLOBAL[name].put_back(before[name])
+        for name in own.drawn & own.known.keys():
+            own.known[name].put_back(own.before[name])
         for around in outer[-1:]:
             around.drawn |= own.drawn
             around.doubted |= own.doubted
@@ -122,18 +166,27 @@ def out_of_sight(run: Callable[[], bool], again: Callable[[], object]) -> list[s
     ``run`` says whether operations of this thread drew from torch's, and ``again`` runs the same pass once more. Where
     others draw meanwhile, a pass in which nothing moved tells, and as long a wait without one.
     """
-    own, before, began = _NOW.own[-1], _states(), time.perf_counter()
+    own, before, began = _NOW.own[-1], _states(known()), time.perf_counter()
     try:
-        known = {_TORCH} if run() else set()
-        moved, seconds = _moved(before) - known, max(time.perf_counter() - began, _SECONDS)
+        seen = {_TORCH} if run() else set()
+        moved, seconds = _moved(before) - seen, max(time.perf_counter() - began, _SECONDS)
         found = moved & {name for one in _NOW.own for name in one.drawn}
+        moved -= _of_others(moved - found, seconds)
         found |= _of_the_pass(moved - found, again, seconds) if moved - found else set()
     except BaseException:
         moved = _moved(before)
         own.drawn |= moved - _meanwhile(moved, _SECONDS)
         raise
-    own.drawn |= found | known
-    return [name for name in _GLOBAL if name in found]
+    own.drawn |= found | seen
+    return [name for name in known() if name in found]
+
+
+def _of_others(moved: set[str], seconds: float) -> set[str]:
+    """Names those of some private generators that move without a pass, and knows them no longer: they are others'."""
+    others = _meanwhile(moved - _GLOBAL.keys(), seconds)
+    for name in others:
+        del known()[name]
+    return others
 
 
 def _of_the_pass(moved: set[str], again: Callable[[], object], seconds: float) -> set[str]:
@@ -144,7 +197,7 @@ def _of_the_pass(moved: set[str], again: Callable[[], object], seconds: float) -
         moved = _once_more(moved - (others & {_TORCH}), others, again)
         if not moved & others and (not moved or number + 1 >= _TRIES):
             break
-    _NOW.own[-1].doubted |= moved & others
+    _NOW.own[-1].doubted |= moved & others & _GLOBAL.keys()
     return moved - others
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcdrop.effects import Verdict
 from mcdrop.errors import InputError
 from mcdrop.masks import Site
-from mcdrop.probe import Verdict
 from mcdrop.program import Program, Values
 from mcdrop.rows import Rows
 from mcdrop.stacks import expected_stack

@@ -8,47 +8,30 @@ together: draws may need several.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mcdrop.agreement import identical
+from mcdrop.effects import EXTREMES, OUT_OF_SIGHT, SEEDS, Verdict, Verdicts, effects, steady
 from mcdrop.forward import out_of_memory
-from mcdrop.observed import Observation, Observer, altered, same
+from mcdrop.observed import Observation, Observer, same
 from mcdrop.outputs import Pick
-from mcdrop.record import ALL_HIGH, ALL_LOW, Draw
+from mcdrop.record import Draw
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
 
-__all__ = ["Verdict", "probe"]
+__all__ = ["probe"]
 
-_SEEDS = (1, 2)
-_EXTREMES = (ALL_LOW, ALL_HIGH)  # where a threshold that few numbers pass shows
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a module's training flag does, in words.
-
-    ``kind`` is "stochastic" (draws and nothing else), "inert" (no effect on this input), "norm" or "refused"; ``draws``
-    counts the random draws that the flag switches on.
-    """
-
-    kind: str
-    reason: str
-    draws: int = 0
-
-
-Verdicts = dict[str, Verdict]
 _Passes = Callable[..., list[Observation]]
 
 
 def probe(module: nn.Module, rows: Rows, pick: Pick) -> Verdicts:
     """Gives for each module that reads its training flag what switching it on does; all flags are off at the end."""
     look = Observer(module, rows, pick)
-    base = look.base(_SEEDS[0])
+    base = look.base(SEEDS[0])
     verdicts = _beneath(look, _each(look, base, (), {}))
     return _needed(look, _with_hidden(look, base, verdicts), base)
 
@@ -60,7 +43,7 @@ def _each(look: Observer, base: Observation, on: Sequence[nn.Module], known: Map
     new = {path: child for path, child in read.items() if path not in known}
     norms = {path: child for path, child in new.items() if _keeps_statistics(child)}
     others = [child for child in norms.values() if not type(child).__module__.startswith("torch.")]
-    draw = bool(others) and look.observe([*on, *others], seed=_SEEDS[0]).draws > base.draws
+    draw = bool(others) and look.observe([*on, *others], seed=SEEDS[0]).draws > base.draws
     asked = dict[type, dict[str, nn.Module]]()
     for path, child in new.items():
         if path in norms and not (draw and child in others):
@@ -70,34 +53,8 @@ def _each(look: Observer, base: Observation, on: Sequence[nn.Module], known: Map
         else:
             asked.setdefault(type(child), {})[path] = child
     for several in asked.values():
-        verdicts |= _effects(look, several, base, on)
+        verdicts |= effects(look, several, base, on)
     return {path: verdicts[path] for path in new}
-
-
-def _effects(look: Observer, several: Mapping[str, nn.Module], base: Observation, on: Sequence[nn.Module]) -> Verdicts:
-    """Says what the flags of modules of one class do: one by itself, then the others, which mostly do the same."""
-    (first, child), *others = several.items()
-    like = _effect(look, child, base, on)
-    alike = _together(look, dict(others), like, base, on) if len(others) > 1 else {}
-    return {first: like} | {path: alike.get(path) or _effect(look, child, base, on) for path, child in others}
-
-
-def _together(
-    look: Observer, others: Mapping[str, nn.Module], like: Verdict, base: Observation, on: Sequence[nn.Module]
-) -> Verdicts:
-    """Tells flags that do together what one like them does by itself: draw as often in their own name, or nothing."""
-    if like.kind == "refused" or base.draws or (like.kind == "stochastic" and not like.draws):
-        return {}
-    seen = []
-    for seed in _SEEDS[: 1 if like.draws else 2]:
-        one = look.attempt([*on, *others.values()], [], seed=seed)
-        if one is None or altered(one, base) or one.structure != base.structure:
-            return {}
-        seen.append(one)
-    drawn = Counter(path for _, _, path in seen[0].rates)
-    told = {path: like for path in others if drawn[path] == like.draws}
-    alone = len(told) == len(others) and all(one.draws == len(others) * like.draws for one in seen)
-    return told if alone and (like.draws or all(same(one, base) for one in seen)) else {}
 
 
 def _keeps_statistics(child: nn.Module) -> bool:
@@ -110,7 +67,7 @@ def _beneath(look: Observer, verdicts: Verdicts) -> Verdicts:
     """Looks at flags that are read only where others are on, as in ``if self.training: x = self.drop(x)``."""
     while True:
         on = _modules(look, verdicts, "stochastic", "inert")
-        seen = look.attempt(on, [], seed=_SEEDS[0])
+        seen = look.attempt(on, [], seed=SEEDS[0])
         found = {} if seen is None else _each(look, seen, on, verdicts)
         if not found:
             return verdicts
@@ -129,26 +86,29 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
     chosen = _modules(look, verdicts, "stochastic")
 
     @cache
-    def observed(paths: frozenset[str], low: frozenset[str]) -> Observation:
-        return look.observe([*chosen, *(by_path[path] for path in paths)], seed=_SEEDS[0], low=low)
+    def observed(paths: frozenset[str], low: frozenset[str], number: int) -> Observation:
+        return look.observe([*chosen, *(by_path[path] for path in paths)], seed=SEEDS[0], low=low)
 
     def passes(paths: Collection[str], new: Collection[str] = ()) -> list[Observation]:
-        """As they are, and where all that the new draws can drop is dropped."""
-        return [observed(frozenset(paths), frozenset(low)) for low in ((), new)]
+        """As they are, and where all that the new draws can drop is dropped; where nothing is new, just once more."""
+        return [observed(frozenset(paths), frozenset(low), number) for number, low in enumerate(((), new))]
 
     for hidden in (unread, []):
         try:
             needed = _those_needed(look, passes, hidden, inert)
             if not needed:
                 return verdicts
-            alone = look.observe([by_path[path] for path in needed], seed=_SEEDS[0])
+            alone = look.observe([by_path[path] for path in needed], seed=SEEDS[0])
         except Exception as error:  # of several together, which no verdict is about
             if out_of_memory(error):
                 raise
             continue
         if alone.draws > base.draws or same(alone, base):
             return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
-        draws = passes(needed)[0].draws - passes([])[0].draws
+        seen = passes(needed)[0]
+        draws = seen.draws - passes([])[0].draws
+        if not draws and not steady(look, [*chosen, *(by_path[path] for path in needed)], seen):
+            return {**verdicts, **dict.fromkeys(needed, Verdict("refused", OUT_OF_SIGHT, 1))}
         if not hidden and draws > 0:
             lost = Verdict("refused", "computes something else in training mode together with others", draws)
             return {**verdicts, needed[0]: lost}
@@ -192,52 +152,6 @@ def _only_drops(layer: nn.Module, *, by_itself: bool) -> bool:
     return takes_masks(layer) and by_itself and not hooked and 0 <= float(layer.p) <= 1  # type: ignore[arg-type]
 
 
-def _effect(look: Observer, child: nn.Module, base: Observation, on: Sequence[nn.Module]) -> Verdict:
-    """Says what a flag does that is switched on; a second look is for what the first does not settle."""
-    try:
-        first = look.observe([*on, child], seed=_SEEDS[0])
-        left = altered(first, base)
-        if first.draws > base.draws and first.structure == base.structure and not left:
-            return Verdict("stochastic", "draws random numbers", first.draws - base.draws)
-        second = look.observe([*on, child], seed=_SEEDS[1])
-    except Exception as error:  # any failure but of memory means that this is not a flag to switch on
-        if out_of_memory(error):
-            raise
-        said = f"fails in training mode: {type(error).__name__}: {str(error)[:100]}"
-        return Verdict("refused", said)
-    draws = max(first.draws, second.draws) - base.draws
-    if left and not draws and look.counts(first, base) and look.goes_on([*on, child], seed=_SEEDS[0]):
-        said = "and by it gives other numbers at each call, as with masks drawn before; exclude it if it drops nothing"
-        return Verdict("refused", f"{left} {said}", 1)
-    if left:
-        return Verdict("refused", left, draws)
-    if first.structure == second.structure != base.structure:  # else the shape of the output itself is random
-        return Verdict("refused", "returns something else in training mode", draws)
-    if {first.draws, second.draws} != {base.draws}:
-        return Verdict("stochastic", "draws random numbers", draws)
-    return _effect_on_draws(look, child, base, on, [first, second])
-
-
-def _effect_on_draws(
-    look: Observer, child: nn.Module, base: Observation, on: Sequence[nn.Module], seen: list[Observation]
-) -> Verdict:
-    """Says what a flag does that switches on no draw: eval may make draws that have an effect in training alone."""
-    without = [base]
-    if base.draws:
-        without += [look.observe(on, seed=seed) for seed in (_SEEDS[1], *_EXTREMES)]
-        seen = seen + [look.observe([*on, child], seed=seed) for seed in _EXTREMES]
-    if all(same(one, other) for one, other in zip(seen, without, strict=False)):
-        return Verdict("inert", "no effect on this input")
-    first = seen[0]
-    if all(same(first, other) for other in seen[1:]):
-        return Verdict("refused", "computes something else in training mode, without a draw")
-    repeated = same(first, look.observe([*on, child], seed=_SEEDS[0]))
-    # a rate that is 0 in eval; elsewhere draws in eval would hide what else the flag does
-    if repeated and (first.rates != base.rates or all(same(base, other) for other in without)):
-        return Verdict("stochastic", "draws random numbers that have no effect in eval mode")
-    return Verdict("refused", "gives other numbers at each call, from a generator out of sight", 1)
-
-
 def _with_hidden(look: Observer, base: Observation, verdicts: Verdicts) -> Verdicts:
     """Counts for flags that stay off the draws of what is read, or draws, only where they are on.
 
@@ -266,17 +180,17 @@ def _hidden_draws(
     on, new = list[nn.Module](), [by_path[path], *inert]
     while new:  # and then the flags that are read there
         on, drawn = on + new, list[Draw]()
-        seen = look.attempt(on, drawn, seed=_SEEDS[0])
+        seen = look.attempt(on, drawn, seed=SEEDS[0])
         known |= {*map(id, on)}
         others = (one for one in by_path.values() if not isinstance(one, _NormBase))
         new = [one for one in others if id(one) in look.readers and id(one) not in known]
-    without = look.attempt(inert, [], seed=_SEEDS[0]) or base
+    without = look.attempt(inert, [], seed=SEEDS[0]) or base
     if seen is None:
         return max(0, len(drawn) - without.draws), True
     if seen.draws <= without.draws:
         return 0, False
     looks = zip(
-        *(_read(one, base) for one in (seen, *(look.observe(on, seed=seed) for seed in _EXTREMES))), strict=False
+        *(_read(one, base) for one in (seen, *(look.observe(on, seed=seed) for seed in EXTREMES))), strict=False
     )
     follows = [any(not identical(first, other) for other in others) for first, *others in looks]
     return (seen.draws - without.draws if follows and all(follows) else 0), False

@@ -8,7 +8,7 @@ from torch import nn
 from mcdrop.audit import Audit
 from mcdrop.errors import ModelRefused
 from mcdrop.forward import draws_off, may_fail
-from mcdrop.generators import GLOBALS, stepped
+from mcdrop.generators import known, stepped
 from mcdrop.observed import Observer
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
@@ -39,7 +39,7 @@ def whose(live: nn.Module, rows: Rows, pick: Pick, lost: Sequence[str]) -> tuple
     for child in on.values():
         child.training = False
     look, said, paths, steady = Observer(live, rows, pick), dict.fromkeys(lost, ""), dict[str, None](), True
-    for name in GLOBALS:
+    for name in [*known()]:
         if (place := f"{name} in the root module") in said:
             with may_fail():
                 found = _starting(look, on, name)

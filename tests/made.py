@@ -1,5 +1,6 @@
 """Summaries made by hand, the small networks, rows and audits that tests share, and a data frame."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,14 @@ class Frame:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self.data
+
+
+def in_plain_python(seed: int) -> Iterator[float]:
+    """Numbers from 0 to 1 of a generator that nobody can see in memory (Park and Miller 1988)."""
+    state = seed + 1
+    while True:
+        state = 16807 * state % (2**31 - 1)
+        yield state / (2**31 - 1)
 
 
 def audit_of(*layers: nn.Module, example: Tensor = EIGHT) -> Audit:

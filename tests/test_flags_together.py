@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made import in_plain_python
 from torch import Tensor, nn
 
 import mcdrop
@@ -109,6 +110,18 @@ def test_one_of_a_class_whose_draw_no_mask_controls_is_refused_by_name(place: in
     acts[place] = _shuffles
     with pytest.raises(UncontrolledDraw, match=f"multinomial.* in {place}"):
         mcdrop.wrap(_net(acts, apart=False), example=X)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_several_of_a_class_do_by_chance_from_a_generator_of_their_own_is_refused(seed: int) -> None:
+    """Stochastic depth at a rate of 0.3: each look misses it at all of six blocks with a chance of 0.12."""
+    numbers = in_plain_python(seed)
+
+    def skips(block: _Block, x: Tensor) -> Tensor:
+        return x if block.training and next(numbers) < 0.3 else x + torch.tanh(x)
+
+    with pytest.raises(UncontrolledDraw, match="a generator out of sight"):
+        mcdrop.wrap(_net([skips] * 6 + [_drops], apart=False), example=X, tuning={})
 
 
 def test_a_further_block_takes_a_row_for_its_proof_and_a_forward_for_its_share_alone() -> None:

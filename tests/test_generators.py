@@ -1,14 +1,17 @@
 """Who draws from a global generator, and what is put back, whatever other threads draw meanwhile."""
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mcdrop
@@ -142,3 +145,58 @@ def test_a_network_that_draws_itself_is_refused_also_while_another_thread_draws(
     ):
         mcdrop.wrap(net, example=torch.ones(5, 4))
     assert "torch's generator" not in str(caught.value)
+
+
+# -- those that code keeps for itself ----------------------------------------------------------------------------------
+
+
+PRIVATE: dict[str, Callable[[], tuple[Any, Callable[[], float], Callable[[], Any]]]] = {
+    "a numpy.random.Generator": lambda: (one := np.random.default_rng(3), one.random, lambda: one.bit_generator.state),
+    "a numpy.random.RandomState": lambda: (one := np.random.RandomState(3), one.random_sample, one.tomaxint),
+    "a random.Random": lambda: (one := random.Random(3), one.random, one.getstate),
+}
+
+
+class Skips(nn.Module):
+    """Stochastic depth by whatever gives numbers, at a rate so low that hardly a pass shows it."""
+
+    def __init__(self, numbers: Callable[[], float]) -> None:
+        super().__init__()
+        self.layer, self.numbers = nn.Linear(4, 4), numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and self.numbers() < 1e-3 else x + torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_a_generator_that_code_keeps_for_itself_is_named_however_rarely_it_shows(kind: str) -> None:
+    _, numbers, state = PRIVATE[kind]()
+    _, _, fresh = PRIVATE[kind]()
+    net = nn.Sequential(*(Skips(numbers) for _ in range(3)), nn.Dropout(0.5)).eval()
+    with pytest.raises(UncontrolledDraw, match=f"{re.escape(kind)}.* where '0' or '1' or '2' is in training mode"):
+        mcdrop.wrap(net, example=torch.ones(4, 4))
+    assert state() == fresh()  # as it was before
+
+
+def test_a_generator_of_its_own_that_another_thread_draws_from_all_the_time_is_not_the_networks() -> None:
+    theirs, stop = np.random.default_rng(7), threading.Event()
+    given = list[float]()
+
+    def draw() -> None:
+        while not stop.is_set():
+            given.append(theirs.random())
+            time.sleep(1e-5)
+
+    class Custom(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x, 0.5, self.training)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        model = mcdrop.wrap(nn.Sequential(nn.Linear(4, 4), Custom()), example=torch.ones(4, 4))
+    finally:
+        stop.set()
+        thread.join()
+    assert model.audit.warnings == ()
+    np.testing.assert_array_equal(given, np.random.default_rng(7).random(len(given)))  # each number once
