@@ -103,8 +103,10 @@ def with_private() -> None:
     shared = {id(random.random.__self__), id(np.random.random_sample.__self__)}  # type: ignore[attr-defined]
     own: _Own = _NOW.own[-1]
     objects = [] if own.known.keys() - _GLOBAL.keys() else gc.get_objects()
-    for one, kind in zip(objects, map(type, objects), strict=True):
-        if kind in _PRIVATE and id(one) not in shared:
+    found = itertools.compress(objects, map(_PRIVATE.__contains__, map(type, objects)))  # of hundreds of thousands
+    for one in found:
+        if id(one) not in shared:
+            kind = type(one)
             module = kind.__module__.split("._")[0].removesuffix(".mtrand")
             name = f"a {module}.{kind.__name__}"
             names = (f"{name} ({number})" if number else name for number in itertools.count())
