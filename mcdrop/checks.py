@@ -48,9 +48,7 @@ def _masks(found: Trace, rows: Rows, *, seed: int = 0) -> list[Tensor]:
     return [torch.as_tensor(drawn[site.name][0]).to(device) for site in found.sites]
 
 
-def changing(
-    live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: bool
-) -> Callable[[int], bool]:  # fmt: skip
+def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: bool) -> Callable[[int], bool]:
     """Gives what says of a site whether another mask on it alone changes the output; one pass is shared by all.
 
     ``by_one`` lets the first row show it, which takes a part of the time; only where it does not are all looked at.

@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,6 +16,9 @@ from mcdrop.store import MANIFEST
 from mcdrop.streams import STANDARD_STREAM
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from mcdrop.model import Model
 
 __all__ = ["check_output", "checked", "load", "note", "note_not_finite", "progress", "terminable", "waiting"]
@@ -136,33 +139,57 @@ def load(model: Path, devices: Sequence[str] | None = None) -> "Model":
 @contextmanager
 def progress(source: str, output: str, doing: str = "predicting") -> Iterator[Callable[[int], None]]:
     """Gives what is to be told the bytes that were read; shows a bar on a terminal that prints nothing else."""
-    if not _is_terminal(sys.stderr) or (output == STANDARD_STREAM and _is_terminal(sys.stdout)):
+    console = None if output == STANDARD_STREAM and _is_terminal(sys.stdout) else _console()
+    if console is None:
         yield lambda position: None
         return
-    from rich.console import Console
     from rich.progress import Progress
 
     from mcdrop.files import size_of
 
-    total = size_of(source)
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(doing, total=total)
+    bar = Progress(console=console, transient=True, redirect_stdout=False)
+    task = bar.add_task(doing, total=size_of(source))
+    with _shown(bar):
         yield lambda position: bar.update(task, completed=position)
 
 
 @contextmanager
 def waiting(doing: str) -> Iterator[None]:
     """Shows on a terminal that something is being done, and for how long, where nobody can tell how much is left."""
-    if not _is_terminal(sys.stderr):
+    console = _console()
+    if console is None:
         yield
         return
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
-        bar.add_task(doing, total=None)
+    # stderr stays as it is: what a network's own code makes of it meanwhile, such as a logger, stays for good
+    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    bar.add_task(doing, total=None)
+    with _shown(bar):
         yield
+
+
+@contextmanager
+def _shown(bar: "Progress") -> Iterator[None]:
+    """Shows a bar for the while; a terminal that is closed meanwhile ends nothing."""
+    try:
+        with suppress(OSError):
+            bar.start()
+        yield
+    finally:
+        with suppress(OSError):
+            bar.stop()
+
+
+def _console() -> "Console | None":
+    """What writes to stderr, where that is a terminal which can take back what it shows."""
+    if not _is_terminal(sys.stderr):
+        return None
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return None if console.is_dumb_terminal else console
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -66,7 +66,7 @@ def diagnose(backend: TorchBackend, rows: Rows, audit: Audit) -> Audit:
 
 
 def _passes(backend: TorchBackend, rows: Rows) -> tuple[Tensor, float]:
-    """Some passes, and the seconds that as many as usual take; fewer where they take long."""
+    """As many passes as usual, or fewer where they take long, and about how many seconds the usual ones take."""
     began = time.monotonic()
     passes = backend.run(rows, _FEWEST_PASSES, only=None)
     seconds = (time.monotonic() - began) * _PASSES / _FEWEST_PASSES

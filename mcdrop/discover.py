@@ -91,8 +91,7 @@ def discover(
     name = type(module).__name__
     live, plain = live_shadow(module, drawing=True), live_shadow(module)
     _check_initialised(module)
-    if any(not type(child).__module__.startswith("torch.") for child in module.modules()):  # whose code is known
-        with_private()
+    with_private(live)
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
     spy = _first_look(live, few, pick, rows)
     warnings = _own_written((live, plain), spy)

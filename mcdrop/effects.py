@@ -54,7 +54,9 @@ def _together(
     """Gives passes of some flags together, where that can tell whether they do what one like them does by itself."""
     if like.kind == "refused" or base.draws or (like.kind == "stochastic" and not like.draws):
         return []
-    passes = [look.attempt([*on, *others.values()], [], seed=seed) for seed in SEEDS[: 1 if like.draws else 2]]
+    some = [*others.values()]
+    parts = [some] if like.draws else [some, some[::2]]  # what two do may cancel out
+    passes = [look.attempt([*on, *part], [], seed=SEEDS[0]) for part in parts]
     seen = [one for one in passes if one and not altered(one, base) and one.structure == base.structure]
     return seen if len(seen) == len(passes) else []
 
@@ -104,7 +106,7 @@ def _effect_on_draws(
     if all(same(one, other) for one, other in zip(seen, without, strict=False)):
         return Verdict("inert", "no effect on this input")
     first = seen[0]
-    repeated = steady(look, [*on, child], first)
+    repeated = steady(look, [*on, child], first, looks=1)
     if repeated and all(same(first, other) for other in seen[1:]):
         return Verdict("refused", "computes something else in training mode, without a draw")
     # a rate that is 0 in eval; elsewhere draws in eval would hide what else the flag does
@@ -113,6 +115,6 @@ def _effect_on_draws(
     return Verdict("refused", OUT_OF_SIGHT, 1)
 
 
-def steady(look: Observer, on: Sequence[nn.Module], first: Observation) -> bool:
+def steady(look: Observer, on: Sequence[nn.Module], first: Observation, looks: int = _LOOKS) -> bool:
     """Whether passes of some flags give the same numbers as a first one each time."""
-    return all(same(first, look.observe(on, seed=SEEDS[0])) for _ in range(_LOOKS))
+    return all(same(first, look.observe(on, seed=SEEDS[0])) for _ in range(looks))

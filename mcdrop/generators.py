@@ -2,14 +2,13 @@
 
 Global generators are one for the whole process, and other threads may draw from them at any time. Only what a network
 draws itself says something of it, and only that is put back: else numbers of the other threads would come twice. Those
-that code keeps for itself are found among all that is in memory.
+that code keeps for itself are found by what it can reach.
 """
 
-import gc
-import itertools
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcdrop.intercept import Interception
+from mcdrop.reach import reached
 
 __all__ = [
     "Noted",
@@ -71,10 +71,13 @@ _GLOBAL = {
 _PRIVATE: dict[type, Callable[[Any], _Access]] = {
     random.Random: lambda one: _Access(one.getstate, one.setstate, one.random),
     np.random.RandomState: lambda one: _Access(lambda: one.get_state(legacy=False), one.set_state, one.random_sample),
-    np.random.Generator: lambda one: _Access(
-        lambda: one.bit_generator.state, lambda state: setattr(one.bit_generator, "state", state), one.random
-    ),
+    np.random.Generator: lambda one: _of_words(one.bit_generator),
+    np.random.BitGenerator: lambda one: _of_words(one),
 }
+
+
+def _of_words(one: Any) -> _Access:
+    return _Access(lambda: one.state, lambda state: setattr(one, "state", state), one.random_raw)
 
 
 @dataclass
@@ -98,20 +101,28 @@ def known() -> dict[str, _Access]:
     return _NOW.own[-1].known  # type: ignore[no-any-return]
 
 
-def with_private() -> None:
-    """Lets this ``own_generator`` know those of numpy and Python that anybody holds besides the global ones."""
-    shared = {id(random.random.__self__), id(np.random.random_sample.__self__)}  # type: ignore[attr-defined]
-    own: _Own = _NOW.own[-1]
-    objects = [] if own.known.keys() - _GLOBAL.keys() else gc.get_objects()
-    found = itertools.compress(objects, map(_PRIVATE.__contains__, map(type, objects)))  # of hundreds of thousands
-    for one in found:
-        if id(one) not in shared:
-            kind = type(one)
-            module = kind.__module__.split("._")[0].removesuffix(".mtrand")
-            name = f"a {module}.{kind.__name__}"
-            names = (f"{name} ({number})" if number else name for number in itertools.count())
-            own.known[next(free for free in names if free not in own.known)] = _PRIVATE[kind](one)
-    own.before |= _states(own.known.keys() - own.before.keys())
+def with_private(module: nn.Module) -> None:
+    """Lets this ``own_generator`` know those of numpy and Python that a network's code keeps for itself."""
+    shared = [getattr(draw, "__self__", None) for draw in (random.random, np.random.random_sample)]
+    own, number = _NOW.own[-1], Counter[str]()
+    for one in reached(module, tuple(_PRIVATE)):
+        access = None if any(one is each for each in shared) else _access(one)
+        if access is None:
+            continue
+        name = f"a {type(one).__module__.split('._')[0].removesuffix('.mtrand')}.{type(one).__name__}"
+        number[name] += 1
+        name += f" ({number[name]})" if number[name] > 1 else ""
+        own.known[name], own.before[name] = access, access.state()
+
+
+def _access(generator: Any) -> _Access | None:
+    """How a generator is read; None where it has no state, as one of the system, or one that is half made."""
+    try:
+        access = next(made for kind, made in _PRIVATE.items() if isinstance(generator, kind))(generator)
+        access.state()
+    except Exception:
+        return None
+    return access
 
 
 def stepped(name: str) -> None:
@@ -139,9 +150,9 @@ def _told(state: Any) -> Any:
 
 @contextmanager
 def own_generator() -> Iterator[None]:
-    """Leaves the global generators that a network draws from inside (``out_of_sight``) as they were, and no others."""
+    """Leaves the generators that a network draws from inside (``out_of_sight``) as they were, and no others."""
     outer: list[_Own] = getattr(_NOW, "own", [])
-    own = _Own(outer[-1].known if outer else {**_GLOBAL}, {})
+    own = _Own({**outer[-1].known} if outer else {**_GLOBAL}, {})
     _NOW.own = [*outer, own]
     own.before |= _states(own.known)
     try:
@@ -149,11 +160,11 @@ def own_generator() -> Iterator[None]:
             yield
     finally:
         _NOW.own = outer
-        for name in own.drawn & own.known.keys():
+        for name in own.drawn:
             own.known[name].put_back(own.before[name])
         for around in outer[-1:]:
-            around.drawn |= own.drawn
-            around.doubted |= own.doubted
+            around.drawn |= own.drawn & around.known.keys()
+            around.doubted |= own.doubted & around.known.keys()
 
 
 def doubted(name: str) -> list[str]:
@@ -163,7 +174,7 @@ def doubted(name: str) -> list[str]:
 
 
 def out_of_sight(run: Callable[[], bool], again: Callable[[], object]) -> list[str]:
-    """Runs a pass in ``own_generator``, and names the global generators that it draws from out of sight.
+    """Runs a pass in ``own_generator``, and names those it knows that the pass draws from out of sight.
 
     ``run`` says whether operations of this thread drew from torch's, and ``again`` runs the same pass once more. Where
     others draw meanwhile, a pass in which nothing moved tells, and as long a wait without one.
@@ -173,7 +184,6 @@ def out_of_sight(run: Callable[[], bool], again: Callable[[], object]) -> list[s
         seen = {_TORCH} if run() else set()
         moved, seconds = _moved(before) - seen, max(time.perf_counter() - began, _SECONDS)
         found = moved & {name for one in _NOW.own for name in one.drawn}
-        moved -= _of_others(moved - found, seconds)
         found |= _of_the_pass(moved - found, again, seconds) if moved - found else set()
     except BaseException:
         moved = _moved(before)
@@ -181,14 +191,6 @@ def out_of_sight(run: Callable[[], bool], again: Callable[[], object]) -> list[s
         raise
     own.drawn |= found | seen
     return [name for name in known() if name in found]
-
-
-def _of_others(moved: set[str], seconds: float) -> set[str]:
-    """Names those of some private generators that move without a pass, and knows them no longer: they are others'."""
-    others = _meanwhile(moved - _GLOBAL.keys(), seconds)
-    for name in others:
-        del known()[name]
-    return others
 
 
 def _of_the_pass(moved: set[str], again: Callable[[], object], seconds: float) -> set[str]:
@@ -199,7 +201,7 @@ def _of_the_pass(moved: set[str], again: Callable[[], object], seconds: float) -
         moved = _once_more(moved - (others & {_TORCH}), others, again)
         if not moved & others and (not moved or number + 1 >= _TRIES):
             break
-    _NOW.own[-1].doubted |= moved & others & _GLOBAL.keys()
+    _NOW.own[-1].doubted |= moved & others
     return moved - others
 
 
@@ -224,7 +226,7 @@ def _seeded(names: set[str], again: Callable[[], object]) -> set[str]:
         if _moved({name: further[name]}):
             seeded.add(name)
         else:
-            _GLOBAL[name].put_back(before[name])
+            known()[name].put_back(before[name])
     return seeded
 
 

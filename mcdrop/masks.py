@@ -120,15 +120,23 @@ def _side_by_side(work: Callable[[Any], None], parts: Iterator[Any], threads: in
             errors.append(error)
 
     others = [threading.Thread(target=run, name="mcdrop-masks") for _ in range(threads - 1)]
-    with suppress(RuntimeError):
-        for other in others:
-            other.start()
-    run()
-    for other in others:
-        if other.ident is not None:
-            other.join()
+    try:
+        with suppress(RuntimeError):
+            for other in others:
+                other.start()
+        run()
+        _join(others)
+    except BaseException as error:  # between parts
+        errors.append(error)
+        _join(others)
     if errors:
         raise errors[0]
+
+
+def _join(threads: Iterable[threading.Thread]) -> None:
+    for thread in threads:
+        if thread.ident is not None:  # which was started
+            thread.join()
 
 
 def is_whole(value: object) -> bool:

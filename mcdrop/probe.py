@@ -86,12 +86,12 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
     chosen = _modules(look, verdicts, "stochastic")
 
     @cache
-    def observed(paths: frozenset[str], low: frozenset[str], number: int) -> Observation:
+    def observed(paths: frozenset[str], low: frozenset[str], place: int) -> Observation:
         return look.observe([*chosen, *(by_path[path] for path in paths)], seed=SEEDS[0], low=low)
 
     def passes(paths: Collection[str], new: Collection[str] = ()) -> list[Observation]:
-        """As they are, and where all that the new draws can drop is dropped; where nothing is new, just once more."""
-        return [observed(frozenset(paths), frozenset(low), number) for number, low in enumerate(((), new))]
+        """As they are, and where all that the new draws can drop is dropped: where nothing is new, a second look."""
+        return [observed(frozenset(paths), frozenset(low), place) for place, low in enumerate(((), new))]
 
     for hidden in (unread, []):
         try:

@@ -48,7 +48,7 @@ FLOORS = [
         "mcdrop.recurrent",
         "mcdrop.rewound",
     ],
-    ["mcdrop.holders", "mcdrop.written"],
+    ["mcdrop.holders", "mcdrop.written", "mcdrop.reach"],
     [
         "mcdrop.shadow",
         "mcdrop.volatile",
@@ -146,6 +146,7 @@ HOMES = {
         "mcdrop.outputs",
         "mcdrop.shadow",
         "mcdrop.holders",
+        "mcdrop.reach",
         "mcdrop.volatile",
         "mcdrop.written",
         "mcdrop.intercept",

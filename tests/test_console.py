@@ -1,5 +1,7 @@
 """What the commands have in common: what they may not replace, what they tell, and how they end when told to."""
 
+import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -168,3 +170,16 @@ def test_a_signal_ends_the_run_where_nobody_else_takes_it(number: signal.Signals
             assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_a_terminal_that_is_closed_meanwhile_ends_nothing(tmp_path: Path) -> None:
+    save(wrap(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), example=np.zeros((2, 4))), tmp_path / "m")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mcdrop", "inspect", str(tmp_path / "m")]
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True) as done:
+        os.close(theirs)
+        os.close(ours)
+        text, _ = done.communicate(timeout=PATIENCE)
+    assert done.returncode == 0
+    assert "live" in text

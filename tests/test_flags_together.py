@@ -104,6 +104,15 @@ def test_modules_of_one_class_are_told_as_those_of_classes_of_their_own(
     assert {site.path for site in one.audit.live} == set(drawing)
 
 
+def test_what_two_of_a_class_do_is_told_though_it_cancels_out() -> None:
+    def adds(number: float) -> _Block:
+        return _Block(lambda block, x: x + number * block.training)
+
+    net = nn.Sequential(adds(0), adds(1), adds(-1), nn.Dropout(0.5), nn.Linear(6, 2)).eval()
+    audit = mcdrop.wrap(net, example=X).audit
+    assert audit.kept == dict.fromkeys(["1", "2"], "computes something else in training mode, without a draw")
+
+
 @pytest.mark.parametrize("place", range(4))
 def test_one_of_a_class_whose_draw_no_mask_controls_is_refused_by_name(place: int) -> None:
     acts = [_drops] * 4

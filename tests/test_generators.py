@@ -200,3 +200,38 @@ def test_a_generator_of_its_own_that_another_thread_draws_from_all_the_time_is_n
         thread.join()
     assert model.audit.warnings == ()
     np.testing.assert_array_equal(given, np.random.default_rng(7).random(len(given)))  # each number once
+
+
+def test_where_another_thread_draws_from_a_networks_own_generator_nobody_can_tell() -> None:
+    shared, stop = np.random.default_rng(7), threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            shared.random()
+            time.sleep(1e-5)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        with pytest.raises(
+            UncontrolledDraw, match=r"something else draws from a numpy\.random\.Generator all the time"
+        ):
+            mcdrop.wrap(nn.Sequential(Skips(shared.random), nn.Dropout(0.5)).eval(), example=torch.ones(4, 4))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_what_is_drawn_once_for_all_passes_is_no_draw_of_a_pass() -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rng, self.drawn = random.Random(5), list[float]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.drawn:
+                self.drawn.append(self.rng.random())
+            return x
+
+    model = mcdrop.wrap(nn.Sequential(Once(), nn.Dropout(0.5)), example=torch.ones(4, 4))
+    assert [site.verdict for site in model.audit.sites] == ["live"]
