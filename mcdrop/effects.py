@@ -109,8 +109,8 @@ def _effect_on_draws(
     repeated = steady(look, [*on, child], first, looks=1)
     if repeated and all(same(first, other) for other in seen[1:]):
         return Verdict("refused", "computes something else in training mode, without a draw")
-    # a rate that is 0 in eval; elsewhere draws in eval would hide what else the flag does
-    if repeated and (first.rates != base.rates or all(same(base, other) for other in without)):
+    # a rate that is 0 in eval; draws in eval would hide what else the flag does, and without any no seed has a say
+    if repeated and base.draws and (first.rates != base.rates or all(same(base, other) for other in without)):
         return Verdict("stochastic", "draws random numbers that have no effect in eval mode")
     return Verdict("refused", OUT_OF_SIGHT, 1)
 

@@ -133,6 +133,18 @@ def test_what_several_of_a_class_do_by_chance_from_a_generator_of_their_own_is_r
         mcdrop.wrap(_net([skips] * 6 + [_drops], apart=False), example=X, tuning={})
 
 
+def test_what_changes_with_the_seed_of_no_draw_is_refused_though_it_comes_again() -> None:
+    numbers = iter([0.1, 0.9, *[0.1] * 1000])
+
+    def skips(block: _Block, x: Tensor) -> Tensor:
+        return x if block.training and next(numbers) < 0.3 else x + torch.tanh(x)
+
+    with pytest.raises(
+        UncontrolledDraw, match="0, which gives other numbers at each call, from a generator out of sight"
+    ):
+        mcdrop.wrap(_net([skips, _drops], apart=False), example=X, tuning={})
+
+
 def test_a_further_block_takes_a_row_for_its_proof_and_a_forward_for_its_share_alone() -> None:
     def rows(blocks: int) -> float:
         _Block.rows = 0
