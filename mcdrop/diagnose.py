@@ -70,7 +70,10 @@ def _passes(backend: TorchBackend, rows: Rows) -> tuple[Tensor, float]:
     began = time.monotonic()
     passes = backend.run(rows, _FEWEST_PASSES, only=None)
     seconds = (time.monotonic() - began) * _PASSES / _FEWEST_PASSES
-    return (passes if seconds > _SECONDS else backend.run(rows, _PASSES, only=None)), seconds
+    if seconds > _SECONDS:
+        return passes, seconds
+    more = backend.run(rows, _PASSES - _FEWEST_PASSES, only=None, start=_FEWEST_PASSES)
+    return torch.cat([passes, more]), seconds
 
 
 def _shares(backend: TorchBackend, rows: Rows, audit: Audit, everything: Found) -> Any:
@@ -193,8 +196,7 @@ def _norm_inputs(backend: TorchBackend, rows: Rows, *, together: bool) -> tuple[
     all rows share.
     """
     masked, plain = _NormInputs(backend.live), _NormInputs(backend.plain)
-    few = rows.take(slice(0, _ROWS))
-    room = max(_ROWS, backend.chunk_bytes // backend.row_bytes(few))
+    room = max(_ROWS, backend.chunk_bytes // backend.row_bytes(rows.take(slice(0, _ROWS))))
     for block in rows.split(room):
         backend.watch(block, plain)
     many = rows.take([*range(rows.count)] * min(_PASSES, max(1, _ROWS * _PASSES // rows.count)))

@@ -85,9 +85,12 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
     inert = [path for path, one in verdicts.items() if one.kind == "inert"]
     chosen = _modules(look, verdicts, "stochastic")
 
+    def on(paths: Collection[str]) -> list[nn.Module]:
+        return [*chosen, *(by_path[path] for path in paths)]
+
     @cache
     def observed(paths: frozenset[str], low: frozenset[str], place: int) -> Observation:
-        return look.observe([*chosen, *(by_path[path] for path in paths)], seed=SEEDS[0], low=low)
+        return look.observe(on(paths), seed=SEEDS[0], low=low)
 
     def passes(paths: Collection[str], new: Collection[str] = ()) -> list[Observation]:
         """As they are, and where all that the new draws can drop is dropped: where nothing is new, a second look."""
@@ -107,7 +110,7 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
             return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
         seen = passes(needed)[0]
         draws = seen.draws - passes([])[0].draws
-        if not draws and not steady(look, [*chosen, *(by_path[path] for path in needed)], seen):
+        if not draws and not steady(look, on(needed), seen):
             return {**verdicts, **dict.fromkeys(needed, Verdict("refused", OUT_OF_SIGHT, 1))}
         if not hidden and draws > 0:
             lost = Verdict("refused", "computes something else in training mode together with others", draws)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from made import Skips
 from torch import Tensor, nn
 
 import mcdrop
@@ -155,17 +156,6 @@ PRIVATE: dict[str, Callable[[], tuple[Any, Callable[[], float], Callable[[], Any
     "a numpy.random.RandomState": lambda: (one := np.random.RandomState(3), one.random_sample, one.tomaxint),
     "a random.Random": lambda: (one := random.Random(3), one.random, one.getstate),
 }
-
-
-class Skips(nn.Module):
-    """Stochastic depth by whatever gives numbers, at a rate so low that hardly a pass shows it."""
-
-    def __init__(self, numbers: Callable[[], float]) -> None:
-        super().__init__()
-        self.layer, self.numbers = nn.Linear(4, 4), numbers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.training and self.numbers() < 1e-3 else x + torch.tanh(self.layer(x))
 
 
 @pytest.mark.parametrize("kind", PRIVATE)

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from made import Skips
 from torch import Tensor, nn
 
 import mcdrop
@@ -134,24 +135,13 @@ def test_globals_that_code_names_are_reached(function: Any, kept: Any) -> None:
 
 
 def test_what_no_code_of_the_network_names_is_not_reached() -> None:
-    beside = np.random.default_rng(2)
     assert reached(nn.Sequential(nn.Linear(4, 4), Keeps(_around(1.0)), nn.Dropout(0.5)), KINDS) == []
-    assert beside is not None
 
 
 def test_of_very_much_the_nearest_is_reached() -> None:
     rng = np.random.default_rng(3)
     net = Keeps([[[object() for _ in range(900)] for _ in range(900)], rng])
     assert [one is rng for one in reached(net, KINDS)] == [True]
-
-
-class Skips(nn.Module):
-    def __init__(self, numbers: Callable[[], float]) -> None:
-        super().__init__()
-        self.layer, self.numbers = nn.Linear(4, 4), numbers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.training and self.numbers() < 1e-3 else x + torch.tanh(self.layer(x))
 
 
 def test_words_of_a_bit_generator_are_a_draw() -> None:

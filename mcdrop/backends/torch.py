@@ -129,9 +129,16 @@ class TorchBackend:
         return known[1]
 
     def run(
-        self, rows: Rows, passes: int, *, only: str | None, tier: str | None = None, at_once: bool = False
+        self,
+        rows: Rows,
+        passes: int,
+        *,
+        only: str | None,
+        tier: str | None = None,
+        at_once: bool = False,
+        start: int = 0,
     ) -> Tensor:
-        """Gives some passes as they are on the device (T, N, ...), with one site alone drawing, or all of them.
+        """Gives passes from ``start`` on as they are on the device (T, N, ...), with one site alone drawing, or all.
 
         They are run in chunks, or ``at_once``.
         """
@@ -139,8 +146,8 @@ class TorchBackend:
         needed = self.pass_bytes(rows) * rows.count + self.shared_bytes(rows)
         chunk = passes if at_once else max(1, self.chunk_bytes // needed)
         parts = []
-        for start in range(0, passes, chunk):
-            stacks = self.plans.stacks(plan, Span(min(chunk, passes - start), 0, start, "iid"))
+        for done in range(0, passes, chunk):
+            stacks = self.plans.stacks(plan, Span(min(chunk, passes - done), 0, start + done, "iid"))
             if only is not None:
                 sites = plan.trace.sites
                 stacks = [stack if site.name == only else None for site, stack in zip(sites, stacks, strict=True)]
