@@ -16,6 +16,7 @@ from mcdrop.digits import digits
 from mcdrop.errors import InputError
 from mcdrop.flags import Flags
 from mcdrop.forward import Outputs, as_numpy, draws_off, out_of_memory, place_of, placed, said_of
+from mcdrop.generators import own_generator, with_private
 from mcdrop.locks import new_lock
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
@@ -138,8 +139,10 @@ class Plans:
     def _proved(self, tensors: Rows) -> Plan:
         (known, found), self._known = self._known, (None, None)
         if found is None or known != self._signature(tensors, self._place()):
-            self._flags.look(tensors)
-            found = trace(self.live, tensors, self.pick, self.force)
+            with own_generator():
+                with_private(self.live)
+                self._flags.look(tensors)
+                found = trace(self.live, tensors, self.pick, self.force)
             self._flags.check(found)
         off = found.left_off(self.excluded)
         if len(off) == len(found.sites):

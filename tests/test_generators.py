@@ -225,3 +225,22 @@ def test_what_is_drawn_once_for_all_passes_is_no_draw_of_a_pass() -> None:
 
     model = mcdrop.wrap(nn.Sequential(Once(), nn.Dropout(0.5)), example=torch.ones(4, 4))
     assert [site.verdict for site in model.audit.sites] == ["live"]
+
+
+@pytest.mark.parametrize(
+    "numbers", [np.random.default_rng(3).random, np.random.rand], ids=["its own", "the global one"]
+)
+def test_a_generator_that_longer_rows_alone_reach_is_named_too(numbers: Callable[[], float]) -> None:
+    class Longer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.block = nn.Dropout(0.3), Skips(numbers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.drop(x)
+            return (self.block(x) if x.shape[1] > 5 else x).mean(1)
+
+    model = mcdrop.wrap(Longer().eval(), example=torch.ones(4, 4, 4))
+    assert mcdrop.predict(model, torch.ones(3, 5, 4), passes=20).std.max() > 0
+    with pytest.raises(UncontrolledDraw, match=r"a numpy\.random\.Generator|numpy\.random in"):
+        mcdrop.predict(model, torch.ones(3, 9, 4), passes=20)
