@@ -140,7 +140,7 @@ def test_a_missing_model_or_table_is_one_line(store: Path, rows: Path, tmp_path:
         ("predict", store / "line", tmp_path / "no.csv"),
         ("predict", store / "line", rows, "-o", tmp_path / "no" / "out.csv"),
         ("inspect", tmp_path / "no"),
-        ("serve", tmp_path / "no"),
+        ("serve", tmp_path / "no", "--port", "0"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1, arguments
