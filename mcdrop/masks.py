@@ -23,15 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.samplers import BLOCKS, SAMPLERS, Sampler, Stream
+from mcdrop.philox import Stream
+from mcdrop.samplers import BLOCKS, SAMPLERS, Sampler
 
 __all__ = ["BLOCKS", "KINDS", "SAMPLERS", "SEED_LIMIT", "Site", "draw", "is_whole", "sample_masks"]
 
 SEED_LIMIT = 2**64
 _FIRST_EDGE = 16
 _UNITS = 2**13  # of small blocks that are drawn together
-_SPLIT = 2**15  # of a large one
-_EIGHT = 8  # pieces begin with a multiple of it
+_SPLIT = 2**14  # of a large one
+_ALIGNED = 16  # pieces begin with a multiple of it
 _MANY = 2**22  # numbers, above which threads gain more than they lose by waiting for each other in Python
 
 Masks = dict[str, NDArray[np.float32]]
@@ -214,10 +215,10 @@ def _pieces(block: _Piece) -> Iterator[_Piece]:
 
 
 def _cut(extent: Sequence[int]) -> tuple[int, int]:
-    """Gives the axis along which a block is cut and the steps of a piece, all of which begin with a multiple of 8."""
+    """Gives the axis along which a block is cut and the steps of a piece, all of which begin with a multiple of 16."""
     for axis in range(len(extent)):
         inner = math.prod(extent[axis + 1 :])
-        whole = _EIGHT // math.gcd(_EIGHT, inner)
+        whole = _ALIGNED // math.gcd(_ALIGNED, inner)
         if inner <= _SPLIT or whole > 1:
             break
     return axis, max(whole, _SPLIT // inner // whole * whole)

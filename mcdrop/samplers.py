@@ -4,7 +4,6 @@ A sampler gives 32 random bits for each unit of each pass, or says at once which
 of stratified passes are told by their stratum alone, so that takes a fraction of the time.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,39 +11,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCKS", "SAMPLERS", "Sampler", "Stream"]
+from mcdrop.philox import Stream, bits
+
+__all__ = ["BLOCKS", "SAMPLERS", "Sampler"]
 
 _SMALL, _LARGE = 16, 64  # passes of a balanced block; larger ones begin with pass 64
 _AT_ONCE = 2**18  # numbers that are stratified together: few calls where they are few, little memory where many
 _PIECE = 2**14  # units that are ranked together
-_FEW = 2**14  # units whose words are rather drawn for all 16 strata at once, in fewer calls
-_SKIPPED = 2**10  # counters of a pass above which those that nobody wants are skipped
-_LAST = 2**64 - 1
-_EIGHT = 8  # one counter step gives four 64-bit words, so eight units
+_LOW = np.uint16(_SMALL - 1)
+_PLACES = np.arange(_SMALL, dtype=np.uint16)[:, None]
 
 # The orders of four things that leave the first in its place, two bits for each; shifted by xor they are all orders.
 _ORDERS = np.array([sum(x << 2 * (i + 1) for i, x in enumerate(o)) for o in itertools.permutations((1, 2, 3))], "u4")
 
 Words = NDArray[np.uint32]
+Keys = NDArray[np.uint16]
 Kept = NDArray[np.bool_]
-
-
-class Stream(NamedTuple):
-    """The random numbers of a block: their key, the units of a pass, how many are drawn, and from which on.
-
-    ``first`` is a multiple of eight; ``chosen`` are those of the drawn ones that are wanted (None: all).
-    """
-
-    key: str
-    units: int
-    drawn: int
-    first: int = 0
-    chosen: NDArray[np.int64] | None = None
-
-    @property
-    def wanted(self) -> int:
-        """How many are wanted."""
-        return self.drawn if self.chosen is None else len(self.chosen)
 
 
 class Sampler(NamedTuple):
@@ -57,49 +39,15 @@ class Sampler(NamedTuple):
     kept: Callable[[Sequence[Stream], int, int, int], Kept]
 
 
-def _philox(streams: Sequence[Stream], what: str, start: int, passes: int) -> Words:
-    """Gives 32 random bits for each wanted unit of each pass, (T, units), the streams side by side."""
-    if len(streams) == 1:
-        return _one_philox(streams[0], what, start, passes)
-    words = np.empty((passes, sum(stream.wanted for stream in streams)), np.uint32)
-    begin = 0
-    for stream in streams:
-        words[:, begin : begin + stream.wanted] = _one_philox(stream, what, start, passes)
-        begin += stream.wanted
-    return words
-
-
-def _one_philox(stream: Stream, what: str, start: int, passes: int) -> Words:
-    """Gives those of one stream; a pass begins on a whole Philox counter."""
-    counters, few = -(-stream.units // _EIGHT), -(-stream.drawn // _EIGHT)
-    digest = hashlib.blake2b(f"{stream.key}{what}".encode(), digest_size=16).digest()
-    first = start * counters + stream.first // _EIGHT
-    generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=first)
-    if counters - few < _SKIPPED:
-        words = _raw(generator, passes * counters * 4)
-    else:
-        words = np.empty((passes, few * 4), np.uint64)
-        for one in words:
-            one[:] = _raw(generator, few * 4)
-            generator.advance(counters - few)
-    each = words.astype("<u8", copy=False).view("<u4").reshape(passes, -1)
-    return each[:, : stream.drawn] if stream.chosen is None else np.take(each, stream.chosen, axis=1)
-
-
-def _raw(generator: np.random.Philox, count: int) -> NDArray[np.uint64]:
-    """Gives the next words of a generator, and lets other threads run meanwhile, as its own ``random_raw`` does not."""
-    return np.random.Generator(generator).integers(0, _LAST, count, dtype=np.uint64, endpoint=True)
-
-
 # -- independent passes ------------------------------------------------------------------------------------------------
 
 
 def _iid_words(streams: Sequence[Stream], start: int, passes: int) -> Words:
-    return _philox(streams, "", start, passes)
+    return bits(streams, "", range(start, start + passes))
 
 
 def _iid_kept(streams: Sequence[Stream], start: int, passes: int, threshold: int) -> Kept:
-    return _philox(streams, "", start, passes) >= threshold
+    return _iid_words(streams, start, passes) >= threshold
 
 
 # -- balanced passes ---------------------------------------------------------------------------------------------------
@@ -114,47 +62,44 @@ def _balanced_words(streams: Sequence[Stream], start: int, passes: int) -> Words
     passes have enough blocks to tell their error by, and many have a smaller one.
     """
 
-    def made(blocks: NDArray[np.int64], nested: slice) -> Words:
-        sixteenth, inside = _sixteenths(streams, blocks), _of_blocks(streams, "/inside", blocks) >> np.uint32(4)
-        if len(blocks[nested]):
-            place, chance = _chances(streams, blocks[nested])
-            chance = np.take_along_axis(chance, sixteenth[nested].astype(np.intp), axis=1)
-            inside[nested] = (inside[nested] >> np.uint32(2)) | (_quarters(chance, place) << np.uint32(26))
-        words: Words = (sixteenth.astype(np.uint32) << np.uint32(28)) | inside
-        return words
+    def made(blocks: range, nested: int) -> Words:
+        inside = _of_blocks(streams, "/inside", blocks) >> np.uint32(4)
+        if blocks[nested:]:
+            chance, place = _chances(streams, blocks[nested:])
+            inside[nested:] = (inside[nested:] >> np.uint32(2)) | (_quarters(chance, place) << np.uint32(26))
+        inside |= _PLACES.astype(np.uint32) << np.uint32(28)
+        return _by_rank(inside, _ranks(_order(streams, blocks)))
 
     return _in_stretches(made, np.uint32, streams, start, passes)
 
 
 def _balanced_kept(streams: Sequence[Stream], start: int, passes: int, threshold: int) -> Kept:
-    """The same passes: the quarter and what is inside of it matter in the one 16th that the threshold lies in."""
+    """The same passes: what is inside of a 16th matters in the one that the threshold lies in, and is drawn for it."""
     stratum, rest = divmod(threshold, 2**28)
     edge, finer = divmod(rest, 2**26)
 
-    def made(blocks: NDArray[np.int64], nested: slice) -> Kept:
-        above, there = _above(_of_blocks(streams, "/order", blocks), stratum)
+    def made(blocks: range, nested: int) -> Kept:
+        above, there = _above(_order(streams, blocks), stratum)
         if not rest:
             return above | there
-        inside = _of_blocks(streams, "/inside", blocks)
+        inside = _of_blocks(streams, "/inside", blocks, stratum)
         within = inside >= rest << 4
-        if len(blocks[nested]):
-            place, chance = _chances(streams, blocks[nested], stratum)
-            quarter = _quarters(chance, place)
-            within[nested] = (inside[nested] >= finer << 6) & (quarter == edge) | (quarter > edge)
-        within &= there
-        within |= above
-        return within
+        if blocks[nested:]:
+            quarter = _quarters(*_chances(streams, blocks[nested:], stratum))
+            within[nested:] = (inside[nested:] >= finer << 6) & (quarter == edge) | (quarter > edge)
+        there &= within
+        there |= above
+        return there
 
     return _in_stretches(made, np.bool_, streams, start, passes)
 
 
 def _in_stretches(
-    made: Callable[[NDArray[np.int64], slice], NDArray[Any]], dtype: type, streams: Sequence[Stream], start: int,
-    passes: int,
-) -> NDArray[Any]:  # fmt: skip
+    made: Callable[[range, int], NDArray[Any]], dtype: type, streams: Sequence[Stream], start: int, passes: int
+) -> NDArray[Any]:
     """Puts together what is made of blocks of 16 passes (blocks, 16, units), some at a time.
 
-    It is told which of them are parts of blocks of 64, by their places.
+    It is told which of them are parts of blocks of 64, by the place of the first one.
     """
     units = sum(stream.wanted for stream in streams)
     found: NDArray[Any] = np.empty((passes, units), dtype)
@@ -162,71 +107,80 @@ def _in_stretches(
     stretch = _LARGE * max(1, _AT_ONCE // (_LARGE * max(1, together)))
     for edge in range(start - start % stretch, start + passes, stretch):
         low, high = max(start, edge), min(start + passes, edge + stretch)
-        blocks = np.arange(low // _SMALL, -(-high // _SMALL))
-        each = made(blocks, slice(np.searchsorted(blocks, _LARGE // _SMALL), None)).reshape(-1, units)
-        begin = int(blocks[0]) * _SMALL
+        blocks = range(low // _SMALL, -(-high // _SMALL))
+        each = made(blocks, max(0, _LARGE // _SMALL - blocks.start)).reshape(-1, units)
+        begin = blocks.start * _SMALL
         found[low - start : high - start] = each[low - begin : high - begin]
     return found
 
 
-def _of_blocks(streams: Sequence[Stream], what: str, blocks: NDArray[np.int64]) -> Words:
-    """The words of blocks of 16 passes that follow one another, (blocks, 16, units)."""
-    words = _philox(streams, what, int(blocks[0]) * _SMALL, len(blocks) * _SMALL)
-    return words.reshape(len(blocks), _SMALL, -1)
+def _order(streams: Sequence[Stream], blocks: range) -> Keys:
+    """Gives the keys whose ranks are the passes' 16ths, (blocks, 16, units)."""
+    keys: Keys = bits(streams, "/order", range(blocks.start * _SMALL, blocks.stop * _SMALL), np.uint16)
+    return _told_apart(keys.reshape(len(blocks), _SMALL, -1))
 
 
-def _sixteenths(streams: Sequence[Stream], blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return _ranks(_of_blocks(streams, "/order", blocks))
+def _told_apart(keys: Keys) -> Keys:
+    """Makes 16 random bits of each pass 12 and four that differ, in place.
+
+    Where the former are equal the latter decide: the pass's place, shifted by xor with four random bits of the first
+    pass, so that no place comes first more often than another one.
+    """
+    shift = (keys[:, :1] & _LOW) ^ _LOW
+    keys |= _LOW
+    keys ^= shift
+    keys ^= _PLACES
+    return keys
 
 
-def _chances(
-    streams: Sequence[Stream], blocks: NDArray[np.int64], stratum: int | None = None
-) -> tuple[NDArray[np.uint32], Words]:
-    """Each block's place in its block of 64, and what the quarters of a 16th follow from: (blocks, 16 or 1, units)."""
-    whole, place = np.divmod(blocks, _LARGE // _SMALL)
-    wholes = np.arange(whole[0], whole[-1] + 1)
-    if stratum is not None and sum(stream.drawn for stream in streams) > _FEW:
-        words = np.stack([_philox(streams, "/quarter", int(one) * _SMALL + stratum, 1) for one in wholes])
-    else:
-        words = _of_blocks(streams, "/quarter", wholes)[
-            :, slice(None) if stratum is None else slice(stratum, stratum + 1)
-        ]
-    return place.astype(np.uint32)[:, None, None], words[whole - whole[0]]
+def _of_blocks(streams: Sequence[Stream], what: str, blocks: range, stratum: int | None = None) -> Words:
+    """The words of blocks' 16ths, or of one of these: (blocks, 16 or 1, units)."""
+    first, last = blocks.start * _SMALL, blocks.stop * _SMALL
+    passes = range(first, last) if stratum is None else range(first + stratum, last, _SMALL)
+    words = bits(streams, what, passes)
+    return words.reshape(len(blocks), -1, words.shape[1])
 
 
-def _quarters(chance: Words, place: NDArray[np.uint32]) -> Words:
+def _chances(streams: Sequence[Stream], blocks: range, stratum: int | None = None) -> tuple[Words, Words]:
+    """What the quarters of a 16th follow from, (blocks, 16 or 1, units), and each block's place in its block of 64."""
+    whole, place = np.divmod(np.asarray(blocks), _LARGE // _SMALL)
+    words = _of_blocks(streams, "/quarter", range(whole[0], whole[-1] + 1), stratum)
+    return words[whole - whole[0]], place.astype(np.uint32)[:, None, None]
+
+
+def _quarters(chance: Words, place: Words) -> Words:
     """Gives each of the passes of a block of 64 that share a 16th a quarter of it."""
     orders: Words = np.take(_ORDERS, (chance >> np.uint32(2)) % np.uint32(len(_ORDERS)))
     quarter: Words = ((orders >> (2 * place).astype(np.uint32)) ^ chance) & np.uint32(3)
     return quarter
 
 
-def _above(order: Words, rank: int) -> tuple[Kept, Kept]:
+def _above(order: Keys, rank: int) -> tuple[Kept, Kept]:
     """Says which passes of each block (blocks, 16, units) rank above a place, and which one is there.
 
-    That one's word alone is found, by a part of a sorting network.
+    That one's key alone is found, by a part of a sorting network.
     """
-    blocks, count, units = order.shape
-    flat = np.ascontiguousarray(order.transpose(1, 0, 2)).reshape(count, -1)
-    above, there = np.empty(flat.shape, np.bool_), np.empty(flat.shape, np.bool_)
-    for begin in range(0, flat.shape[1], _PIECE):
-        piece = slice(begin, begin + _PIECE)
-        words = flat[:, piece]
-        found = _ranked(words, rank)
-        np.greater(words, found, out=above[:, piece])
-        np.equal(words, found, out=there[:, piece])
-        if np.count_nonzero(there[:, piece]) > words.shape[1]:  # some are equal, and the earlier comes first
-            ranks = _ranks(words[None])[0]
-            above[:, piece], there[:, piece] = ranks > rank, ranks == rank
-    by_block = (count, blocks, units)
-    above, there = (np.ascontiguousarray(one.reshape(by_block).transpose(1, 0, 2)) for one in (above, there))
+    above, there = np.empty(order.shape, np.bool_), np.empty(order.shape, np.bool_)
+    for piece in _in_pieces(order):
+        keys = order[piece]
+        found = _ranked(keys, rank)[:, None]
+        np.greater(keys, found, out=above[piece])
+        np.equal(keys, found, out=there[piece])
     return above, there
 
 
-def _ranked(words: Words, rank: int) -> Words:
-    """Gives the word of a rank in each column of (16, units)."""
-    rows: list[Words] = list(words)
-    own = [False] * len(words)  # what is not its own stays as it is
+def _in_pieces(order: NDArray[Any]) -> Iterator[tuple[slice, slice, slice]]:
+    """Cuts the units so that all passes of a piece stay in the cache."""
+    blocks, _, units = order.shape
+    step = max(1, _PIECE // blocks)
+    for begin in range(0, units, step):
+        yield slice(None), slice(None), slice(begin, begin + step)
+
+
+def _ranked(keys: Keys, rank: int) -> Keys:
+    """Gives the key of a rank, (blocks, units)."""
+    rows: list[Keys] = [keys[:, place] for place in range(_SMALL)]
+    own = [False] * _SMALL  # what is not its own stays as it is
     for one, other, lower, upper in _NETWORKS[rank]:
         a, b = rows[one], rows[other]
         if lower and upper:
@@ -273,23 +227,34 @@ def _merge(places: Sequence[int]) -> Iterator[tuple[int, int]]:
 _NETWORKS = [_network(rank) for rank in range(_SMALL)]
 
 
-def _ranks(order: Words) -> NDArray[np.uint8]:
-    """Ranks the passes of each block (blocks, 16, units), the earlier first where two are equal.
+def _ranks(order: Keys) -> NDArray[np.uint8]:
+    """Ranks the passes of each block (blocks, 16, units).
 
     Each is compared with all later ones at once, in pieces that stay in the cache: for 16 numbers that is several times
     as fast as sorting them.
     """
-    blocks, count, units = order.shape
-    flat = np.ascontiguousarray(order.transpose(1, 0, 2)).reshape(count, -1)
-    ranks = np.empty(flat.shape, np.uint8)
-    ranks[:] = np.arange(count - 1, -1, -1, dtype=np.uint8)[:, None]  # as if all later ones were smaller
-    for begin in range(0, flat.shape[1], _PIECE):
-        words, found = flat[:, begin : begin + _PIECE], ranks[:, begin : begin + _PIECE]
-        for place in range(count - 1):
-            before = (words[place] <= words[place + 1 :]).view(np.uint8)
-            found[place + 1 :] += before
-            found[place] -= np.add.reduce(before, axis=0, dtype=np.uint8)
-    return np.ascontiguousarray(ranks.reshape(count, blocks, units).transpose(1, 0, 2))
+    ranks = np.empty(order.shape, np.uint8)
+    ranks[:] = np.arange(_SMALL - 1, -1, -1, dtype=np.uint8)[:, None]  # as if all later ones were smaller
+    for piece in _in_pieces(order):
+        keys, found = order[piece], ranks[piece]
+        for place in range(_SMALL - 1):
+            before = (keys[:, place, None] < keys[:, place + 1 :]).view(np.uint8)
+            found[:, place + 1 :] += before
+            found[:, place] -= np.add.reduce(before, axis=1, dtype=np.uint8)
+    return ranks
+
+
+def _by_rank(words: Words, ranks: NDArray[np.uint8]) -> Words:
+    """Gives each pass the word of its 16th."""
+    units = words.shape[2]
+    firsts = np.arange(len(words))[:, None, None] * (_SMALL * units) + np.arange(units)
+    found, flat = np.empty_like(words), words.reshape(-1)
+    for piece in _in_pieces(ranks):
+        places = ranks[piece].astype(np.intp)
+        places *= units
+        places += firsts[piece]
+        np.take(flat, places, out=found[piece], mode="wrap")  # which are all within; it need not look
+    return found
 
 
 # Passes that depend on one another: sizes of blocks, and the pass with which the first of each size begins.

@@ -22,6 +22,7 @@ FLOORS = [
         "mcdrop.mixing",
         "mcdrop.decisions",
         "mcdrop.reads",
+        "mcdrop.philox",
     ],
     ["mcdrop.at_once", "mcdrop.barefile", "mcdrop.samplers", "mcdrop.streams"],
     [

@@ -1,5 +1,6 @@
 """Masks: pure functions of (seed, site, pass), with the law that their kind and sampler promise."""
 
+import hashlib
 import itertools
 import random
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from scipy import stats
 
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.masks import BLOCKS, KINDS, SAMPLERS, SEED_LIMIT, Site, sample_masks
-from mcdrop.samplers import _above
+from mcdrop.samplers import _above, _ranks, _told_apart
 
 Array = NDArray[np.float32]
 
@@ -137,14 +138,37 @@ def test_pieces_of_a_large_block_are_those_of_the_whole(
 
 def test_the_stream_is_numpys_philox() -> None:
     """The law of the stream, written out: key from BLAKE2b, one counter for eight units, 32 bits a unit."""
-    import hashlib
-
     key = int.from_bytes(hashlib.blake2b(b"7/site0/1", digest_size=16).digest(), "little")
     units, counters = 15, 2  # the block that holds units 1 to 15; unit 0 is a block of its own
     generator = np.random.Philox(key=key, counter=3 * counters)
     words = generator.random_raw(counters * 4).view(np.uint32)[:units]
     expected = np.where(words < round(0.3 * 2**32), 0.0, 1.0)
     np.testing.assert_array_equal(masks((16,), 1, seed=7, start=3, p=0.3)[0, 1:], expected)
+
+
+def test_balanced_passes_follow_their_law() -> None:
+    """Written out in whole numbers for one unit: its 16th by rank, the quarter of it, and what is inside of that."""
+
+    def word(what: str, row: int, bits: int) -> int:
+        key = int.from_bytes(hashlib.blake2b(f"7/site0/1/{what}".encode(), digest_size=16).digest(), "little")
+        words = np.random.Philox(key=key, counter=row * -(-15 * bits // 256)).random_raw(4)
+        return int(int.from_bytes(words.astype("<u8").tobytes(), "little") >> 3 * bits & 2**bits - 1)
+
+    orders = [order for order in itertools.permutations(range(4)) if not order[0]]
+    for block in (2, 6):
+        order = [word("order", 16 * block + place, 16) for place in range(16)]
+        keys = [(bits >> 4, place ^ order[0] & 15) for place, bits in enumerate(order)]
+        found = masks((16,), 16, seed=7, start=16 * block, sampler="balanced", kind="uniform")[:, 4]
+        for key, number in zip(keys, found, strict=True):
+            sixteenth = sorted(keys).index(key)
+            inside = word("inside", 16 * block + sixteenth, 32)
+            if block < 4:
+                expected = sixteenth + inside / 2**32
+            else:
+                chance = word("quarter", 16 * (block // 4) + sixteenth, 32)
+                quarter = orders[(chance >> 2) % 6][block % 4] ^ chance & 3
+                expected = sixteenth + (quarter + inside / 2**32) / 4
+            assert number == np.floor(expected * 2**20) / 2**24
 
 
 def test_philox_equals_the_published_known_answer() -> None:
@@ -325,13 +349,24 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         masks((1,), 1, kind="poisson")
 
 
-def test_passes_rank_as_a_stable_sort_ranks_them() -> None:
-    """Also where some of a unit's words are equal: here they are of 40 or of 2**32."""
+def test_passes_rank_as_a_sort_ranks_them() -> None:
+    """Few units in many blocks as many units in few."""
     words = np.random.default_rng(0)
-    for most, units in ((40, 500), (2**32, 500), (40, 40_000)):
-        order = words.integers(0, most, (3, 16, units), dtype=np.uint32)
-        ranks = np.argsort(np.argsort(order, axis=1, kind="stable"), axis=1)
+    for blocks, units in ((3, 500), (2000, 2), (1, 40_000)):
+        high = np.tile(np.arange(16, dtype=np.uint16)[:, None] << 12, (blocks, 1, units))
+        order = words.permuted(high, axis=1)
+        order += words.integers(0, 2**12, order.shape, np.uint16)
+        ranks = np.argsort(np.argsort(order, axis=1), axis=1)
+        np.testing.assert_array_equal(_ranks(order), ranks)
         for rank in range(16):
             above, there = _above(order, rank)
             np.testing.assert_array_equal(above, ranks > rank)
             np.testing.assert_array_equal(there, ranks == rank)
+
+
+def test_passes_whose_random_bits_are_equal_come_first_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the bits are: of all shifts each puts each pass at each rank once."""
+    shifts = np.arange(16, dtype=np.uint16)
+    ranks = _ranks(_told_apart(np.tile((0xABC0 | shifts), (1, 16, 1))))[0]
+    np.testing.assert_array_equal(np.sort(ranks, axis=0), np.tile(shifts[:, None], (1, 16)))
+    np.testing.assert_array_equal(np.sort(ranks, axis=1), np.tile(shifts, (16, 1)))
