@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from mcdrop.effects import Verdict
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import may_fail
+from mcdrop.generators import own_generator, with_private
 from mcdrop.observed import Observation, Observer, Readers, same, unwatched, watched
 from mcdrop.outputs import Pick
 from mcdrop.probe import probe
@@ -139,7 +140,8 @@ class Flags:
         """
         if not self.read or not (unknown := self._unknown(self._readers)):
             return False
-        with self._aside():
+        with self._aside(), own_generator():
+            with_private(self.live)
             self._learn(rows)
         left = [path or "the root module" for path in unknown if path not in self._now]
         if left:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ __all__ = [
 
 Noted = list[tuple[torch.Generator, Tensor]]  # generators that draws were given, with their states then
 
-_TRIES = 5  # by chance others draw in all of so many passes, and in no wait of such length, once in 40 000 times
+_TRIES = 8  # others draw in all of so many passes, and in no wait twice as long, less than once in a million times
 _MOST = 20  # where others draw
 _SECONDS = 0.002  # the shortest wait
 
@@ -180,38 +180,56 @@ def out_of_sight(run: Callable[[], bool], again: Callable[[], object]) -> list[s
     others draw meanwhile, a pass in which nothing moved tells, and as long a wait without one.
     """
     own, before, began = _NOW.own[-1], _states(known()), time.perf_counter()
+    earlier = {name for one in _NOW.own for name in one.drawn}
+
+    def drawn(moved: set[str], again: Callable[[], object]) -> set[str]:
+        seconds, new = max(time.perf_counter() - began, _SECONDS), moved - earlier
+        return moved & earlier | (_of_the_pass(new, again, seconds) if new else set())
+
+    def once_more() -> None:
+        with suppress(Exception):  # as before
+            again()
+
     try:
         seen = {_TORCH} if run() else set()
-        moved, seconds = _moved(before) - seen, max(time.perf_counter() - began, _SECONDS)
-        found = moved & {name for one in _NOW.own for name in one.drawn}
-        found |= _of_the_pass(moved - found, again, seconds) if moved - found else set()
-    except BaseException:
+    except BaseException as error:
         moved = _moved(before)
-        own.drawn |= moved - _meanwhile(moved, _SECONDS)
+        own.drawn |= drawn(moved, once_more) if isinstance(error, Exception) else moved & earlier
         raise
+    found = drawn(_moved(before) - seen, again)
     own.drawn |= found | seen
     return [name for name in known() if name in found]
 
 
 def _of_the_pass(moved: set[str], again: Callable[[], object], seconds: float) -> set[str]:
-    """Names those of the generators that move in every pass, and without one in none of the waits."""
+    """Names those of the generators that move in every pass, or are seeded in every one, and in none of the waits."""
     others: set[str] = set()
+    ways = {name: {"moves", "is seeded"} for name in moved}
     for number in range(_MOST):
-        others |= _meanwhile(moved, seconds)
-        moved = _once_more(moved - (others & {_TORCH}), others, again)
+        others |= _meanwhile(moved, 2 * seconds)
+        moved = _once_more(moved - (others & {_TORCH}), others, ways, again)
         if not moved & others and (not moved or number + 1 >= _TRIES):
             break
     _NOW.own[-1].doubted |= moved & others
     return moved - others
 
 
-def _once_more(names: set[str], others: set[str], again: Callable[[], object]) -> set[str]:
-    """Names those of some generators that move in another pass, or are seeded anew where no others draw."""
+def _once_more(
+    names: set[str], others: set[str], ways: Mapping[str, set[str]], again: Callable[[], object]
+) -> set[str]:
+    """Names those of some generators that move in another pass, or are seeded anew where no others draw.
+
+    Of the ``ways`` of those from which nobody else draws only the one that they go is left: a network draws alike in
+    all passes.
+    """
     before = _states(names)
     if names:
         again()
     moved = _moved(before)
-    return moved | _seeded(names - moved - others, again)
+    seeded = _seeded({name for name in names - moved - others if "is seeded" in ways[name]}, again)
+    for name in names - others:
+        ways[name] &= {"moves"} if name in moved else {"is seeded"}
+    return {name for name in moved | seeded if name in others or ways[name]}
 
 
 def _seeded(names: set[str], again: Callable[[], object]) -> set[str]:

@@ -16,7 +16,7 @@ from made import Skips
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.errors import UncontrolledDraw
+from mcdrop.errors import InputError, UncontrolledDraw
 from mcdrop.generators import doubted, out_of_sight, own_generator
 
 DRAWS: dict[str, Callable[[], float]] = {
@@ -90,6 +90,31 @@ def test_one_draw_of_another_thread_is_not_the_networks_and_stays_drawn(name: st
     once = iter([DRAWS[name]])  # in the first pass alone, at the moment that another thread has it
     assert named(lambda: [draw() for draw in once]) == ([], [])
     assert [DRAWS[name]() for _ in range(2)] == expected
+
+
+@every
+@pytest.mark.parametrize("passes", [1, 100])
+def test_of_a_pass_that_fails_what_it_draws_is_put_back_and_not_what_others_draw(name: str, passes: int) -> None:
+    """Others draw in the first pass alone."""
+    draws = iter([DRAWS[name]] * passes)
+
+    def act() -> None:
+        next(draws, float)()
+        raise InputError("it fails")
+
+    SEEDS[name](3)
+    first, second = (DRAWS[name]() for _ in range(2))
+    SEEDS[name](3)
+    with pytest.raises(InputError):
+        named(act)
+    assert DRAWS[name]() == (second if passes == 1 else first)
+
+
+@every
+def test_who_draws_in_some_passes_and_stands_still_in_others_is_not_the_network(name: str) -> None:
+    """It moves in a pass, not in the next one, and in the two after that: a network draws alike in all of them."""
+    times = iter([1, 0, 1, 1, *[1] * 40])
+    assert named(lambda: [DRAWS[name]() for _ in range(next(times))]) == ([], [])
 
 
 @every
@@ -230,17 +255,18 @@ def test_what_is_drawn_once_for_all_passes_is_no_draw_of_a_pass() -> None:
 @pytest.mark.parametrize(
     "numbers", [np.random.default_rng(3).random, np.random.rand], ids=["its own", "the global one"]
 )
-def test_a_generator_that_longer_rows_alone_reach_is_named_too(numbers: Callable[[], float]) -> None:
-    class Longer(nn.Module):
+@pytest.mark.parametrize("rows", [torch.ones(3, 9, 4), torch.full((3, 5, 4), 9.0)], ids=["longer", "larger"])
+def test_a_generator_that_later_rows_alone_reach_is_named_too(numbers: Callable[[], float], rows: Tensor) -> None:
+    class Later(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.drop, self.block = nn.Dropout(0.3), Skips(numbers)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.drop(x)
-            return (self.block(x) if x.shape[1] > 5 else x).mean(1)
+            far = x.shape[1] > 5 or bool((x > 5).any())
+            return (self.block(self.drop(x)) if far else self.drop(x)).mean(1)
 
-    model = mcdrop.wrap(Longer().eval(), example=torch.ones(4, 4, 4))
+    model = mcdrop.wrap(Later().eval(), example=torch.ones(4, 4, 4))
     assert mcdrop.predict(model, torch.ones(3, 5, 4), passes=20).std.max() > 0
     with pytest.raises(UncontrolledDraw, match=r"a numpy\.random\.Generator|numpy\.random in"):
-        mcdrop.predict(model, torch.ones(3, 9, 4), passes=20)
+        mcdrop.predict(model, rows, passes=20)
