@@ -50,15 +50,15 @@ class Audit:
     ``modules`` counts what was looked at; ``stochastic`` lists the modules whose training behaviour is switched on,
     ``kept`` those that read their training flag but stay in eval, each with its reason. ``tier`` is the way the passes
     are run, ``tier_reason`` why. ``mean_preserving`` says whether the network with every draw at its expectation equals
-    its eval output. ``mean_gap`` is the largest distance between the mean of the passes and the deterministic output,
-    in standard deviations of the passes. ``prefix_share`` is the part of one pass's floating-point operations that
-    comes before the first draw and is run once, ``speed_up`` what that saves at 100 passes. ``kept_from`` is the number
-    of rows from which passes compute with kept units alone, ``chunk`` the memory of a chunk of passes as a multiple of
-    the usual: both were measured. ``exact_last`` says whether the last dropout has a closed form. ``prepare_seconds``
-    is what tracing, capturing and checking took, which no request pays for; ``devices`` says where passes run, and on
-    several which share the rows. ``precision_error``
-    is the root mean square of what a lower precision changes in the passes, in their standard deviations. ``injected``
-    says what was put into a network that was trained without it: uncalibrated until ``calibrated``.
+    its eval output; None of a graph, which has none. ``mean_gap`` is the largest distance between the mean of the
+    passes and the deterministic output, in standard deviations of the passes. ``prefix_share`` is the part of one
+    pass's floating-point operations that comes before the first draw and is run once, ``speed_up`` what that saves at
+    100 passes. ``kept_from`` is the number of rows from which passes compute with kept units alone, ``chunk`` the
+    memory of a chunk of passes as a multiple of the usual: both were measured. ``exact_last`` says whether the last
+    dropout has a closed form. ``prepare_seconds`` is what tracing, capturing and checking took, which no request pays
+    for; ``devices`` says where passes run, and on several which share the rows. ``precision_error`` is the root mean
+    square of what a lower precision changes in the passes, in their standard deviations. ``injected`` says what was put
+    into a network that was trained without it: uncalibrated until ``calibrated``.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Audit:
     kept: dict[str, str] = field(default_factory=dict)
     tier: str = ""
     tier_reason: str = ""
-    mean_preserving: bool = True
+    mean_preserving: bool | None = True
     mean_gap: float | None = None
     norms: tuple[NormReport, ...] = ()
     prefix_share: float | None = None
@@ -131,7 +131,9 @@ class Audit:
             lines.append(f"injected, {'calibrated' if self.calibrated else 'uncalibrated'}: {self.injected}")
         if self.mean_gap is not None:
             lines.append(f"mean of the passes: within {self.mean_gap:.2f} std of the deterministic output")
-        return [*lines, f"mean preserving: {'yes' if self.mean_preserving else 'no'}"]
+        if self.mean_preserving is not None:
+            lines.append(f"mean preserving: {'yes' if self.mean_preserving else 'no'}")
+        return lines
 
 
 def times(ratio: float) -> str:

@@ -169,6 +169,7 @@ def _audit(backend: OnnxBackend, rows: Rows, name: str, nodes: int) -> Audit:
     return Audit(
         model=name, modules=nodes, sites=tuple(reports), stochastic=tuple(dict.fromkeys(site.path for site in sites)),
         tier=plan.tier, tier_reason=plan.reason, mean_gap=mean_gap(everything, off),
+        mean_preserving=None,
         warnings=_coupled(backend, rows, off),
     )  # fmt: skip
 

@@ -55,7 +55,10 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
     inject = drop_rates(inject)
     distinct_names(model)
     read = read_names(model)
-    change = Change(model, constants(model), types_of(model), [])
+    types = types_of(model)
+    if not told(model):  # whose uniform numbers are just that, whatever they are compared with
+        _named_casts(model, types)
+    change = Change(model, constants(model), types, [])
     for place in [*walk(model.graph)]:
         if place.operator in DRAWS:
             DRAWS[place.operator](change, place)
@@ -71,6 +74,15 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
         raise InputError(f"inject names no node of the graph: {', '.join(map(repr, inject))}; it has {names[:500]}")
     drop_unread_inputs(model, read)  # such as a training flag
     return with_sites(model, tuple(change.slots))
+
+
+def _named_casts(model: "onnx.ModelProto", types: Mapping[str, int]) -> None:
+    """Gives casts to the type of another real value that type by name: such a value may be a draw, or a constant."""
+    for place in [*walk(model.graph)]:
+        node = place.node
+        if place.operator == "CastLike" and types.get(node.input[1]) in REAL:
+            cast = helper.make_node("Cast", node.input[:1], node.output, node.name, to=types[node.input[1]])
+            node.CopyFrom(cast)
 
 
 def _replace(place: Place, new: list[Any], *, after: bool = False) -> None:

@@ -264,7 +264,8 @@ def test_a_generator_that_later_rows_alone_reach_is_named_too(numbers: Callable[
 
         def forward(self, x: Tensor) -> Tensor:
             far = x.shape[1] > 5 or bool((x > 5).any())
-            return (self.block(self.drop(x)) if far else self.drop(x)).mean(1)
+            out: Tensor = (self.block(self.drop(x)) if far else self.drop(x)).mean(1)
+            return out
 
     model = mcdrop.wrap(Later().eval(), example=torch.ones(4, 4, 4))
     assert mcdrop.predict(model, torch.ones(3, 5, 4), passes=20).std.max() > 0

@@ -92,6 +92,24 @@ def test_a_rate_that_constants_make_is_that_number(case: str) -> None:
     assert np.abs(passes_of(model, X) - dropped(X)).max() <= 1e-6
 
 
+def test_a_coin_that_is_cast_to_the_type_of_other_values_is_one() -> None:
+    """As torch exports channel dropout where it optimises nothing; without a draw its units are kept whole."""
+    nodes = [_node("CastLike", "keep x", "level"), _node("RandomUniformLike", "x", "u")]
+    nodes += [_node("CastLike", "level u", "same"), _node("Less", "u same", "hit"), _node("CastLike", "hit x", "kept")]
+    nodes += [_node("Mul", "x kept", "scaled"), _node("Div", "scaled keep", "y")]
+    model = mcdrop.wrap(parsed(by_hand(nodes, initial=(number("keep", 0.75),))), example=X)
+    assert [(site.kind, site.p) for site in model.audit.live] == [("bernoulli", 0.25)]
+    assert np.abs(passes_of(model, X) - dropped(X)).max() <= 1e-6
+    np.testing.assert_allclose(mcdrop.predict(model, X, passes=20).deterministic, X, rtol=1e-6)
+
+
+def test_a_graph_that_has_no_eval_output_is_not_said_to_keep_its_mean() -> None:
+    nodes = [_node("RandomUniformLike", "x", "u"), _node("Add", "u p", "v"), _node("Floor", "v", "hit")]
+    audit = mcdrop.wrap(parsed(by_hand([*nodes, _node("Mul", "x hit", "y")], initial=(P,))), example=X).audit
+    assert audit.mean_preserving is None
+    assert "mean preserving" not in str(audit)
+
+
 def test_a_number_below_a_computed_level_stays_a_uniform_draw() -> None:
     """As artifacts hold it: as coins the same seeds would keep other units."""
     nodes = [_node("Sub", "one p", "keep"), _node("RandomUniformLike", "x", "u"), _node("Less", "u keep", "hit")]

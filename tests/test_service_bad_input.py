@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import json
 import logging
@@ -291,6 +292,23 @@ def test_many_names_do_not_take_long_to_compare() -> None:
     names = ",".join(f'"{i}": 0' for i in range(200_000))
     with pytest.raises(BrokenBody, match="'0' stands more than once"):
         parse_object(("{" + names + ',"0": 1}').encode())
+
+
+@pytest.mark.parametrize("end", [b"[]]}", b"[]]"])
+def test_many_lists_are_read_without_a_look_through_the_whole_process_for_each_few(end: bytes) -> None:
+    looks: list[str] = []
+
+    def look(phase: str, _: object) -> None:
+        looks.append(phase)
+
+    gc.callbacks.append(look)
+    try:
+        with contextlib.nullcontext() if end.endswith(b"}") else pytest.raises(BrokenBody):
+            parse_object(b'{"inputs":[' + b"[]," * 100_000 + end)
+    finally:
+        gc.callbacks.remove(look)
+    assert gc.isenabled()
+    assert len(looks) <= 4  # before and after
 
 
 def test_a_body_of_exactly_the_limit_is_read(store: Path) -> None:
