@@ -12,11 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from mcdrop.audit import Audit, SiteReport
 from mcdrop.checks import alone, changing, mean_preserving, same_again, seeded_anew, unrepeatable
-from mcdrop.effects import Verdict
+from mcdrop.effects import Verdict, Verdicts
 from mcdrop.errors import InputError, MCDropError, ModelRefused, NoStochasticSite, UncontrolledDraw
 from mcdrop.flags import Flags, in_front, lost_draws, lost_message
 from mcdrop.forward import may_fail, to_tensors
-from mcdrop.generators import doubted, own_generator, with_private
+from mcdrop.generators import doubted, known, own_generator, with_private
 from mcdrop.outputs import Pick
 from mcdrop.probe import probe
 from mcdrop.quiet import first_line
@@ -97,11 +97,11 @@ def discover(
     warnings = _own_written((live, plain), spy)
     _own_swapped((live, plain), spy.swapped)
     check_reach(module, live, few, pick)
-    verdicts = _overruled(live, probe(live, few, pick), overrules.include, overrules.exclude)
+    verdicts = _overruled(live, _probed(live, few, pick), overrules.include, overrules.exclude)
     flags = Flags.of(live, few, pick, verdicts, strict=overrules.strict)
     if not front and (telling := flags.telling(to_tensors(rows.take(slice(0, _MANY_ROWS)), live))):
         return discover(module, in_front(rows, telling), pick, overrules, front=(*telling,))
-    warnings += _own_written((live, plain), spy := _look(live, few, pick)[1])
+    warnings += _own_written((live, plain), spy := _look(live, few, pick)[1]) + with_private(live)
     refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")
 
     def force(path: str) -> bool:
@@ -110,7 +110,7 @@ def discover(
     found = trace(live, few, pick, force)
     _own_swapped((live,), found.swapped)
     seeded = seeded_anew(live, few, pick, spy)
-    lost = lost_draws(found, verdicts) + unrepeatable(live, few, pick, found) + seeded
+    lost = lost_draws(found, verdicts, spy.escaped) + unrepeatable(live, few, pick, found) + seeded
     if lost and overrules.strict:
         raise UncontrolledDraw(lost_message(name, *whose(live, few, pick, lost)))
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
@@ -155,6 +155,15 @@ def _taken_whole(live: nn.Module, example: Rows, pick: Pick) -> str:
             _look(live, to_tensors(example, live), pick)
             return f"; it takes all {example.count} rows of the example{Rows.ONE_ROW}"
     return ""
+
+
+def _probed(live: nn.Module, rows: Rows, pick: Pick) -> Verdicts:
+    """Probes all flags, and once more where the network has made or imported generators meanwhile."""
+    while True:
+        before, verdicts = len(known()), probe(live, rows, pick)
+        with_private(live)
+        if len(known()) == before:
+            return verdicts
 
 
 def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:

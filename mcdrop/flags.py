@@ -271,9 +271,9 @@ def in_front(rows: Rows, numbers: Sequence[int]) -> Rows:
     return rows.take([*numbers, *(row for row in range(rows.count) if row not in numbers)]) if numbers else rows
 
 
-def lost_draws(found: Trace, verdicts: dict[str, Verdict]) -> list[str]:
+def lost_draws(found: Trace, verdicts: dict[str, Verdict], escaped: Sequence[tuple[str, str]] = ()) -> list[str]:
     """Names what draws and no mask controls: operations without a rule, and draws of flags that stay off."""
-    lost = _escapes(found.escaped)
+    lost = _escapes([*found.escaped, *escaped])
     forced = [found.off[index] for index in found.forced]
     return lost + _staying_off(verdicts, forced)
 

@@ -8,8 +8,7 @@ that code keeps for itself are found by what it can reach.
 import random
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,25 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.intercept import Interception
-from mcdrop.reach import reached
+from mcdrop.reach import Held, reached
 
 __all__ = [
-    "Noted",
-    "doubted",
-    "known",
-    "moved_on",
-    "noting",
-    "out_of_sight",
-    "own_generator",
-    "stepped",
+    "Noted", "doubted", "known", "made_since", "moved_on", "noting", "out_of_sight", "own_generator", "stepped",
     "with_private",
-]
+]  # fmt: skip
 
 Noted = list[tuple[torch.Generator, Tensor]]  # generators that draws were given, with their states then
 
 _TRIES = 8  # others draw in all of so many passes, and in no wait twice as long, less than once in a million times
 _MOST = 20  # where others draw
 _SECONDS = 0.002  # the shortest wait
+_TOO_MUCH = "holds more objects than are looked through for generators of its own; others may draw out of sight"
 
 
 class _Access(NamedTuple):
@@ -84,11 +77,13 @@ def _of_words(one: Any) -> _Access:
 class _Own:
     """The generators that are known in an ``own_generator``, as they were before it, by name.
 
-    ``drawn`` are those that its network draws from, ``doubted`` those where nobody knows.
+    ``kept`` are those that code keeps for itself, ``drawn`` those that its network draws from, ``doubted`` those where
+    nobody knows.
     """
 
     known: dict[str, _Access]
     before: dict[str, Any]
+    kept: list[Any]
     drawn: set[str] = field(default_factory=set)
     doubted: set[str] = field(default_factory=set)
 
@@ -101,18 +96,36 @@ def known() -> dict[str, _Access]:
     return _NOW.own[-1].known  # type: ignore[no-any-return]
 
 
-def with_private(module: nn.Module) -> None:
-    """Lets this ``own_generator`` know those of numpy and Python that a network's code keeps for itself."""
+def with_private(module: nn.Module) -> list[str]:
+    """Lets this ``own_generator`` know those of numpy and Python that a network's code keeps for itself by now.
+
+    Says so where the network holds too much to be looked through.
+    """
+    own, found = _NOW.own[-1], reached(module, tuple(_PRIVATE))
+    for one in _unknown(found.found):
+        if (access := _access(one)) is not None:
+            own.kept.append(one)
+            number = sum(name.partition(" (")[0] == _called(one) for name in own.known) + 1
+            name = f"{_called(one)} ({number})" if number > 1 else _called(one)
+            own.known[name], own.before[name] = access, access.state()
+    return [] if found.whole else [f"{type(module).__name__} {_TOO_MUCH}"]
+
+
+def made_since(before: Held, module: nn.Module) -> list[str]:
+    """Names the generators that attributes hold which held something else before: each pass begins without them."""
+    new = _unknown(reached(module, tuple(_PRIVATE), since=before).found)
+    return [*dict.fromkeys(f"{_called(one)} that a pass makes" for one in new)]
+
+
+def _unknown(generators: Sequence[Any]) -> list[Any]:
     shared = [getattr(draw, "__self__", None) for draw in (random.random, np.random.random_sample)]
-    own, number = _NOW.own[-1], Counter[str]()
-    for one in reached(module, tuple(_PRIVATE)):
-        access = None if any(one is each for each in shared) else _access(one)
-        if access is None:
-            continue
-        name = f"a {type(one).__module__.split('._')[0].removesuffix('.mtrand')}.{type(one).__name__}"
-        number[name] += 1
-        name += f" ({number[name]})" if number[name] > 1 else ""
-        own.known[name], own.before[name] = access, access.state()
+    known = {*map(id, (*shared, *_NOW.own[-1].kept))}
+    return [one for one in generators if id(one) not in known]
+
+
+def _called(generator: Any) -> str:
+    kind = type(generator)
+    return f"a {kind.__module__.split('._')[0].removesuffix('.mtrand')}.{kind.__name__}"
 
 
 def _access(generator: Any) -> _Access | None:
@@ -152,7 +165,7 @@ def _told(state: Any) -> Any:
 def own_generator() -> Iterator[None]:
     """Leaves the generators that a network draws from inside (``out_of_sight``) as they were, and no others."""
     outer: list[_Own] = getattr(_NOW, "own", [])
-    own = _Own({**outer[-1].known} if outer else {**_GLOBAL}, {})
+    own = _Own({**outer[-1].known}, {}, [*outer[-1].kept]) if outer else _Own({**_GLOBAL}, {}, [])
     _NOW.own = [*outer, own]
     own.before |= _states(own.known)
     try:

@@ -17,19 +17,11 @@ from mcdrop.errors import ModelRefused, UncontrolledDraw
 from mcdrop.layouts import Layout
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
+from mcdrop.standing import is_shared
 
 __all__ = [
-    "PACKED",
-    "EachRow",
-    "Expected",
-    "Folded",
-    "Given",
-    "Interception",
-    "LargerDraw",
-    "Rules",
-    "Source",
-    "result",
-]
+    "PACKED", "EachRow", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Rules", "Source", "result",
+]  # fmt: skip
 
 Rules = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -237,16 +229,15 @@ class Interception(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         lift = self.source.lift
         target = kwargs.get("out")
-        if lift is not None and isinstance(target, Tensor):
+        if lift is not None and isinstance(target, Tensor) and not is_shared(target):
             result = func(*args, **{key: value for key, value in kwargs.items() if key != "out"})
             torch.utils.swap_tensors(target, result.to(target.dtype))
             return target
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.startswith("__"))
-        # a view would be swapped without its base: left to fail, and to a tier that needs no sample axis
-        if lift is None or not in_place or not isinstance(args[0], Tensor) or args[0]._is_view():
-            return func(*args, **kwargs)
-        zero = lift.to(args[0].dtype)
-        torch.utils.swap_tensors(args[0], args[0] | zero if args[0].dtype == torch.bool else args[0] + zero)
+        # others that look at its memory would keep the old one: left to fail, and to a tier that needs no sample axis
+        if lift is not None and in_place and isinstance(args[0], Tensor) and not is_shared(args[0]):
+            zero = lift.to(args[0].dtype)
+            torch.utils.swap_tensors(args[0], args[0] | zero if args[0].dtype == torch.bool else args[0] + zero)
         return func(*args, **kwargs)
 
     def write(self, target: Tensor, value: Tensor) -> Tensor:
@@ -254,8 +245,10 @@ class Interception(TorchFunctionMode):
         try:
             return target.copy_(value)
         except RuntimeError:
-            torch.utils.swap_tensors(target, value)
-            return target
+            if is_shared(target):
+                raise
+        torch.utils.swap_tensors(target, value)
+        return target
 
     def numbers(self, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Gives uniform or normal numbers of a shape, in the type and on the device of a tensor.

@@ -18,7 +18,6 @@ from mcdrop.errors import InputError, ModelRefused, NoStochasticSite
 from mcdrop.masks import Site, sample_masks
 from mcdrop.moments import mean_gap, moments_of, total_variance
 from mcdrop.onnx_draws import drop_rates, masks_as_inputs
-from mcdrop.onnx_feeds import telling
 from mcdrop.onnx_graph import drop_norm_training, drop_own_inputs, drop_unread_inputs, walk
 from mcdrop.onnx_inputs import GraphInput, graph_inputs, made_up, picked, placed
 from mcdrop.onnx_lost import RECIPE, lost
@@ -26,6 +25,7 @@ from mcdrop.onnx_mixing import scaled_together
 from mcdrop.onnx_read import read_graph
 from mcdrop.onnx_slots import Slot
 from mcdrop.rows import Rows
+from mcdrop.telling import telling
 
 __all__ = ["Discovery", "Graph", "discover_graph"]
 

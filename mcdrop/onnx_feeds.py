@@ -1,20 +1,16 @@
 """What the random part of an ONNX graph is fed: values repeated for the passes, masks in the layout of their draws."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.masks import Site, sample_masks
 from mcdrop.onnx_bodies import none_drawn, of_steps
 from mcdrop.onnx_slots import Slot
 from mcdrop.onnx_trace import Axis, Trace
 
-__all__ = ["fold_rows", "mask_feed", "telling"]
-
-_END = 2.0**-24  # how near to 0 and 1 uniform numbers come
+__all__ = ["fold_rows", "mask_feed"]
 
 Array = NDArray[Any]
 
@@ -35,19 +31,6 @@ def mask_feed(slot: Slot, trace: Trace, drawn: Mapping[str, Array], rows: int, o
         return none_drawn(bool(slot.loop))
     steps = [_one_feed(slot, trace, drawn.get(name), rows, only) for name in names]
     return of_steps(steps) if slot.loop else steps[0]
-
-
-def telling(sites: Sequence[Site], passes: int, *, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Gives masks (T, ...) that tell passes apart however rare a drop is: half of the units drop.
-
-    A third of uniform numbers is at either end, whatever chance they are compared with.
-    """
-    even = [replace(site, p=0.5) if site.kind == "bernoulli" else site for site in sites]
-    drawn = sample_masks(even, passes, seed=seed)
-    for site in sites:
-        if site.kind == "uniform":
-            drawn[site.name] = np.clip(3 * drawn[site.name] - 1, _END, 1 - _END)
-    return drawn
 
 
 def _one_feed(slot: Slot, trace: Trace, numbers: Array | None, rows: int, only: int | None) -> Array:

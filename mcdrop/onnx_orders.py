@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from mcdrop.agreement import told_orders, uneven
 from mcdrop.errors import ModelRefused
 from mcdrop.masks import sample_masks
-from mcdrop.onnx_feeds import telling
 from mcdrop.onnx_trace import Trace
 from mcdrop.rows import Rows
+from mcdrop.telling import telling
 
 __all__ = ["ordered"]
 

@@ -21,12 +21,12 @@ from mcdrop.plan import CAPTURED, Plan, Tuning, calibrated, straight
 from mcdrop.program import Program
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
-from mcdrop.stacks import expected_stack
+from mcdrop.stacks import expected_stack, telling_stack
 from mcdrop.tiers import CHECK_PASSES, TIERS, Stacks, choose_tier
 from mcdrop.trace import Trace, repeat_rows
 from mcdrop.volatile import Left
 
-__all__ = ["LARGEST_ERROR", "PRECISIONS", "check_precision", "make_plan"]
+__all__ = ["LARGEST_ERROR", "PRECISIONS", "check_precision", "make_plan", "told_stacks"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"bf16": torch.bfloat16, "fp32": None, "tf32": None}
 LARGEST_ERROR = 0.2  # of a lower precision, in standard deviations: it adds 4 % to the variance at most
@@ -61,7 +61,7 @@ def make_plan(
         ModelRefused: a precision or a compilation that needs the network as a graph, where it cannot be captured.
     """
     few = rows if found.unclear else rows.take(slice(0, _ROWS))
-    stacks, before = stacks_of(found, CHECK_PASSES), Left(live)
+    stacks, told, before = stacks_of(found, CHECK_PASSES), told_stacks(found, off, few), Left(live)
     dtype = PRECISIONS[precision]
 
     @cache
@@ -73,7 +73,7 @@ def make_plan(
 
     try:
         if dtype is not None:  # in full precision first, for what few digits would hide
-            prove(Program(capture(live, few, pick, found, stacks)), live, few, pick, found, stacks)
+            prove(Program(capture(live, few, pick, found, stacks)), live, few, pick, found, stacks, told)
         flags.begin()
         captured = capture(live, few, pick, found, stacks, dtype=dtype)
         if flags.read:  # where a graph is written down for other numbers of rows
@@ -82,26 +82,26 @@ def make_plan(
         if compiled:
             program = program.compiled()
         with quiet() if compiled else nullcontext():  # torch's compiler warns of torch
-            prove(program, live, few, pick, found, stacks, None if dtype is None else spread)
+            prove(program, live, few, pick, found, stacks, told, None if dtype is None else spread)
     except NotCaptured as error:
         before.put_back()  # a forward that was broken off may have left it half changed
         if dtype is not None or compiled:
             what = f"precision={precision!r}" if dtype is not None else "compile=True"
             raise ModelRefused(f"{what} needs the network as one graph, and it cannot be captured: {error}") from None
-        tier, reason = choose_tier(live, few, pick, found, stacks)
+        tier, reason = choose_tier(live, few, pick, found, stacks, told)
         return Plan(found, off, tier, f"{reason}; not captured: {error}")
     plan = Plan(found, off, CAPTURED, "a graph without the network's Python, equal to the loop", program)
     plan = replace(plan, rides=_rides(plan, live, plain, few, pick, stacks), exact=_exact(captured, plan, few, stacks))
     if dtype is None and not compiled:
-        plan = replace(plan, kept=_kept(captured, plan, live, few, pick, stacks))
+        plan = replace(plan, kept=_kept(captured, plan, live, few, pick, stacks, told))
     return calibrated(plan, few, partial(stacks_of, found), tuning)
 
 
 def prove(
-    program: Program, live: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks,
+    program: Program, live: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks, told: Stacks,
     spread: Callable[[], float] | None = None,
 ) -> None:  # fmt: skip
-    """Compares with the loop, for several rows and for one, for several passes and for one.
+    """Compares with the loop, for several rows and for one, for several passes and for one, and for masks that tell.
 
     They agree in digits of the largest output. Where outputs are small because much cancelled out, few digits may be
     lost altogether: then a ``spread`` of the passes says how much is too much, as it does in the audit.
@@ -111,6 +111,8 @@ def prove(
     """
     some = repeat_rows(rows, max(rows.count, 2))
     cases = [(some, stacks), (some, [None if stack is None else stack[:1] for stack in stacks])]
+    if spread is None:  # which is that of usual masks
+        cases += [(some, told)]
     cases += [(some.take(slice(0, 1)), stacks)]  # the last, since by its passes no other row can be measured
     moving: Tensor | None = None
     for given, masks in cases:
@@ -118,9 +120,9 @@ def prove(
             try:
                 expected = TIERS["loop"](live, given, pick, found, masks)
             except Exception:  # a network that takes no single row: its own code will say so when it is given one
-                if given is some:
+                if given is some and masks is not told:
                     raise
-                program.fewest_rows = 2
+                program.fewest_rows = program.fewest_rows if given is some else 2
                 continue
             try:
                 got = straight(program, program.masks([m for m in masks if m is not None]), given, len(expected))
@@ -132,6 +134,12 @@ def prove(
             continue
         if spread is None or not _apart(got, expected, moving, worst) <= LARGEST_ERROR * spread():
             raise NotCaptured(f"the graph differs from the loop by {worst:.1e}")
+
+
+def told_stacks(found: Trace, off: frozenset[str], rows: Rows) -> Stacks:
+    """Gives masks that tell, None for draws that are off."""
+    device = rows.leaves[0].device
+    return [None if site.name in off else telling_stack(site, device) for site in found.sites]
 
 
 def _apart(got: Tensor, expected: Tensor, passes: Tensor, worst: float) -> float:
@@ -159,13 +167,15 @@ def _exact(captured: Captured, plan: Plan, rows: Rows, drawn: Stacks) -> Program
     return exact if difference(mean, expected, passes=passes) <= tolerance(expected.dtype) else None
 
 
-def _kept(captured: Captured, plan: Plan, live: nn.Module, rows: Rows, pick: Pick, stacks: Stacks) -> Program | None:
+def _kept(
+    captured: Captured, plan: Plan, live: nn.Module, rows: Rows, pick: Pick, stacks: Stacks, told: Stacks
+) -> Program | None:
     """The program of kept units, where the network has one and runs on a CPU."""
     if rows.args and rows.args[0].device.type != "cpu":
         return None
     try:
         kept = Program(captured, kept=True)
-        prove(kept, live, rows, pick, plan.trace, stacks)
+        prove(kept, live, rows, pick, plan.trace, stacks, told)
     except NotCaptured:
         return None
     return kept

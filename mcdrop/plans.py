@@ -20,7 +20,7 @@ from mcdrop.generators import own_generator, with_private
 from mcdrop.locks import new_lock
 from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
-from mcdrop.planning import make_plan
+from mcdrop.planning import make_plan, told_stacks
 from mcdrop.program import Values
 from mcdrop.rows import Rows
 from mcdrop.stacks import Bits, Kept, Span, block_bytes, expected_stack, stack
@@ -250,7 +250,8 @@ class Plans:
         if id(plan.trace) not in self._eager_tiers:
             few = tensors.take(slice(0, _FEW))
             stacks = self.stacks(plan, Span(CHECK_PASSES, 0, 0, "iid"))
-            self._eager_tiers[id(plan.trace)] = choose_tier(self.live, few, self.pick, plan.trace, stacks)[0]
+            told = told_stacks(plan.trace, plan.off, few)
+            self._eager_tiers[id(plan.trace)] = choose_tier(self.live, few, self.pick, plan.trace, stacks, told)[0]
         return self._eager_tiers[id(plan.trace)]
 
     def deterministic(self, rows: Rows) -> Outputs:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcdrop.forward import forward
-from mcdrop.generators import Noted, noting, out_of_sight, own_generator
+from mcdrop.generators import Noted, made_since, noting, out_of_sight, own_generator
 from mcdrop.intercept import Interception
 from mcdrop.masks import Site, sample_masks
 from mcdrop.mixing import NUMBERS_READ, Result, result_of
 from mcdrop.outputs import Pick
+from mcdrop.reach import held
 from mcdrop.rewound import rewinding
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
@@ -292,7 +293,8 @@ def record(
     stays = [*kept_tensors(module)]  # where a forward sets others, so that none of these takes the memory of one
     source, spy, run = watch([] if draws is None else draws, pick)
     with own_generator():
-        spy.escaped += [("", name) for name in out_of_sight(run, again)]
+        before = held(module)
+        spy.escaped += [("", name) for name in (*out_of_sight(run, again), *made_since(before, module))]
     spy.escaped += [(path, "a draw in torch.vmap with randomness='different'") for path in source.lanes]
     del stays
     return source, spy

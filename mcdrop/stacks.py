@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mcdrop.locks import new_lock
 from mcdrop.masks import BLOCKS, Site, draw
+from mcdrop.telling import telling
 
-__all__ = ["Bits", "Kept", "Span", "block_bytes", "expected_stack", "stack"]
+__all__ = ["Bits", "Kept", "Span", "block_bytes", "expected_stack", "stack", "telling_stack"]
 
 _SLAB = 4 * 2**20
 _ALIGNED = 64
@@ -143,3 +144,10 @@ def expected_stack(site: Site, device: torch.device) -> Tensor:
     if expected is None:
         return torch.full((1, *site.shape), 1 - site.p, dtype=torch.float64, device=device)
     return torch.full((1, *site.shape), expected, dtype=torch.float32, device=device)
+
+
+def telling_stack(site: Site, device: torch.device) -> Tensor:
+    """Gives the masks of two passes that tell, in which every unit differs."""
+    half = torch.from_numpy(telling([site], 1, seed=0)[site.name])
+    both = torch.cat([half, 1 - half])
+    return (both.bool() if site.kind == "bernoulli" else both).to(device)

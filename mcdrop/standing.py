@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Standing", "State", "attributes", "constants_of", "facts_of", "holding", "is_dead", "kept_tensors", "mapped",
-    "state_of",
+    "Standing", "State", "attributes", "constants_of", "facts_of", "holding", "is_dead", "is_shared", "kept_tensors",
+    "mapped", "state_of",
 ]  # fmt: skip
 
 _TORCHS = frozenset(vars(nn.Module()))
+_ALONE = 2  # who use a storage: its tensor, and who asks
 _DEEPEST, _MOST = 3, 100  # containers inside of containers, and their entries, that are looked into
 
 
@@ -94,6 +95,11 @@ def _leaves(value: Any) -> list[Any]:
     found: list[Any] = []
     mapped(value, found.append)
     return found
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether other tensors lie in the memory of one, views or their base; a stand-in calls itself no view."""
+    return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > _ALONE)
 
 
 def mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:

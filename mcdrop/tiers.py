@@ -19,6 +19,7 @@ from mcdrop.decisions import DECISION_RULES, Parted, deciding
 from mcdrop.digits import tolerance
 from mcdrop.direct import pass_by_pass, passes_of
 from mcdrop.errors import UncontrolledDraw
+from mcdrop.forward import may_fail
 from mcdrop.intercept import Folded, Rules
 from mcdrop.mixing import NUMBERS_READ
 from mcdrop.outputs import Pick
@@ -134,23 +135,34 @@ TIERS: dict[str, Callable[[nn.Module, Rows, Pick, Trace, Stacks], Tensor]] = {
 }
 
 
-def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> tuple[str, str]:
-    """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest."""
+def choose_tier(
+    module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks, told: Stacks
+) -> tuple[str, str]:
+    """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest.
+
+    ``told`` are masks that tell, beside usual ones; they count where the loop takes them.
+    """
     seconds, reasons, before = {}, [], Left(module)
+    wanted: Tensor | None = None
     with torch.no_grad(), ALONE, warnings.catch_warnings():
         # where torch only loops inside vmap, nothing is gained, and users would see its warning
         warnings.filterwarnings("error", message=".*performance drop.*")
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
+        with may_fail():
+            wanted = TIERS["loop"](module, rows, pick, found, told)
         # where rows of other passes lie in one batch, what a network writes to itself may be made of all of them
         apart = found.united or ("it writes to itself" if volatile(module) else "")
         for tier in ("vmap", "direct") if apart else ("vmap", "fold", "direct"):
             try:
                 got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
+                worst = difference(got, expected, passes=expected)
+                if wanted is not None:
+                    worst = max(worst, difference(_two(tier, module, rows, pick, found, told), wanted, passes=wanted))
             except Exception as error:  # whatever a network does there, the loop is right
                 before.put_back()  # a forward that is broken off may leave the network half changed
                 reasons.append(f"{tier} does not take this network: {first_line(error)}")
+                seconds.pop(tier, None)
                 continue
-            worst = difference(got, expected, passes=expected)
             if worst > tolerance(expected.dtype):
                 del seconds[tier]
                 reasons.append(f"{tier} differs from the loop by {worst:.1e}")
@@ -163,6 +175,15 @@ def choose_tier(module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks:
     best = min(seconds, key=lambda tier: seconds[tier])
     agrees = "equals the loop" if best != "loop" else "the way that the others are checked against"
     return best, "; ".join([agrees, *reasons])
+
+
+def _two(tier: str, module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    """Runs two passes by a tier, one by one where they decide otherwise than one another."""
+    try:
+        return TIERS[tier](module, rows, pick, found, stacks)
+    except Parted:
+        each = ([None if one is None else one[t : t + 1] for one in stacks] for t in range(2))
+        return torch.cat([TIERS[tier](module, rows, pick, found, one) for one in each])
 
 
 def _timed(

@@ -132,9 +132,9 @@ def number(name: str, value: Any, kind: int = TensorProto.FLOAT) -> Any:
     return helper.make_tensor(name, kind, np.shape(value), np.asarray(value).reshape(-1).tolist())
 
 
-def dropped(x: Array, p: float = 0.25, site: str = "site0", passes: int = 20) -> Array:
+def dropped(x: Array, p: float = 0.25, site: str = "site0", passes: int = 20, seed: int = 5) -> Array:
     """Dropout alone, from the masks themselves."""
-    drawn = mcdrop.sample_masks([mcdrop.Site(site, (6,), p)], passes, seed=5, start=3, sampler="balanced")
+    drawn = mcdrop.sample_masks([mcdrop.Site(site, (6,), p)], passes, seed=seed, start=3, sampler="balanced")
     return np.asarray(x[None] * drawn[site][:, None] / (1 - p))
 
 

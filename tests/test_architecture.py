@@ -49,7 +49,7 @@ FLOORS = [
         "mcdrop.recurrent",
         "mcdrop.rewound",
     ],
-    ["mcdrop.holders", "mcdrop.written", "mcdrop.reach"],
+    ["mcdrop.holders", "mcdrop.written", "mcdrop.reach", "mcdrop.telling"],
     [
         "mcdrop.shadow",
         "mcdrop.volatile",

@@ -193,3 +193,74 @@ def test_a_double_network_is_sampled_in_double() -> None:
     single = mcdrop.predict(net, X[:8]).mean
     double = mcdrop.predict(net.double(), X[:8].astype(np.float64)).mean
     np.testing.assert_allclose(double, single, rtol=1e-3, atol=1e-5)
+
+
+# -- writes to a part of a tensor, and draws that hardly a pass shows --------------------------------------------------
+
+RARE = 0.005
+
+
+def _base(h: Tensor, keep: Tensor) -> Tensor:
+    seen = h.view(-1, 2, 4)
+    h.mul_(keep)
+    return seen.flatten(1)
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a slice": lambda h, keep: h[:, :2].mul_(keep),
+    "a chunk": lambda h, keep: h.chunk(2, 1)[0].mul_(keep),
+    "a view": lambda h, keep: h.view(-1, 2, 4).mul_(keep[:, None]),
+    "a row of columns": lambda h, keep: h.unbind(1)[0].mul_(keep[:, 0]),
+    "the transpose": lambda h, keep: h.t().mul_(keep.t()),
+    "data": lambda h, keep: h.data.mul_(keep),
+    "a filled slice": lambda h, keep: h[:, 1:3].masked_fill_(keep == 0, 0.0),
+    "a copy to a slice": lambda h, keep: h[:, ::2].copy_(h[:, ::2] * keep),
+    "out=": lambda h, keep: torch.mul(h[:, :2], keep, out=h[:, :2]),
+    "the whole": lambda h, keep: h.mul_(keep),
+    "the whole, of which a view is read": _base,
+}
+
+
+class Writes(nn.Module):
+    def __init__(self, write: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.write = nn.Linear(4, 8), nn.Linear(8, 1), write
+
+    def written(self, x: Tensor, keep: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        found: Tensor = self.write(h, keep)
+        out: Tensor = self.last(found if self.write is _base else h)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(x, torch.empty(len(x), 1).bernoulli_(1 - RARE) if self.training else torch.ones(len(x), 1))
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_mask_that_is_written_into_a_part_of_a_tensor_is_in_its_passes(
+    write: Callable[[Tensor, Tensor], Any],
+) -> None:
+    """However rarely it drops, and in whatever way the passes run."""
+    torch.manual_seed(1)
+    net, x = Writes(write).eval(), torch.randn(6, 4)
+    found = mcdrop.predict(mcdrop.wrap(net, example=x), x, passes=600, sampler="iid", keep_samples=True).samples
+    kept = torch.from_numpy(mcdrop.sample_masks([mcdrop.Site("site0", (1,), RARE)], 600, seed=0)["site0"])
+    assert 0 < (kept == 0).sum() < 20
+    with torch.no_grad():
+        expected = torch.stack([net.written(x, one.expand(6, 1)) for one in kept])
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)
+
+
+def test_a_tier_that_loses_a_mask_is_told_from_the_loop_however_rarely_it_drops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loses(module: nn.Module, rows: Any, pick: Any, found: Any, stacks: Any) -> Tensor:
+        return TIERS["loop"](module, rows, pick, found, [torch.ones_like(stack) for stack in stacks])
+
+    class Decides(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if bool((x > 100).any()) else x
+
+    monkeypatch.setitem(TIERS, "vmap", loses)
+    audit = mcdrop.wrap(nn.Sequential(nn.Dropout(1e-4), Decides()).eval(), example=torch.ones(6, 4)).audit
+    assert "vmap differs from the loop" in audit.tier_reason

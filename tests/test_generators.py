@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,3 +272,37 @@ def test_a_generator_that_later_rows_alone_reach_is_named_too(numbers: Callable[
     assert mcdrop.predict(model, torch.ones(3, 5, 4), passes=20).std.max() > 0
     with pytest.raises(UncontrolledDraw, match=r"a numpy\.random\.Generator|numpy\.random in"):
         mcdrop.predict(model, rows, passes=20)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("always", [False, True], ids=["in training", "always"])
+def test_a_generator_that_a_forward_makes_where_there_is_none_is_named(seed: int | None, always: bool) -> None:
+    """Each pass would make it anew; with a seed all passes would draw the same."""
+
+    class Lazy(nn.Module):
+        rng: np.random.Generator | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.rng is None and (self.training or always):
+                self.rng = np.random.default_rng(seed)
+            if not self.training or self.rng is None:
+                return x
+            return x * torch.from_numpy(self.rng.random(4) > 0.3)
+
+    with pytest.raises(UncontrolledDraw, match=r"a numpy\.random\.Generator (that a pass makes|where '1')"):
+        mcdrop.wrap(nn.Sequential(nn.Dropout(0.5), Lazy()).eval(), example=torch.ones(4, 4))
+
+
+def test_a_generator_of_a_module_that_a_forward_imports_first_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numbers_of_late.py").write_text("import random\nnumbers = random.Random(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def numbers() -> float:
+        import numbers_of_late  # type: ignore[import-not-found]
+
+        return float(numbers_of_late.numbers.random())
+
+    with pytest.raises(UncontrolledDraw, match=r"a random\.Random where '0' is in training mode"):
+        mcdrop.wrap(nn.Sequential(Skips(numbers), nn.Dropout(0.5)).eval(), example=torch.ones(4, 4))

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 import mcdrop
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
-RARE = 0.008  # so that none of the passes that are compared drops a unit, and some of those below do
+RARE, SEED = 0.008, 6  # so that none of the passes that are compared drops a unit, and some of those below do
 
 
 def _node(operator: str, inputs: str, outputs: str, **given: Any) -> Any:
@@ -59,9 +59,9 @@ def _wrapped(nodes: list[Any], x: Any = X) -> mcdrop.Model:
 
 def _expected(drop: str) -> Any:
     if drop == "dropout":
-        return dropped(X, p=RARE)
+        return dropped(X, p=RARE, seed=SEED)
     site = mcdrop.Site("site0", (6,), 0.0, "uniform")
-    u = mcdrop.sample_masks([site], 20, seed=5, start=3, sampler="balanced")["site0"]
+    u = mcdrop.sample_masks([site], 20, seed=SEED, start=3, sampler="balanced")["site0"]
     return X * (u < np.float32(1 - RARE))[:, None]
 
 
@@ -71,7 +71,7 @@ def test_rows_picked_by_their_numbers_are_those_of_their_own_pass(drop: str, cas
     nodes, said = NUMBERS[case]
     model, expected = _wrapped([*DROPS[drop], *nodes]), _expected(drop)
     assert (expected != expected[0]).any()
-    assert np.abs(passes_of(model, X) - expected).max() <= 1e-6
+    assert np.abs(passes_of(model, X, seed=SEED) - expected).max() <= 1e-6
     assert said in model.audit.tier_reason
 
 

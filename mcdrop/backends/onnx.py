@@ -23,7 +23,7 @@ from mcdrop.drawn import Drawn, LatestMasks
 from mcdrop.errors import InputError, UnknownName
 from mcdrop.masks import sample_masks
 from mcdrop.onnx_bodies import LOOPS
-from mcdrop.onnx_feeds import fold_rows, mask_feed, telling
+from mcdrop.onnx_feeds import fold_rows, mask_feed
 from mcdrop.onnx_graph import pruned, split, walk
 from mcdrop.onnx_inputs import fed, hidden
 from mcdrop.onnx_orders import ordered
@@ -32,6 +32,7 @@ from mcdrop.onnx_slots import Slot
 from mcdrop.onnx_trace import Observer, Trace
 from mcdrop.quiet import first_line
 from mcdrop.rows import Rows
+from mcdrop.telling import telling
 
 __all__ = ["OnnxBackend"]
 
