@@ -159,11 +159,9 @@ def _taken_whole(live: nn.Module, example: Rows, pick: Pick) -> str:
 
 def _probed(live: nn.Module, rows: Rows, pick: Pick) -> Verdicts:
     """Probes all flags, and once more where the network has made or imported generators meanwhile."""
-    while True:
-        before, verdicts = len(known()), probe(live, rows, pick)
-        with_private(live)
-        if len(known()) == before:
-            return verdicts
+    before, verdicts = len(known()), probe(live, rows, pick)
+    with_private(live)
+    return verdicts if len(known()) == before else probe(live, rows, pick)
 
 
 def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:

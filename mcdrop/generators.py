@@ -190,7 +190,7 @@ def out_of_sight(run: Callable[[], bool], again: Callable[[], object]) -> list[s
     """Runs a pass in ``own_generator``, and names those it knows that the pass draws from out of sight.
 
     ``run`` says whether operations of this thread drew from torch's, and ``again`` runs the same pass once more. Where
-    others draw meanwhile, a pass in which nothing moved tells, and as long a wait without one.
+    others draw meanwhile, a pass in which nothing moved tells, and a wait without one.
     """
     own, before, began = _NOW.own[-1], _states(known()), time.perf_counter()
     earlier = {name for one in _NOW.own for name in one.drawn}
