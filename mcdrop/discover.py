@@ -20,6 +20,7 @@ from mcdrop.generators import doubted, known, own_generator, with_private
 from mcdrop.outputs import Pick
 from mcdrop.probe import probe
 from mcdrop.quiet import first_line
+from mcdrop.reach import NEAR
 from mcdrop.record import Spy, record
 from mcdrop.refusals import check_reach, none_message, whose
 from mcdrop.rows import Rows
@@ -91,17 +92,18 @@ def discover(
     name = type(module).__name__
     live, plain = live_shadow(module, drawing=True), live_shadow(module)
     _check_initialised(module)
-    with_private(live)
+    unseen = with_private(live)
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
     spy = _first_look(live, few, pick, rows)
-    warnings = _own_written((live, plain), spy)
+    # where each pass begins as the first one did, what a pass makes is not there for the later looks
+    made, warnings = spy.escaped if spy.written else [], _own_written((live, plain), spy)
     _own_swapped((live, plain), spy.swapped)
     check_reach(module, live, few, pick)
     verdicts = _overruled(live, _probed(live, few, pick), overrules.include, overrules.exclude)
     flags = Flags.of(live, few, pick, verdicts, strict=overrules.strict)
     if not front and (telling := flags.telling(to_tensors(rows.take(slice(0, _MANY_ROWS)), live))):
         return discover(module, in_front(rows, telling), pick, overrules, front=(*telling,))
-    warnings += _own_written((live, plain), spy := _look(live, few, pick)[1]) + with_private(live)
+    warnings += _own_written((live, plain), spy := _look(live, few, pick)[1])
     refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")
 
     def force(path: str) -> bool:
@@ -110,12 +112,12 @@ def discover(
     found = trace(live, few, pick, force)
     _own_swapped((live,), found.swapped)
     seeded = seeded_anew(live, few, pick, spy)
-    lost = lost_draws(found, verdicts, spy.escaped) + unrepeatable(live, few, pick, found) + seeded
+    lost = lost_draws(found, verdicts, [*made, *spy.escaped]) + unrepeatable(live, few, pick, found) + seeded
     if lost and overrules.strict:
         raise UncontrolledDraw(lost_message(name, *whose(live, few, pick, lost)))
     excluded = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "excluded")
     single = alone(live, few, pick, found, excluded)
-    warnings += [*lost, *_in_doubt(name, overrules), *_unclear(found), *single.said]
+    warnings += [*lost, *unseen, *_in_doubt(name, overrules), *_unclear(found), *single.said]
     changes = changing(live, few, pick, found, by_one=not (single.said or single.beside or found.unclear))
     sites = tuple(_report(found, index, excluded, changes) for index in range(len(found.sites)))
     preserving = mean_preserving(live, plain, few, pick, found)
@@ -160,14 +162,15 @@ def _taken_whole(live: nn.Module, example: Rows, pick: Pick) -> str:
 def _probed(live: nn.Module, rows: Rows, pick: Pick) -> Verdicts:
     """Probes all flags, and once more where the network has made or imported generators meanwhile."""
     before, verdicts = len(known()), probe(live, rows, pick)
-    with_private(live)
+    with_private(live, most=NEAR)
     return verdicts if len(known()) == before else probe(live, rows, pick)
 
 
 def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
     """Runs a pass, and a second one where the first leaves something on the network: what that reads is written to.
 
-    What is only kept, such as positions for rows of a shape, stays: a graph need not hold how it is made.
+    What is only kept, such as positions for rows of a shape, stays: a graph need not hold how it is made. Generators
+    that were made or imported are known after that.
     """
     outputs: list[Tensor] = []
 
@@ -188,6 +191,7 @@ def _look(live: nn.Module, rows: Rows, pick: Pick) -> tuple[Tensor, Spy]:
         if reads:
             left.put_back()
             spy.written.update(changed)
+    with_private(live, most=NEAR)
     return outputs[0], spy
 
 

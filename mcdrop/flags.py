@@ -26,6 +26,7 @@ from mcdrop.generators import own_generator, with_private
 from mcdrop.observed import Observation, Observer, Readers, same, unwatched, watched
 from mcdrop.outputs import Pick
 from mcdrop.probe import probe
+from mcdrop.reach import NEAR
 from mcdrop.refusals import PARTIAL
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
@@ -141,7 +142,7 @@ class Flags:
         if not self.read or not (unknown := self._unknown(self._readers)):
             return False
         with self._aside(), own_generator():
-            with_private(self.live)
+            with_private(self.live, most=NEAR)
             self._learn(rows)
         left = [path or "the root module" for path in unknown if path not in self._now]
         if left:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.intercept import Interception
-from mcdrop.reach import Held, reached
+from mcdrop.reach import MOST, Held, reached
 
 __all__ = [
     "Noted", "doubted", "known", "made_since", "moved_on", "noting", "out_of_sight", "own_generator", "stepped",
@@ -30,6 +30,7 @@ Noted = list[tuple[torch.Generator, Tensor]]  # generators that draws were given
 _TRIES = 8  # others draw in all of so many passes, and in no wait twice as long, less than once in a million times
 _MOST = 20  # where others draw
 _SECONDS = 0.002  # the shortest wait
+_NEW = 10_000  # objects behind what a pass leaves, which are looked through in each one
 _TOO_MUCH = "holds more objects than are looked through for generators of its own; others may draw out of sight"
 
 
@@ -96,12 +97,12 @@ def known() -> dict[str, _Access]:
     return _NOW.own[-1].known  # type: ignore[no-any-return]
 
 
-def with_private(module: nn.Module) -> list[str]:
+def with_private(module: nn.Module, *, most: int = MOST) -> list[str]:
     """Lets this ``own_generator`` know those of numpy and Python that a network's code keeps for itself by now.
 
     Says so where the network holds too much to be looked through.
     """
-    own, found = _NOW.own[-1], reached(module, tuple(_PRIVATE))
+    own, found = _NOW.own[-1], reached(module, tuple(_PRIVATE), most=most)
     for one in _unknown(found.found):
         if (access := _access(one)) is not None:
             own.kept.append(one)
@@ -113,7 +114,7 @@ def with_private(module: nn.Module) -> list[str]:
 
 def made_since(before: Held, module: nn.Module) -> list[str]:
     """Names the generators that attributes hold which held something else before: each pass begins without them."""
-    new = _unknown(reached(module, tuple(_PRIVATE), since=before).found)
+    new = _unknown(reached(module, tuple(_PRIVATE), most=_NEW, since=before).found)
     return [*dict.fromkeys(f"{_called(one)} that a pass makes" for one in new)]
 
 

@@ -150,8 +150,8 @@ def _check(site: Site, passes: int, seed: int, start: int, sampler: str) -> None
         raise InputError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
     if not is_whole(passes) or passes < 1:
         raise InputError(f"passes must be a whole number above 0, got {passes!r}")
-    if not is_whole(start) or start < 0:
-        raise InputError(f"start must be a whole number from 0, got {start!r}")
+    if not is_whole(start) or not 0 <= start < SEED_LIMIT:
+        raise InputError(f"start must be a whole number from 0 to 2**64 - 1, got {start!r}")
     UnknownName.check("sampler", sampler, SAMPLERS)
     UnknownName.check("kind of draw", site.kind, KINDS)
     shape = site.shape if isinstance(site.shape, tuple | list) else (None,)

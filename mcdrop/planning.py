@@ -114,7 +114,7 @@ def prove(
     if spread is None:  # which is that of usual masks
         cases += [(some, told)]
     cases += [(some.take(slice(0, 1)), stacks)]  # the last, since by its passes no other row can be measured
-    moving: Tensor | None = None
+    moving, before = None, Left(live)
     for given, masks in cases:
         with torch.no_grad():
             try:
@@ -123,6 +123,7 @@ def prove(
                 if given is some and masks is not told:
                     raise
                 program.fewest_rows = program.fewest_rows if given is some else 2
+                before.put_back()
                 continue
             try:
                 got = straight(program, program.masks([m for m in masks if m is not None]), given, len(expected))

@@ -22,6 +22,7 @@ from mcdrop.outputs import Pick
 from mcdrop.plan import CAPTURED, Plan, Tuning, straight
 from mcdrop.planning import make_plan, told_stacks
 from mcdrop.program import Values
+from mcdrop.reach import NEAR
 from mcdrop.rows import Rows
 from mcdrop.stacks import Bits, Kept, Span, block_bytes, expected_stack, stack
 from mcdrop.standing import state_of
@@ -140,7 +141,7 @@ class Plans:
         (known, found), self._known = self._known, (None, None)
         if found is None or known != self._signature(tensors, self._place()):
             with own_generator():
-                with_private(self.live)
+                with_private(self.live, most=NEAR)
                 self._flags.look(tensors)
                 found = trace(self.live, tensors, self.pick, self.force)
             self._flags.check(found)

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-__all__ = ["Held", "Reached", "held", "reached"]
+__all__ = ["MOST", "NEAR", "Held", "Reached", "held", "reached"]
 
-_MOST = 1_000_000  # objects that hold others, the nearest first; a second or two
+MOST = 1_000_000  # objects that hold others, the nearest first; a second or two
+NEAR = 100_000  # where it is looked again
+_FEW = 100
 _ENTRIES = 1000  # of a container at a time, so that a large one keeps no other waiting
 _KNOWN = {*sys.stdlib_module_names, "mcdrop", "numpy", "scipy", "torch"}  # whose code draws from nothing of a network's
 _PLAIN = {*map(id, (str, bytes, int, float, bool, type(None), CodeType))}  # by id, as types may have their own hash
@@ -42,12 +44,23 @@ class Reached(NamedTuple):
 
 
 def held(module: nn.Module) -> Held:
-    """Gives what the attributes of a network hold."""
-    return {(place, name): value for place, one in _layers(module).items() for name, value in _ATTRIBUTES(one).items()}
+    """Gives what the attributes of a network hold, and what small lists and dicts in them do."""
+    found: Held = {}
+    for place, layer in _layers(module).items():
+        for name, value in _ATTRIBUTES(layer).items():
+            found[place, name] = value
+            found |= {(place, f"{name}.{number}"): one for number, one in enumerate(_few(value))}
+    return found
 
 
-def reached(module: nn.Module, kinds: tuple[type, ...], *, since: Held | None = None) -> Reached:
-    """Looks for objects of some types that the code of a network can reach, the nearest first, among ``_MOST``.
+def _few(value: Any) -> list[Any]:
+    """The entries of a small list or dict."""
+    entries = value.values() if type(value) is dict else value if type(value) is list else ()
+    return [*entries] if len(entries) <= _FEW else []
+
+
+def reached(module: nn.Module, kinds: tuple[type, ...], *, most: int = MOST, since: Held | None = None) -> Reached:
+    """Looks for objects of some types that the code of a network can reach, the nearest first, among so many.
 
     With ``since`` it looks from those attributes alone that hold something else than then.
     """
@@ -57,7 +70,7 @@ def reached(module: nn.Module, kinds: tuple[type, ...], *, since: Held | None = 
     found = [one for one in seen.values() if issubclass(type(one), kinds)]
     left = deque(one for one in seen.values() if not issubclass(type(one), kinds))
     rest = deque[Iterator[Any]]()
-    while (left or rest) and len(seen) < _MOST:
+    while (left or rest) and len(seen) < most:
         entries = iter(_beyond(left.popleft())) if left else rest.popleft()
         part = [*islice(entries, _ENTRIES)]
         if len(part) == _ENTRIES:

@@ -99,6 +99,8 @@ def _leaves(value: Any) -> list[Any]:
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether other tensors lie in the memory of one, views or their base; a stand-in calls itself no view."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > _ALONE)
 
 

@@ -150,6 +150,8 @@ def choose_tier(
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
         with may_fail():
             wanted = TIERS["loop"](module, rows, pick, found, told)
+        if wanted is None:
+            before.put_back()
         # where rows of other passes lie in one batch, what a network writes to itself may be made of all of them
         apart = found.united or ("it writes to itself" if volatile(module) else "")
         for tier in ("vmap", "direct") if apart else ("vmap", "fold", "direct"):

@@ -264,3 +264,34 @@ def test_a_tier_that_loses_a_mask_is_told_from_the_loop_however_rarely_it_drops(
     monkeypatch.setitem(TIERS, "vmap", loses)
     audit = mcdrop.wrap(nn.Sequential(nn.Dropout(1e-4), Decides()).eval(), example=torch.ones(6, 4)).audit
     assert "vmap differs from the loop" in audit.tier_reason
+
+
+def test_a_network_that_masks_that_tell_break_off_is_as_it_was() -> None:
+    """It counts how deep it is, and refuses to go on where many of its units are dropped."""
+
+    class Counts(nn.Module):
+        depth = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.depth += 1
+            h = self.first(x) * self.depth
+            keep = torch.bernoulli(torch.full((len(x), 16), 0.97)) if self.training else torch.ones(16)
+            if keep.mean() < 0.8:
+                raise ValueError("too few units are left")
+            self.depth -= 1
+            out: Tensor = self.last(h * keep)
+            return out
+
+    torch.manual_seed(0)
+    net, x = Counts().eval(), torch.randn(6, 4)
+    model = mcdrop.wrap(net, example=x)
+    numbers = sample_masks([Site("site0", (16,), 0.0, "uniform")], 20, seed=0, sampler="iid")["site0"]
+    with torch.no_grad():
+        expected = torch.stack([net.last(net.first(x) * torch.from_numpy(one < np.float32(0.97))) for one in numbers])
+    found = mcdrop.predict(model, x, passes=20, sampler="iid", keep_samples=True).samples
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5)
+    assert "differs from the loop" not in model.audit.tier_reason

@@ -274,23 +274,45 @@ def test_a_generator_that_later_rows_alone_reach_is_named_too(numbers: Callable[
         mcdrop.predict(model, rows, passes=20)
 
 
+class Lazy(nn.Module):
+    """Makes its generator where there is none, at one of these places."""
+
+    def __init__(self, seed: int | None, place: str, always: bool) -> None:
+        super().__init__()
+        self.seed, self.always, self.rngs = seed, always, dict[str, np.random.Generator]()
+        self.holder: Any = vars(self) if place == "an attribute" else self.rngs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and not self.always:
+            return x
+        if "rng" not in self.holder:
+            self.holder["rng"] = np.random.default_rng(self.seed)
+        return x * torch.from_numpy(self.holder["rng"].random(4) > 0.3)
+
+
+@pytest.mark.parametrize("place", ["an attribute", "a dict"])
 @pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("always", [False, True], ids=["in training", "always"])
-def test_a_generator_that_a_forward_makes_where_there_is_none_is_named(seed: int | None, always: bool) -> None:
+def test_a_generator_that_a_forward_makes_where_there_is_none_is_named(
+    seed: int | None, always: bool, place: str
+) -> None:
     """Each pass would make it anew; with a seed all passes would draw the same."""
+    with pytest.raises(UncontrolledDraw, match=r"a numpy\.random\.Generator (that a pass makes|where '1'|in the root)"):
+        mcdrop.wrap(nn.Sequential(nn.Dropout(0.5), Lazy(seed, place, always)).eval(), example=torch.ones(4, 4))
 
-    class Lazy(nn.Module):
+
+def test_a_generator_that_makes_a_fixed_number_once_is_no_draw() -> None:
+    class Fixed(nn.Module):
         rng: np.random.Generator | None = None
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.rng is None and (self.training or always):
-                self.rng = np.random.default_rng(seed)
-            if not self.training or self.rng is None:
-                return x
-            return x * torch.from_numpy(self.rng.random(4) > 0.3)
+            if self.rng is None:
+                self.rng = np.random.default_rng(0)
+                self.scale = torch.from_numpy(self.rng.random(4)).to(x)
+            return x * self.scale
 
-    with pytest.raises(UncontrolledDraw, match=r"a numpy\.random\.Generator (that a pass makes|where '1')"):
-        mcdrop.wrap(nn.Sequential(nn.Dropout(0.5), Lazy()).eval(), example=torch.ones(4, 4))
+    model = mcdrop.wrap(nn.Sequential(nn.Dropout(0.5), Fixed()).eval(), example=torch.ones(4, 4))
+    assert [site.verdict for site in model.audit.sites] == ["live"]
 
 
 def test_a_generator_of_a_module_that_a_forward_imports_first_is_named(

@@ -315,9 +315,9 @@ def test_passes_that_are_no_count_are_refused(passes: Any) -> None:
         masks((1,), passes)
 
 
-@pytest.mark.parametrize("start", [-1, 0.5])
-def test_a_first_pass_below_0_is_refused(start: Any) -> None:
-    with pytest.raises(InputError, match=f"start must be a whole number from 0, got {start}"):
+@pytest.mark.parametrize("start", [-1, 0.5, SEED_LIMIT])
+def test_a_first_pass_out_of_range_is_refused(start: Any) -> None:
+    with pytest.raises(InputError, match=rf"start must be a whole number from 0 to 2\*\*64 - 1, got {start}"):
         masks((1,), 1, start=start)
 
 
