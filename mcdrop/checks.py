@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from mcdrop.quiet import first_line
 from mcdrop.record import Spy, record
 from mcdrop.rewound import REWOUND
 from mcdrop.rows import Rows
+from mcdrop.telling import telling
 from mcdrop.trace import Trace, one_pass, repeat_rows
 from mcdrop.volatile import alike
 
@@ -55,7 +55,7 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
     """
     # the others drawn too: some draws only show where another one is not at its expectation
     drawn = cache(lambda seed: _masks(found, rows, seed=seed))
-    others = cache(lambda seed: _masks(_halved(found), rows, seed=_APART + seed))
+    others = cache(lambda seed: _told(found, rows, seed=_APART + seed))
 
     @torch.no_grad()
     def output(masks: Sequence[Tensor | None], count: int = rows.count) -> Tensor:
@@ -84,9 +84,16 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
     return changes
 
 
-def _halved(found: Trace) -> Trace:
-    """Drops half of the units whatever the rate, so that a rare drop is seen as well as a common one."""
-    return replace(found, sites=tuple(replace(site, p=0.5) for site in found.sites))
+def _told(found: Trace, rows: Rows, *, seed: int) -> list[Tensor]:
+    """The draws of one pass under which a rare drop is seen as well as a common one."""
+    drawn = telling(found.sites, 1, seed=seed)
+    return [torch.as_tensor(drawn[site.name][0]).to(rows.leaves[0].device) for site in found.sites]
+
+
+def _both_ways(found: Trace, rows: Rows) -> list[list[Tensor]]:
+    """Draws of a pass that tell, and their opposites: a draw of a single unit goes each way in one of them."""
+    told = _told(found, rows, seed=0)
+    return [told, [_opposite(mask, site.kind) for mask, site in zip(told, found.sites, strict=True)]]
 
 
 def _opposite(mask: Tensor, kind: str) -> Tensor:
@@ -98,7 +105,15 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
     """Says so where the same masks give another output, such as where something draws out of sight."""
     if found.escaped:
         return []
-    masks, before = _masks(found, rows), inside(live)
+    said = _other_again(live, rows, pick, found, _masks(found, rows))
+    for masks in _both_ways(found, rows):  # a rare draw may lead to what is not seen otherwise
+        with may_fail():
+            said = said or _other_again(live, rows, pick, found, masks)
+    return said
+
+
+def _other_again(live: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: list[Tensor]) -> list[str]:
+    before = inside(live)
     with torch.no_grad():
         first, again = (one_pass(live, rows, pick, found, masks) for _ in range(2))
         other = first if identical(first, again) else one_pass(live, rows, pick, found, _masks(found, rows, seed=1))
@@ -169,7 +184,15 @@ def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: fro
 def _same_masks(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alone:
     if found.unclear or rows.count == 1:  # said of each draw, and not to be tried with another number of rows
         return Alone()
-    masks = _masks(found, rows)
+    said = _under(module, rows, pick, found, _masks(found, rows))
+    for masks in _both_ways(found, rows):
+        with may_fail():
+            said = said if any(said) else _under(module, rows, pick, found, masks)
+    return said
+
+
+def _under(module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: list[Tensor]) -> Alone:
+    """What is said of rows that are alone under some masks."""
     together, other = (one_pass(module, rows, pick, found, given) for given in (masks, _masks(found, rows, seed=1)))
     passes = torch.stack([together, other])
 
@@ -204,7 +227,7 @@ def _compared(live: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: f
     """
     own = {i for i, layout in enumerate(found.layouts) if layout is not None}
     few = rows if rows.count > 1 else repeat_rows(rows, FEW)
-    one, other = (_masks(_halved(found), few, seed=seed) for seed in (0, 1))
+    one, other = (_told(found, few, seed=seed) for seed in (0, 1))
 
     def changed(at: Collection[int]) -> list[Tensor]:
         return [other[i] if i in at else mask for i, mask in enumerate(one)]

@@ -17,7 +17,7 @@ from mcdrop.errors import ModelRefused, UncontrolledDraw
 from mcdrop.layouts import Layout
 from mcdrop.masks import Site
 from mcdrop.registry import TAUGHT_FUNCTIONS
-from mcdrop.standing import is_shared
+from mcdrop.standing import as_views, is_shared
 
 __all__ = [
     "PACKED", "EachRow", "Expected", "Folded", "Given", "Interception", "LargerDraw", "Rules", "Source", "result",
@@ -216,7 +216,8 @@ class Interception(TorchFunctionMode):
             with self:  # its own draws become masks
                 return taught(*args, **kwargs)
         try:
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            return found if self.source.lift is None else as_views(found, args)
         except RuntimeError as error:
             if isinstance(func, HigherOrderOperator) and isinstance(error, NotImplementedError):
                 raise ModelRefused(_OUT_OF_SIGHT.format(func.name())) from error

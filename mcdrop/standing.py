@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Standing", "State", "attributes", "constants_of", "facts_of", "holding", "is_dead", "is_shared", "kept_tensors",
-    "mapped", "state_of",
+    "Standing", "State", "as_views", "attributes", "constants_of", "facts_of", "holding", "is_dead", "is_shared",
+    "kept_tensors", "mapped", "state_of",
 ]  # fmt: skip
 
 _TORCHS = frozenset(vars(nn.Module()))
@@ -102,6 +102,24 @@ def is_shared(tensor: Tensor) -> bool:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > _ALONE)
+
+
+def as_views(found: Any, args: Sequence[Any]) -> Any:
+    """Makes views of an argument of what lies in its memory while a graph is captured, and does not say so.
+
+    Such are the results of functions that may give an argument back, such as ``atleast_2d``: a write to them would be
+    lost on it.
+    """
+    if type(found) in (list, tuple):
+        return type(found)(as_views(one, args) for one in found)
+    if not isinstance(found, Tensor) or not torch._is_functional_tensor(found):
+        return found
+    for one in args:
+        if isinstance(one, Tensor) and one is not found and torch._is_functional_tensor(one):
+            inner, other = (torch._from_functional_tensor(each).untyped_storage()._cdata for each in (one, found))
+            if inner == other and one.untyped_storage()._cdata != found.untyped_storage()._cdata:
+                return one.as_strided(found.shape, found.stride(), found.storage_offset())
+    return found
 
 
 def mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:

@@ -20,9 +20,10 @@ from mcdrop.masks import Site, sample_masks
 from mcdrop.mixing import united
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
-from mcdrop.record import Draw, Recorder, Spy, nowhere, record
+from mcdrop.record import ALL_HIGH, ALL_LOW, Draw, Recorder, Spy, nowhere, record
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
+from mcdrop.telling import telling
 from mcdrop.varying import leaving_off, random_rates
 
 __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
@@ -143,7 +144,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         unclear=(),
         off=tuple(source.off),
         forced=frozenset(source.forced),
-        escaped=tuple(spy.escaped),
+        escaped=tuple(spy.escaped or _rarely_escaped(on, given)),
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
         united=_united(first, larger, again),
@@ -154,6 +155,15 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         return ordered
     unclear = {i for i, (layout, clear) in enumerate(told) if not clear or (layout and layout.multiple > 1)}
     return _of_all_rows(module, found, unclear, on(rows=rows)[0].draws)
+
+
+def _rarely_escaped(record: Callable[..., _Pass], rows: Rows) -> list[tuple[str, str]]:
+    """What draws out of sight where numbers are all low or all high, such as behind a draw that hardly any passes."""
+    found: list[tuple[str, str]] = []
+    for seed in (ALL_LOW, ALL_HIGH):
+        with may_fail():
+            found += record(rows=rows, seed=seed)[1].escaped
+    return found
 
 
 def _of_all_rows(module: nn.Module, found: Trace, unclear: set[int], draws: Sequence[Draw]) -> Trace:
@@ -225,14 +235,17 @@ def _sites(draws: Sequence[Draw], shapes: Sequence[tuple[int, ...]], rates: froz
 def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace | None:
     """Tells how the entries of a row stand, where a draw has several: by a row that stands there many times.
 
-    It answers the same each time, whether or not rows look at one another. Masks are real numbers here, no two alike: a
-    network may still read them as true and false. None where no order fits.
+    It answers the same each time, whether or not rows look at one another. Usual masks are real numbers here, no two
+    alike; a network may still read them as true and false, so there are some that tell beside them. None where no order
+    fits.
     """
     several = {i: one.multiple for i, one in enumerate(found.layouts) if one is not None and one.multiple > 1}
     if not several:
         return found
-    drawn, numbers = sample_masks(found.sites, 2, seed=0), np.random.default_rng(0)
-    each = [drawn[site.name] * numbers.uniform(0.5, 1.5, (2, *site.shape)) for site in found.sites]
+    numbers, usual = np.random.default_rng(0), sample_masks(found.sites, 2, seed=0)
+    real = (usual[site.name] * numbers.uniform(0.5, 1.5, (2, *site.shape)) for site in found.sites)
+    told = telling(found.sites, 2, seed=0)
+    each = [np.concatenate([masks, told[site.name]]) for site, masks in zip(found.sites, real, strict=True)]
     stacks = [torch.as_tensor(masks, dtype=torch.float32, device=rows.leaves[0].device) for masks in each]
 
     def placed(outer: Mapping[int, int]) -> Trace:
@@ -241,18 +254,20 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace |
 
     @torch.no_grad()
     def differs(outer: Mapping[int, int], on: frozenset[int], counts: Sequence[int]) -> bool | None:
-        trace, given = placed(outer), [[s[t] if i in on else None for i, s in enumerate(stacks)] for t in range(2)]
+        trace, given = placed(outer), [[s[t] if i in on else None for i, s in enumerate(stacks)] for t in range(4)]
         with may_fail():
             for row in range(2):
                 same = [rows.take([row] * count) for count in counts]
                 passes = [torch.cat([one_pass(module, one, pick, trace, masks) for one in same]) for masks in given]
-                if not uneven(torch.stack(passes)) <= _LOOSE * tolerance(passes[0].dtype):
+                # each by its own scale: noise such as 1 / u goes so far at the ends of its numbers that it hides others
+                worst = max(uneven(torch.stack(kind)) for kind in (passes[:2], passes[2:]))
+                if not worst <= _LOOSE * tolerance(passes[0].dtype):
                     return True
             return False
         return None
 
-    told = told_orders(several, differs)
-    return None if told is None else placed(told)
+    orders = told_orders(several, differs)
+    return None if orders is None else placed(orders)
 
 
 def _united(few: Spy, more: Spy | None, again: Callable[[], _Pass]) -> str:

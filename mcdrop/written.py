@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["own_tensor_dicts"]
 
@@ -37,11 +37,21 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
         for path, child in module.named_modules()
         for kind in ("_parameters", "_buffers")
     ]
+    memory = [
+        (_full(path, name), tensor, tensor.data, _address(tensor))
+        for path, _, _, tensors in shared
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
     for _, child, kind, tensors in shared:
         child.__dict__[kind] = _Noting(tensors)
     try:
         yield
     finally:
+        for name, tensor, data, place in memory:
+            if _address(tensor) != place:  # by ``tensor.data = other``, which no operation tells of
+                tensor.data = data
+                written.add(name)
         for path, child, kind, tensors in shared:
             own = child.__dict__[kind]
             child.__dict__[kind] = tensors
@@ -51,6 +61,14 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
             written |= {_full(path, name) for name in changed}
             if any(_full(path, name) not in written | tied for name in own.touched):  # ``x += 1`` writes, and sets it
                 swapped.add(path)
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor's numbers lie; None of one without a memory of its own, such as a sparse one."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _others(tensors: Mapping[str, Any], name: str) -> set[str]:
