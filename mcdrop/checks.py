@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference, identical
+from mcdrop.breaking import may_break_off
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import draws_off, may_fail, out_of_memory
@@ -73,13 +75,19 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
     def changes(index: int) -> bool:
         few = math.prod(found.sites[index].shape) <= _FEW  # another mask of so few units may be the same
         for seed, count in tries:
-            if few and differs(index, seed, count, _opposite(drawn(seed)[index], found.sites[index].kind)):
-                return True
-            if differs(index, seed, count, others(seed)[index]):
+            with may_break_off(live):
+                if few and differs(index, seed, count, _opposite(drawn(seed)[index], found.sites[index].kind)):
+                    return True
+                if differs(index, seed, count, others(seed)[index]):
+                    return True
+                continue
+            if differs(index, seed, count, drawn(_APART + seed)[index]):  # where it does not take those
                 return True
         # of many draws in a row often no unit passes all, whatever one of them does
-        one, other = (output([mask if i == index else None for i, mask in enumerate(others(seed))]) for seed in (0, 1))
-        return not identical(one, other)
+        with may_break_off(live):
+            each = ([mask if i == index else None for i, mask in enumerate(others(seed))] for seed in (0, 1))
+            return not identical(*map(output, each))
+        return False
 
     return changes
 
@@ -107,7 +115,7 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
         return []
     said = _other_again(live, rows, pick, found, _masks(found, rows))
     for masks in _both_ways(found, rows):  # a rare draw may lead to what is not seen otherwise
-        with may_fail():
+        with may_break_off(live):
             said = said or _other_again(live, rows, pick, found, masks)
     return said
 
@@ -178,7 +186,11 @@ def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: fro
     Seen on the example rows: a network may still couple others, as by a branch on a value.
     """
     single = _same_masks(module, rows, pick, found)
-    return single._replace(said=(*single.said, *_compared(module, rows, pick, found, excluded)))
+    few = rows if rows.count > 1 else repeat_rows(rows, FEW)
+    halved = replace(found, sites=tuple(replace(site, p=0.5) for site in found.sites))
+    kinds = ([_masks(halved, few, seed=seed) for seed in (0, 1)], [_told(found, few, seed=seed) for seed in (0, 1)])
+    compared = (_compared(module, few, pick, found, excluded, *pair) for pair in kinds)
+    return single._replace(said=(*single.said, *next(filter(None, compared), ())))
 
 
 def _same_masks(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alone:
@@ -186,7 +198,7 @@ def _same_masks(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Alon
         return Alone()
     said = _under(module, rows, pick, found, _masks(found, rows))
     for masks in _both_ways(found, rows):
-        with may_fail():
+        with may_break_off(module):
             said = said if any(said) else _under(module, rows, pick, found, masks)
     return said
 
@@ -220,14 +232,15 @@ def _under(module: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: list[
     return Alone()
 
 
-def _compared(live: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: frozenset[str]) -> list[str]:
+def _compared(
+    live: nn.Module, few: Rows, pick: Pick, found: Trace, excluded: frozenset[str], one: list[Tensor],
+    other: list[Tensor],
+) -> list[str]:  # fmt: skip
     """Names the draws by which rows are compared or picked: they move the output where rows have masks of their own.
 
     That is so in training; a pass has one for all rows. Draws of excluded modules are not named.
     """
     own = {i for i, layout in enumerate(found.layouts) if layout is not None}
-    few = rows if rows.count > 1 else repeat_rows(rows, FEW)
-    one, other = (_told(found, few, seed=seed) for seed in (0, 1))
 
     def changed(at: Collection[int]) -> list[Tensor]:
         return [other[i] if i in at else mask for i, mask in enumerate(one)]
@@ -256,7 +269,7 @@ def _compared(live: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: f
         apart = (difference(in_turn(*pair), base, scale=1.0) for pair in ((one, others), (others, one)))
         return alike < _FAR_LESS * max(apart)
 
-    with may_fail():
+    with may_break_off(live):
         if own and not found.unclear and look_at_one_another():
             names = {i: found.sites[i].name for i in sorted(own)}
             off = found.left_off(excluded)

@@ -99,13 +99,13 @@ def _leaves(value: Any) -> list[Any]:
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether other tensors lie in the memory of one, views or their base; a stand-in calls itself no view."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > _ALONE)
 
 
 def as_views(found: Any, args: Sequence[Any]) -> Any:
-    """Makes views of an argument of what lies in its memory while a graph is captured, and does not say so.
+    """Makes what lies in the memory of an argument while a graph is captured, and does not say so, that or its view.
 
     Such are the results of functions that may give an argument back, such as ``atleast_2d``: a write to them would be
     lost on it.
@@ -115,10 +115,11 @@ def as_views(found: Any, args: Sequence[Any]) -> Any:
     if not isinstance(found, Tensor) or not torch._is_functional_tensor(found):
         return found
     for one in args:
-        if isinstance(one, Tensor) and one is not found and torch._is_functional_tensor(one):
+        if isinstance(one, Tensor) and one.dtype == found.dtype and torch._is_functional_tensor(one):
             inner, other = (torch._from_functional_tensor(each).untyped_storage()._cdata for each in (one, found))
             if inner == other and one.untyped_storage()._cdata != found.untyped_storage()._cdata:
-                return one.as_strided(found.shape, found.stride(), found.storage_offset())
+                place, own = ((each.shape, each.stride(), each.storage_offset()) for each in (found, one))
+                return one if place == own else one.as_strided(*place)
     return found
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import difference
+from mcdrop.breaking import may_break_off
 from mcdrop.decisions import DECISION_RULES, Parted, deciding
 from mcdrop.digits import tolerance
 from mcdrop.direct import pass_by_pass, passes_of
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.forward import may_fail
 from mcdrop.intercept import Folded, Rules
 from mcdrop.mixing import NUMBERS_READ
 from mcdrop.outputs import Pick
@@ -148,10 +148,8 @@ def choose_tier(
         # where torch only loops inside vmap, nothing is gained, and users would see its warning
         warnings.filterwarnings("error", message=".*performance drop.*")
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
-        with may_fail():
+        with may_break_off(module):
             wanted = TIERS["loop"](module, rows, pick, found, told)
-        if wanted is None:
-            before.put_back()
         # where rows of other passes lie in one batch, what a network writes to itself may be made of all of them
         apart = found.united or ("it writes to itself" if volatile(module) else "")
         for tier in ("vmap", "direct") if apart else ("vmap", "fold", "direct"):

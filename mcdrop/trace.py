@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcdrop.agreement import told_orders, uneven
+from mcdrop.breaking import may_break_off
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
 from mcdrop.forward import forward, may_fail, out_of_memory
@@ -128,7 +129,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     on = partial(record, module, pick=pick, seed=0, force=force)
     again = partial(on, rows=repeat_rows(given, 2 * given.count))
     rates = random_rates(module, (source, spy), [on(rows=given, seed=seed) for seed in _SEEDS])
-    with may_fail():
+    with may_break_off(module):
         wide, larger = on(rows=repeat_rows(rows, MORE))
         more = wide.draws
     told = [told_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
@@ -144,7 +145,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         unclear=(),
         off=tuple(source.off),
         forced=frozenset(source.forced),
-        escaped=tuple(spy.escaped or _rarely_escaped(on, given)),
+        escaped=tuple(spy.escaped or _rarely_escaped(module, on, given)),
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
         united=_united(first, larger, again),
@@ -157,11 +158,11 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
     return _of_all_rows(module, found, unclear, on(rows=rows)[0].draws)
 
 
-def _rarely_escaped(record: Callable[..., _Pass], rows: Rows) -> list[tuple[str, str]]:
+def _rarely_escaped(module: nn.Module, record: Callable[..., _Pass], rows: Rows) -> list[tuple[str, str]]:
     """What draws out of sight where numbers are all low or all high, such as behind a draw that hardly any passes."""
     found: list[tuple[str, str]] = []
     for seed in (ALL_LOW, ALL_HIGH):
-        with may_fail():
+        with may_break_off(module):
             found += record(rows=rows, seed=seed)[1].escaped
     return found
 
@@ -255,7 +256,7 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace |
     @torch.no_grad()
     def differs(outer: Mapping[int, int], on: frozenset[int], counts: Sequence[int]) -> bool | None:
         trace, given = placed(outer), [[s[t] if i in on else None for i, s in enumerate(stacks)] for t in range(4)]
-        with may_fail():
+        with may_break_off(module):
             for row in range(2):
                 same = [rows.take([row] * count) for count in counts]
                 passes = [torch.cat([one_pass(module, one, pick, trace, masks) for one in same]) for masks in given]

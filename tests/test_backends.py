@@ -216,6 +216,8 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a filled slice": lambda h, keep: h[:, 1:3].masked_fill_(keep == 0, 0.0),
     "a copy to a slice": lambda h, keep: h[:, ::2].copy_(h[:, ::2] * keep),
     "out=": lambda h, keep: torch.mul(h[:, :2], keep, out=h[:, :2]),
+    "what is the same": lambda h, keep: torch.atleast_2d(h).mul_(keep),
+    "a sum of one": lambda h, keep: torch.einsum("ij->ij", h).mul_(keep),
     "the whole": lambda h, keep: h.mul_(keep),
     "the whole, of which a view is read": _base,
 }
