@@ -216,8 +216,7 @@ class Interception(TorchFunctionMode):
             with self:  # its own draws become masks
                 return taught(*args, **kwargs)
         try:
-            found = func(*args, **kwargs)
-            return found if self.source.lift is None else as_views(found, args)
+            return as_views(func(*args, **kwargs), args)
         except RuntimeError as error:
             if isinstance(func, HigherOrderOperator) and isinstance(error, NotImplementedError):
                 raise ModelRefused(_OUT_OF_SIGHT.format(func.name())) from error
