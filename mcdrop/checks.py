@@ -75,9 +75,9 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
     def changes(index: int) -> bool:
         few = math.prod(found.sites[index].shape) <= _FEW  # another mask of so few units may be the same
         for seed, count in tries:
+            if few and differs(index, seed, count, _opposite(drawn(seed)[index], found.sites[index].kind)):
+                return True
             with may_break_off(live):
-                if few and differs(index, seed, count, _opposite(drawn(seed)[index], found.sites[index].kind)):
-                    return True
                 if differs(index, seed, count, others(seed)[index]):
                     return True
                 continue

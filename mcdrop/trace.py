@@ -21,7 +21,8 @@ from mcdrop.masks import Site, sample_masks
 from mcdrop.mixing import united
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
-from mcdrop.record import ALL_HIGH, ALL_LOW, Draw, Recorder, Spy, nowhere, record
+from mcdrop.rarely import rarely_escaped
+from mcdrop.record import Draw, Recorder, Spy, nowhere, record
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
 from mcdrop.telling import telling
@@ -30,6 +31,7 @@ from mcdrop.varying import leaving_off, random_rates
 __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
+_OFTEN, _MANY = 10, 100  # times as many draws as usual, and some more, at which a rare way is taken for endless
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 _Pass = tuple[Recorder, Spy]
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
@@ -145,7 +147,7 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         unclear=(),
         off=tuple(source.off),
         forced=frozenset(source.forced),
-        escaped=tuple(spy.escaped or _rarely_escaped(module, on, given)),
+        escaped=tuple(spy.escaped or rarely_escaped(module, given, pick, most=_OFTEN * len(few) + _MANY)),
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
         united=_united(first, larger, again),
@@ -156,15 +158,6 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         return ordered
     unclear = {i for i, (layout, clear) in enumerate(told) if not clear or (layout and layout.multiple > 1)}
     return _of_all_rows(module, found, unclear, on(rows=rows)[0].draws)
-
-
-def _rarely_escaped(module: nn.Module, record: Callable[..., _Pass], rows: Rows) -> list[tuple[str, str]]:
-    """What draws out of sight where numbers are all low or all high, such as behind a draw that hardly any passes."""
-    found: list[tuple[str, str]] = []
-    for seed in (ALL_LOW, ALL_HIGH):
-        with may_break_off(module):
-            found += record(rows=rows, seed=seed)[1].escaped
-    return found
 
 
 def _of_all_rows(module: nn.Module, found: Trace, unclear: set[int], draws: Sequence[Draw]) -> Trace:

@@ -144,3 +144,21 @@ def test_what_a_forward_sets_by_data_is_as_it_was(parameter: bool) -> None:
     with pytest.raises(UncontrolledDraw, match="writes to weight in training mode"):
         mcdrop.wrap(net, example=X)
     assert torch.equal(net.weight, before)
+
+
+def test_a_forward_that_draws_until_a_number_is_low_is_told_what_works() -> None:
+    """Where all numbers are high it would go on for ever."""
+
+    class Until(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            while self.training and torch.rand(()) > 0.9:
+                pass
+            out: Tensor = self.drop(x)
+            return out
+
+    with pytest.raises(UncontrolledDraw, match="takes another way"):
+        mcdrop.wrap(Until().eval(), example=X)
