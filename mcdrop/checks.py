@@ -26,7 +26,7 @@ from mcdrop.rewound import REWOUND
 from mcdrop.rows import Rows
 from mcdrop.telling import telling
 from mcdrop.trace import Trace, one_pass, repeat_rows
-from mcdrop.volatile import alike
+from mcdrop.volatile import Left, alike
 
 __all__ = ["Alone", "alone", "changing", "mean_preserving", "same_again", "seeded_anew", "unrepeatable"]
 
@@ -70,6 +70,7 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
         masks[index] = other
         return not identical(output(masks, count), base(seed, count))
 
+    before = Left(live)
     tries = [(0, 1)] * by_one + [(seed, rows.count) for seed in range(_TRIES)]
 
     def changes(index: int) -> bool:
@@ -77,14 +78,14 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
         for seed, count in tries:
             if few and differs(index, seed, count, _opposite(drawn(seed)[index], found.sites[index].kind)):
                 return True
-            with may_break_off(live):
+            with may_break_off(live, before):
                 if differs(index, seed, count, others(seed)[index]):
                     return True
                 continue
             if differs(index, seed, count, drawn(_APART + seed)[index]):  # where it does not take those
                 return True
         # of many draws in a row often no unit passes all, whatever one of them does
-        with may_break_off(live):
+        with may_break_off(live, before):
             each = ([mask if i == index else None for i, mask in enumerate(others(seed))] for seed in (0, 1))
             return not identical(*map(output, each))
         return False

@@ -31,10 +31,10 @@ class _Bounded(list[Draw]):
 def rarely_escaped(module: nn.Module, rows: Rows, pick: Pick, *, most: int) -> list[tuple[str, str]]:
     """Gives what draws out of sight in such passes, each of at most so many draws, as (module, operation)."""
     found: list[tuple[str, str]] = []
+    before = Left(module)
     for seed in (ALL_LOW, ALL_HIGH):
-        before = Left(module)
         try:
-            with may_break_off(module):
+            with may_break_off(module, before):
                 found += record(module, rows, pick, seed=seed, draws=_Bounded(most))[1].escaped
         except _Endless:
             before.put_back()
