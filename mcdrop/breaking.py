@@ -13,7 +13,7 @@ __all__ = ["may_break_off"]
 
 @contextmanager
 def may_break_off(module: nn.Module, before: Left | None = None) -> Iterator[None]:
-    """Ends quietly where a network fails, and makes it what it was now, or ``before``; not where memory is out."""
+    """Ends quietly where a network fails, and puts back what was there, or ``before``; not where memory is out."""
     before = Left(module) if before is None else before
     try:
         yield
