@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.engine import ROUNDING
+from mcdrop.errors import InputError
 from mcdrop.intervals import predictive_bounds
 from mcdrop.summaries import Summary
 
@@ -66,6 +67,11 @@ def _slack(summary: Summary, width: Array, far: Array) -> Array:
     What is infinite, as an output that overflowed, is not moved: with a slack of its own it would be NaN.
     """
     width, far = (np.where(np.isfinite(size), size, 0) for size in (width, far))
+    if summary.deterministic is None:
+        raise InputError(
+            "bounds from a calibration read the digits of the deterministic output, which was left out; sample with "
+            "deterministic=True"
+        )
     with np.errstate(over="ignore"):  # what float32 cannot hold
         single = summary.deterministic == summary.deterministic.astype(np.float32)
     unit: Array = np.where(single, np.finfo(np.float32).eps, np.finfo(np.float64).eps)

@@ -112,7 +112,7 @@ class PassResult:
 
     ``passes`` and ``degrees`` (of freedom of the standard error) are (N,), ``samples`` (T, N, ..., K) what is kept.
     ``features`` (N, F) are hidden features read at ``layer`` (None: the default), where a screen compares them.
-    ``statistics`` says what was gathered, None where it is not known.
+    ``deterministic`` is None where it was not asked for, and ``statistics``, what was gathered, where it is not known.
     """
 
     passes: NDArray[np.int64]
@@ -120,7 +120,7 @@ class PassResult:
     variance: Array
     standard_error: Array
     degrees: NDArray[np.int64]
-    deterministic: Array
+    deterministic: Array | None
     samples: Kept | None
     plan: PassPlan
     features: NDArray[np.float32] | None = None
@@ -129,7 +129,7 @@ class PassResult:
 
     @classmethod
     def of(
-        cls, gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan,
+        cls, gathered: Gathered, deterministic: Array | None, samples: Kept | None, plan: PassPlan,
         statistics: Statistics | None = None,
     ) -> "PassResult":  # fmt: skip
         """Reads what was gathered for rows that all had the same passes."""
@@ -154,34 +154,40 @@ class PassResult:
             return parts[0]
         which = slice(None) if order is None else order
         fields = ("passes", "mean", "variance", "standard_error", "degrees", "deterministic")
-        joined: dict[str, Any] = {
-            name: np.concatenate([getattr(part, name) for part in parts])[which] for name in fields
-        }
+        joined: dict[str, Any] = {}
+        for name in fields:
+            each = [found for part in parts if (found := getattr(part, name)) is not None]
+            joined[name] = np.concatenate(each)[which] if each else None
         kept = [part.samples for part in parts if part.samples is not None]
         joined["samples"] = np.concatenate(kept, axis=1)[:, which] if kept else None
         return cls(**joined, plan=parts[0].plan, statistics=parts[0].statistics)
 
 
-def run_passes(backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Statistics) -> PassResult:
-    """Runs a plan over all rows. Memory follows the chunk, not the number of passes, unless samples are kept."""
+def run_passes(
+    backend: Backend, rows: Rows, plan: PassPlan, *, statistics: Statistics, deterministic: bool = True
+) -> PassResult:
+    """Runs a plan over all rows, and beside it the network with every draw off where that is asked for.
+
+    Memory follows the chunk, not the number of passes, unless samples are kept.
+    """
     run = _fixed if plan.tolerance is None else _adaptive
     with np.errstate(invalid="ignore"):  # infinite passes have no variance: NaN says so
         if rows.count == 1:  # not to be cut
-            return run(backend, rows, plan, statistics)
+            return run(backend, rows, plan, statistics, deterministic)
         # what all rows of a block share is done for each block anew
         room = max(backend.chunk_bytes, backend.shared_bytes(rows))
         size = max(1, room // max(1, backend.row_bytes(rows)))
-        return PassResult.join([run(backend, block, plan, statistics) for block in rows.split(size)])
+        return PassResult.join([run(backend, block, plan, statistics, deterministic) for block in rows.split(size)])
 
 
 def _of(
-    gathered: Gathered, deterministic: Array, samples: Kept | None, plan: PassPlan, statistics: Statistics
+    gathered: Gathered, deterministic: Array | None, samples: Kept | None, plan: PassPlan, statistics: Statistics
 ) -> PassResult:
     """Reads what was gathered; a closed form gathers conditional means and variances, whose total is the variance."""
     result = PassResult.of(gathered, deterministic, samples, plan, statistics)
     if not plan.exact_last:
         return result
-    width = deterministic.shape[-1]
+    width = result.mean.shape[-1] // 2
     return replace(
         result,
         mean=result.mean[..., :width],
@@ -194,13 +200,14 @@ def _deterministic(block: Block, statistics: Statistics) -> Array:
     return np.asarray(statistics.of(block.deterministic().astype(np.float64)[None])[0])
 
 
-def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics) -> PassResult:
+def _fixed(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, deterministic: bool) -> PassResult:
     kept: list[Kept] | None = [] if plan.keep_samples else None
-    block = backend.block(rows, exact_last=plan.exact_last)
+    block = backend.block(rows, exact_last=plan.exact_last, rides=deterministic)
     gathered = Gathered(BLOCKS[plan.sampler])
     _gather(gathered, block, plan, statistics, (0, plan.passes), kept)
     samples = np.concatenate(kept) if kept else None
-    return _of(gathered, _deterministic(block, statistics), samples, plan, statistics)
+    off = _deterministic(block, statistics) if deterministic else None
+    return _of(gathered, off, samples, plan, statistics)
 
 
 def _gather(
@@ -232,28 +239,31 @@ def _gather(
         gathered.add(values)
 
 
-def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics) -> PassResult:
+def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, deterministic: bool) -> PassResult:
     """Looks at the error after each round and lets the rows go that are done."""
     assert plan.tolerance is not None
-    block = backend.block(rows, exact_last=plan.exact_last)
-    deterministic = _deterministic(block, statistics)
-    width = statistics.width(deterministic.shape[-1])
+    block, off = backend.block(rows, exact_last=plan.exact_last, rides=deterministic), None
     active, left = np.arange(rows.count), rows
     gathered, done, order = Gathered(BLOCKS[plan.sampler]), [], []
     for start in range(0, plan.passes, _ROUND):
         stop = min(start + _ROUND, plan.passes)
         _gather(gathered, block, plan, statistics, (start, stop))
+        if deterministic and not start:
+            off = _deterministic(block, statistics)
         # with few blocks the error is itself uncertain: widened as its t quantile is over the normal one
         found = gathered.read()
         wide = special.stdtrit(found.degrees, _CHECKED_AT) / special.ndtri(_CHECKED_AT)
-        error = wide * np.sqrt(found.error_squared[..., :width]).reshape(len(active), -1).max(axis=1)
+        outputs = found.mean.shape[-1] // (2 if plan.exact_last else 1)
+        squared = found.error_squared[..., : statistics.width(outputs)]
+        error = wide * np.sqrt(squared).reshape(len(active), -1).max(axis=1)
         finished = (error <= plan.tolerance) | (stop == plan.passes)
         if finished.any():
-            done.append(_of(gathered.take(finished), deterministic[active[finished]], None, plan, statistics))
+            theirs = None if off is None else off[active[finished]]
+            done.append(_of(gathered.take(finished), theirs, None, plan, statistics))
             order.append(active[finished])
             if finished.all():
                 break
             active, gathered = active[~finished], gathered.take(~finished)
             left = rows.take(active)
-            block = backend.block(left, exact_last=plan.exact_last)
+            block = backend.block(left, exact_last=plan.exact_last, rides=False)
     return PassResult.join(done, np.argsort(np.concatenate(order)))

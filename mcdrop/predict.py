@@ -50,7 +50,7 @@ class Prediction:
     lower: Array
     upper: Array
     standard_error: Array
-    deterministic: Array
+    deterministic: Array | None
     passes: NDArray[np.int64]  # (N,)
     seed: int
     level: float
@@ -199,6 +199,7 @@ def predict(
     max_passes: int | None = None,
     sampler: str | None = None,
     exact_last: bool | None = None,
+    deterministic: bool = True,
     task: str | None = None,
     screen: Screen | None = None,
     fpr: float | None = None,
@@ -221,6 +222,8 @@ def predict(
         sampler: "balanced" (default) or "iid" passes.
         exact_last: whether the last dropout is averaged over in closed form, where its output goes through a linear
             layer to a regression's output: the same mean and variance with less Monte Carlo error (see ``exact``).
+        deterministic: whether the output with every draw off is given too, which takes about one pass more; a
+            calibration needs it.
         task: what the module's outputs are (see ``wrap``); a ``Model`` knows its own.
         screen: a fitted screen; None is the model's own.
         fpr: false-positive rate of the flags; None is the screen's.
@@ -249,9 +252,8 @@ def predict(
     plan, holding = options.plan, calibration or model.calibration
     if options.interval == "conformal" and holding is not None and holding.needs_samples:
         plan = replace(plan, keep_samples=True)
-    return interpret(
-        model, sample(model, x, plan, screen=screen), options, screen=screen, fpr=fpr, calibration=calibration
-    )
+    result = sample(model, x, plan, screen=screen, deterministic=deterministic or holding is not None)
+    return interpret(model, result, options, screen=screen, fpr=fpr, calibration=calibration)
 
 
 def _bound(defaults: Options, calibration: Calibration) -> Options:

@@ -71,8 +71,11 @@ class Ready:
         InputError: the last dropout is asked for in closed form and has none.
     """
 
-    def __init__(self, plans: Plans, rows: Rows, room: Room, *, exact_last: bool) -> None:
-        """Takes the plans of a network, the rows, and the memory that there is for them."""
+    def __init__(self, plans: Plans, rows: Rows, room: Room, *, exact_last: bool, rides: bool = True) -> None:
+        """Takes the plans of a network, the rows, and the memory that there is for them.
+
+        ``rides``: the output with every draw off, which is asked for later, may come along with the first passes.
+        """
         self._plans, self._rows, self._room, self._exact_last = plans, rows, room, exact_last
         self._plan, self._tensors, self._weights = plans.current(rows)
         self._on_gpu: bool = self._tensors.leaves[0].is_cuda
@@ -87,6 +90,7 @@ class Ready:
             self._plan = replace(self._plan, program=self._plan.exact)
         elif self._plan.kept_from is not None and rows.count >= self._plan.kept_from:
             self._plan = replace(self._plan, program=self._plan.kept, rides=False)
+        self._rides = rides and self._plan.rides
         self._begun: tuple[Values, Values] | None = None
         self._off: Outputs | Tensor | None = None
         self._short = False  # of memory for sums
@@ -118,7 +122,7 @@ class Ready:
             spans = [(start, half), (start + half, passes - half)]
             return np.concatenate([self.forward(n, seed=seed, start=at, sampler=sampler) for at, n in spans])
         parts = [
-            Ready(self._plans, part, self._room, exact_last=self._exact_last)
+            Ready(self._plans, part, self._room, exact_last=self._exact_last, rides=False)
             for part in self._rows.split(-(-self._rows.count // 2))
         ]
         return np.concatenate([part.forward(1, seed=seed, start=start, sampler=sampler) for part in parts], axis=1)
@@ -191,7 +195,7 @@ class Ready:
 
     def _captured(self, program: Program, span: Span, summing: Summing | None) -> Outputs | Tensor:
         """Runs the program: it keeps nothing on itself, so other threads may run it meanwhile."""
-        rides = self._plan.rides and span.start == 0 and self._off is None
+        rides = self._rides and span.start == 0 and self._off is None
         values = self._plans.values(self._plan, span, ride=rides)  # kept, so made outside of torch's inference mode
         finish = Finish(span.passes, rides, summing)
         found: Sequence[Outputs | Tensor]

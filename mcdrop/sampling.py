@@ -67,10 +67,13 @@ def inputs_of(model: Model, batch: Any) -> Any:
     return batch
 
 
-def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None) -> PassResult:
+def sample(
+    model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None, deterministic: bool = True
+) -> PassResult:
     """Runs the passes of a plan over inputs (N, ...), and reads the hidden features that a screen compares.
 
-    The screen is the model's own where none is given.
+    The screen is the model's own where none is given. The ``deterministic`` output, with every draw off, takes about
+    one pass more; where it is not asked for it is None.
 
     Raises:
         InputError: unusable inputs, what is no plan, kept passes that would not fit in memory, or a closed form of what
@@ -94,7 +97,7 @@ def sample(model: Model, x: Any, plan: PassPlan, *, screen: Screen | None = None
                 f"{plan.passes} passes of {rows.count} rows need {needed / 2**30:.1f} GiB to keep every pass; "
                 "give fewer rows or passes, or an interval that does not need them all, such as 'student_t'"
             )
-    result = run_passes(model.backend, rows, plan, statistics=task.statistics)
+    result = run_passes(model.backend, rows, plan, statistics=task.statistics, deterministic=deterministic)
     rows.look()
     bank = screen.bank if screen is not None else model.screen.bank if model.screen is not None else None
     if bank is None:

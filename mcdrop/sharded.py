@@ -61,12 +61,13 @@ class ShardedBackend(TorchBackend):
         """The devices that the rows are shared out to."""
         return tuple(device for shard in self._shards for device in shard.devices)
 
-    def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
+    def block(self, rows: Rows, *, exact_last: bool = False, rides: bool = True) -> Block:
         """Gives rows ready for passes, a part of them on each device."""
         shards = self._take_over()
         size = -(-rows.count // len(shards))
         parts = zip(shards, rows.split(size), strict=False)  # fewer rows than devices leave some without
-        return _Shards([shard.block(part, exact_last=exact_last) for shard, part in parts], self._pool)
+        blocks = [shard.block(part, exact_last=exact_last, rides=rides) for shard, part in parts]
+        return _Shards(blocks, self._pool)
 
     def row_bytes(self, rows: Rows) -> int:
         """Gives the memory a row needs; that of all devices is there for a block."""

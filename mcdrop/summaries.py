@@ -59,9 +59,10 @@ class Summary:
     on, and too large by up to 1 / T of it below. ``aleatoric`` is the mean of the noise variance that the network gives
     itself, or None. ``standard_error`` is the Monte Carlo error of the mean, with its ``degrees`` of freedom (N,);
     below 64 balanced passes it is that of independent ones, which is wider (see ``Gathered.read``). ``passes`` (N,).
-    ``support`` is where the mean function can lie. ``samples`` are all passes (T, N, D) where kept, ``log_noise`` the
-    logarithm of the noise variance of each where a head gives one. ``scale`` (D,) is what a calibration multiplies the
-    standard deviation of predictions of y by.
+    ``deterministic`` is the output with every draw off, where it was asked for. ``support`` is where the mean function
+    can lie. ``samples`` are all passes (T, N, D) where kept, ``log_noise`` the logarithm of the noise variance of each
+    where a head gives one. ``scale`` (D,) is what a calibration multiplies the standard deviation of predictions of y
+    by.
     """
 
     passes: NDArray[np.int64]
@@ -70,7 +71,7 @@ class Summary:
     epistemic: Array
     aleatoric: Array | None
     standard_error: Array
-    deterministic: Array
+    deterministic: Array | None
     samples: NDArray[np.floating[Any]] | None
     support: tuple[float, float]
     classes: Classes | None = None
@@ -147,7 +148,7 @@ def _basic(
         epistemic=result.variance[..., :width],
         aleatoric=aleatoric,
         standard_error=result.standard_error[..., :width],
-        deterministic=result.deterministic[..., :width],
+        deterministic=None if result.deterministic is None else result.deterministic[..., :width],
         samples=None if result.samples is None else result.samples[..., :width],
         support=support,
     )

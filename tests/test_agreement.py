@@ -229,6 +229,7 @@ def test_an_output_that_is_no_number_leaves_the_others_as_they_are(value: float)
         np.testing.assert_allclose(getattr(found, name)[:, :3], getattr(expected, name), rtol=1e-5, atol=1e-7)
     for name in ("variance", "lower", "upper", "standard_error"):
         assert np.isnan(getattr(found, name)[:, 3]).all()
+    assert found.deterministic is not None
     np.testing.assert_array_equal(found.deterministic[:, 3], value)
 
 

@@ -318,6 +318,23 @@ def test_a_folder_keeps_its_calibration(tmp_path: Path) -> None:
         mcdrop.save(other, tmp_path / "line" / "2", factory="models.networks:noisy_line", calibration=calibration)
 
 
+def test_bounds_need_the_deterministic_output_which_predict_gives_them() -> None:
+    """Bounds move by rounding, and it says how many digits the network has."""
+    model, calibration = held()
+    with_it, without = (
+        mcdrop.predict(model, X, calibration=calibration, deterministic=asked) for asked in (True, False)
+    )
+    np.testing.assert_array_equal(without.upper, with_it.upper)
+    assert without.deterministic is not None
+    result = mcdrop.sample(model, X, calibration.plan, deterministic=False)
+    options = mcdrop.Options(interval="conformal")
+    with pytest.raises(InputError, match="deterministic output, which was left out; sample with deterministic=True"):
+        mcdrop.interpret(model, result, options, calibration=calibration)
+    found = mcdrop.interpret(model, result, mcdrop.Options())
+    assert found.deterministic is None
+    np.testing.assert_allclose(found.mean, with_it.mean, rtol=1e-5, atol=1e-6)
+
+
 def test_noise_of_classes_is_refused() -> None:
     with pytest.raises(InputError, match="noise cannot be given here: classes have none"):
         fit_calibration(

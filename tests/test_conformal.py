@@ -217,6 +217,7 @@ def test_bounds_are_no_wider_than_rounding(method: str) -> None:
     """Of a network of float64 far from 0: on the scale of float32's digits this would be wider by more than itself."""
     made, y = rows(300, 1)
     assert made.samples is not None
+    assert made.deterministic is not None
     far = replace(made, mean=made.mean + 1e7, deterministic=made.deterministic + 1e7, samples=np.add(made.samples, 1e7))
     for one, targets in ((made, y), (far, y + 1e7)):
         calibration = fitted(method, one, targets)
@@ -233,6 +234,7 @@ def test_bounds_are_no_wider_than_rounding(method: str) -> None:
 def test_an_output_that_overflowed_is_its_own_bound(method: str, sign: int) -> None:
     """In float64 both bounds lie there with it, and those of the other rows where they are without it."""
     made, y = rows(60, 1)
+    assert made.deterministic is not None
     calibration, mean, off = fitted(method, made, y), made.mean.copy(), made.deterministic.copy()
     mean[0, 0] = off[0, 0] = sign * np.inf
     found = calibration.bounds(replace(made, mean=mean, deterministic=off), 0.9)

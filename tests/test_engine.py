@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captures import Operations
 from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
@@ -122,7 +123,9 @@ def test_the_deterministic_output_is_plain_eval() -> None:
     model, x = small()
     with torch.no_grad():
         expected = model.module.eval()(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(run(passes=2).deterministic, expected, rtol=1e-6)
+    off = run(passes=2).deterministic
+    assert off is not None
+    np.testing.assert_allclose(off, expected, rtol=1e-6)
 
 
 def test_kept_samples_are_what_the_moments_are_of() -> None:
@@ -133,6 +136,26 @@ def test_kept_samples_are_what_the_moments_are_of() -> None:
     np.testing.assert_allclose(result.mean, samples.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(result.variance, samples.var(axis=0, ddof=1), rtol=1e-9)
     np.testing.assert_allclose(result.standard_error, stats.sem(samples), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "plan", [{"passes": 20}, {"passes": 200, "tolerance": 0.02}, {"passes": 9, "exact_last": True}]
+)
+def test_without_the_deterministic_output_there_is_a_pass_less_and_the_rest_is_the_same(plan: dict[str, Any]) -> None:
+    model, x = small()
+    found, rows = [], []
+    for asked in (True, False):
+        with Operations() as ran:
+            found.append(mcdrop.sample(model, x, PassPlan(**plan), deterministic=asked))
+        rows.append(sum(len(args[0]) for args in ran.named("aten.mm") if args[0].shape[-1] == x.shape[-1]))
+    (whole, less), (more, fewer) = found, rows
+    assert more - fewer == len(x)
+    assert fewer == less.passes.sum()
+    assert whole.deterministic is not None
+    assert less.deterministic is None
+    np.testing.assert_array_equal(less.passes, whole.passes)
+    for name in ("mean", "variance", "standard_error"):
+        np.testing.assert_allclose(getattr(less, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
 
 
 # -- rows that stop ----------------------------------------------------------------------------------------------------
@@ -147,7 +170,10 @@ def test_a_row_that_stops_has_the_answer_that_so_many_passes_always_give(sampler
         fixed, rows = run(passes=passes, sampler=sampler), adaptive.passes == passes
         for name in ("mean", "variance", "standard_error", "degrees"):
             np.testing.assert_allclose(getattr(adaptive, name)[rows], getattr(fixed, name)[rows], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(adaptive.deterministic, run(passes=2).deterministic, rtol=1e-4, atol=1e-6)
+    off = run(passes=2).deterministic
+    assert off is not None
+    assert adaptive.deterministic is not None
+    np.testing.assert_allclose(adaptive.deterministic, off, rtol=1e-4, atol=1e-6)
 
 
 @every_sampler

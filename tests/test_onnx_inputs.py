@@ -202,6 +202,7 @@ def test_outputs_that_float32_would_round_keep_their_digits(kind: int) -> None:
     found = mcdrop.sample(model, x, mcdrop.PassPlan(passes, 0, "iid"))
     # the squares of 2 m - 1 are 1: only the mean's own error, 1 / T, is left
     np.testing.assert_allclose(found.variance, 1.0, atol=20 / passes)
+    assert found.deterministic is not None
     np.testing.assert_allclose(found.deterministic, 10**9 + 1, rtol=1e-15)
 
 

@@ -101,6 +101,16 @@ def test_a_row_alone_in_a_batch_of_256_and_reversed_has_the_same_interval(model:
         np.testing.assert_allclose(getattr(alone, name), getattr(batch, name)[77:78], rtol=1e-4, atol=1e-6)
 
 
+def test_the_deterministic_output_can_be_left_out(model: mcdrop.Model) -> None:
+    """Also that of classes, which are told from each pass."""
+    for one in (model, mcdrop.wrap(net(outputs=3), example=X, task="classification")):
+        whole, less = (mcdrop.predict(one, X, deterministic=asked) for asked in (True, False))
+        assert whole.deterministic is not None
+        assert less.deterministic is None
+        for name in ("mean", "variance", "lower", "upper"):
+            np.testing.assert_allclose(getattr(less, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
+
+
 def test_a_bare_module_answers_as_a_wrapped_one() -> None:
     module = net()
     bare, wrapped = mcdrop.predict(module, X, seed=2), mcdrop.predict(mcdrop.wrap(module, example=X), X, seed=2)

@@ -226,4 +226,6 @@ def test_weights_that_the_users_own_forward_keeps_are_not_those_of_a_pass() -> N
         assert net.one.weight is kept
         assert len(parametrize._cache) == 1
     assert np.abs(got.mean - expected.mean).max() < 1e-6
+    assert got.deterministic is not None
+    assert expected.deterministic is not None
     assert np.abs(got.deterministic - expected.deterministic).max() < 1e-6

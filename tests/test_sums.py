@@ -32,8 +32,8 @@ ASKED: list[dict[str, object]] = [
 class There(TorchBackend):
     """A backend that takes its device for a GPU; what it cannot record it runs."""
 
-    def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
-        block = super().block(rows, exact_last=exact_last)
+    def block(self, rows: Rows, *, exact_last: bool = False, rides: bool = True) -> Block:
+        block = super().block(rows, exact_last=exact_last, rides=rides)
         assert isinstance(block, Ready)
         block._on_gpu = True
         return block

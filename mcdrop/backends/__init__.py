@@ -42,10 +42,11 @@ class Backend(Protocol):
 
     chunk_bytes: int
 
-    def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
+    def block(self, rows: Rows, *, exact_last: bool = False, rides: bool = True) -> Block:
         """Gives rows ready for passes with the weights of today.
 
-        With ``exact_last`` outputs are mean and variance over the last mask in closed form, (T, N, ..., 2 D).
+        With ``exact_last`` outputs are mean and variance over the last mask in closed form, (T, N, ..., 2 D). Where
+        the output with every draw off ``rides``, it may be made with the first passes, which takes less than by itself.
 
         Raises:
             InputError: there is no closed form.

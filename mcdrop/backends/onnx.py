@@ -117,7 +117,7 @@ class OnnxBackend:
         """Gives the sha256 of the graph as it was read."""
         return self._digest
 
-    def block(self, rows: Rows, *, exact_last: bool = False) -> Plain:
+    def block(self, rows: Rows, *, exact_last: bool = False, rides: bool = True) -> Plain:
         """Gives rows ready for passes.
 
         Raises:

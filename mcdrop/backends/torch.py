@@ -82,14 +82,14 @@ class TorchBackend:
     def chunk_bytes(self, given: int) -> None:
         self.room.bytes = given
 
-    def block(self, rows: Rows, *, exact_last: bool = False) -> Block:
+    def block(self, rows: Rows, *, exact_last: bool = False, rides: bool = True) -> Block:
         """Gives rows ready for passes with the weights of today, or for those with the last layer in closed form.
 
         Raises:
             InputError: the last layer has no closed form.
         """
         several = self._several(rows)
-        ready = Ready(self.plans, several, self.room, exact_last=exact_last)
+        ready = Ready(self.plans, several, self.room, exact_last=exact_last, rides=rides)
         return ready if several is rows else _Single(ready)
 
     def forward(self, rows: Rows, passes: int, *, seed: int, start: int, sampler: str) -> Outputs:
@@ -97,7 +97,7 @@ class TorchBackend:
 
         Out of memory, half of the passes or of the rows are run at a time, and later chunks are half as large.
         """
-        return self.block(rows).forward(passes, seed=seed, start=start, sampler=sampler)
+        return self.block(rows, rides=False).forward(passes, seed=seed, start=start, sampler=sampler)
 
     def deterministic(self, rows: Rows) -> Outputs:
         """Gives the outputs with every draw off, as in plain eval: (N, ...)."""
