@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "identical", "largest", "told_orders", "uneven"]
+__all__ = ["difference", "identical", "largest", "others_than_outputs", "told_orders", "uneven"]
 
 _ROUNDING = {2: 2e-2, 4: 4e-6, 8: 8e-15}  # of a number of so many bytes, after other operations on one as large
 _FEWEST_TELLING, _MOST_TELLING = 3, 64  # rows
@@ -18,11 +18,14 @@ _Draw = TypeVar("_Draw")
 _Differs = Callable[[Mapping[_Draw, int], frozenset[_Draw], Sequence[int]], bool | None]
 
 
-def difference(got: Any, expected: Any, *, scale: float | None = None, passes: Any = None) -> float:
+def difference(
+    got: Any, expected: Any, *, scale: float | None = None, passes: Any = None, by_output: bool = False
+) -> float:
     """The largest difference of two arrays or tensors relative to ``scale``, the largest finite value of the second.
 
     ``passes`` (T, ...) are outputs under other masks, each like what is expected: then what masks move is relative to
-    the farthest that they move it, beyond rounding; not to what they do not move, such as masked logits.
+    the farthest that they move it, beyond rounding; not to what they do not move, such as masked logits. With
+    ``by_output`` it is relative to the farthest that they move the same output, whose units may be others.
 
     It is infinite where the shapes differ, or where one is infinite or NaN and the other is not the same.
     """
@@ -37,18 +40,24 @@ def difference(got: Any, expected: Any, *, scale: float | None = None, passes: A
         worst = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
     if passes is None or not 0 < worst < np.inf:
         return worst / (scale or largest(other))
-    return _by_what_moves(apart, other, passes)
+    return _by_what_moves(apart, other, passes, by_output)
 
 
-def _by_what_moves(apart: NDArray[Any], expected: NDArray[Any], passes: Any) -> float:
+def _by_what_moves(apart: NDArray[Any], expected: NDArray[Any], passes: Any, by_output: bool) -> float:
     values = _array(passes)
     with np.errstate(invalid="ignore"):
         spread = np.ptp(values, axis=0)
     moved = np.isfinite(spread) & (spread > 0)
-    farthest = float(spread.max(where=moved, initial=0.0))
+    others = others_than_outputs(spread.ndim) if by_output else None
+    farthest = np.max(spread, axis=others, where=moved, initial=0.0, keepdims=True)
     rounding = _ROUNDING.get(passes.itemsize, 0.0) * np.where(moved, np.abs(values).max(axis=0), 0)
     still = float(np.where(moved, 0, apart).max()) / largest(expected)
-    return max(still, float(np.where(moved, apart - rounding, 0).max()) / max(farthest, 1e-30))
+    return max(still, float((np.where(moved, apart - rounding, 0) / np.maximum(farthest, 1e-30)).max()))
+
+
+def others_than_outputs(axes: int) -> tuple[int, ...]:
+    """The axes of what rows give (N, ...) but the one of outputs, or of channels: the one after the rows."""
+    return tuple(axis for axis in range(axes) if axis != 1)
 
 
 def identical(one: Any, other: Any) -> bool:

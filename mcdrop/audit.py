@@ -57,7 +57,8 @@ class Audit:
     memory of a chunk of passes as a multiple of the usual: both were measured. ``exact_last`` says whether the last
     dropout has a closed form. ``prepare_seconds`` is what tracing, capturing and checking took, which no request pays
     for; ``devices`` says where passes run, and on several which share the rows. ``precision_error`` is the root mean
-    square of what a lower precision changes in the passes, in their standard deviations. ``injected`` says what was put
+    square of what a lower precision changes in the passes, in their standard deviations, of the output where it is
+    largest. ``injected`` says what was put
     into a network that was trained without it: uncalibrated until ``calibrated``.
     """
 

@@ -24,7 +24,7 @@ from mcdrop.quiet import first_line
 from mcdrop.record import Spy, record
 from mcdrop.rewound import REWOUND
 from mcdrop.rows import Rows
-from mcdrop.telling import telling
+from mcdrop.telling import halved, telling
 from mcdrop.trace import Trace, one_pass, repeat_rows
 from mcdrop.volatile import Left, alike
 
@@ -86,7 +86,8 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
                 return True
         # of many draws in a row often no unit passes all, whatever one of them does
         with may_break_off(live, before):
-            each = ([mask if i == index else None for i, mask in enumerate(others(seed))] for seed in (0, 1))
+            kept = [i == index or site.constant for i, site in enumerate(found.sites)]
+            each = ([mask if kept[i] else None for i, mask in enumerate(others(seed))] for seed in (0, 1))
             return not identical(*map(output, each))
         return False
 
@@ -162,7 +163,7 @@ def mean_preserving(live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick, f
         expected = one_pass(live, rows, pick, found, _expectations(found, rows))
         eval_output = draws_off(plain, rows, pick)
         passes = torch.stack([expected, one_pass(live, rows, pick, found, _masks(found, rows))])
-    return difference(expected.to(eval_output), eval_output, passes=passes) <= 1e-4
+    return difference(expected.to(eval_output), eval_output, passes=passes, by_output=True) <= 1e-4
 
 
 def _expectations(found: Trace, rows: Rows) -> list[Tensor | None]:
@@ -188,8 +189,8 @@ def alone(module: nn.Module, rows: Rows, pick: Pick, found: Trace, excluded: fro
     """
     single = _same_masks(module, rows, pick, found)
     few = rows if rows.count > 1 else repeat_rows(rows, FEW)
-    halved = replace(found, sites=tuple(replace(site, p=0.5) for site in found.sites))
-    kinds = ([_masks(halved, few, seed=seed) for seed in (0, 1)], [_told(found, few, seed=seed) for seed in (0, 1)])
+    even = replace(found, sites=tuple(halved(found.sites)))
+    kinds = ([_masks(even, few, seed=seed) for seed in (0, 1)], [_told(found, few, seed=seed) for seed in (0, 1)])
     compared = (_compared(module, few, pick, found, excluded, *pair) for pair in kinds)
     return single._replace(said=(*single.said, *next(filter(None, compared), ())))
 

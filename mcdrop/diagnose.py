@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mcdrop.agreement import others_than_outputs
 from mcdrop.audit import Audit, NormReport, times
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
@@ -102,20 +103,26 @@ def _precision_warnings(backend: TorchBackend) -> list[str]:
 def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> float | None:
     """What a lower precision changes in passes of the same masks, in standard deviations: a root mean square.
 
-    Outputs that never vary, such as masked logits, have no say in it.
+    It is that of the output, or channel, where it is largest, since their units may differ. What never varies, such as
+    masked logits, has no say in it.
     """
     if backend.precision == "fp32":
         return None
     exact = backend.run(rows, len(everything), only=None, tier="loop")
-    found, squares = _moments(exact), 0.0
+    found = _moments(exact)
+    others, squares = others_than_outputs(found.variance.ndim), 0.0
     with np.errstate(invalid="ignore"):
         for low, full in zip(map(as_numpy, everything), map(as_numpy, exact), strict=True):
-            squares += float(np.nansum(np.square(low - full, dtype=np.float64), where=found.variance > 0))
-    error = math.sqrt(squares / len(everything) / total_variance(found))
+            square = np.square(low - full, dtype=np.float64)
+            squares += np.nansum(square, axis=others, where=found.variance > 0)
+    spread = np.nansum(found.variance, axis=others)
+    shares = np.divide(squares, len(everything) * spread, out=np.zeros_like(spread), where=spread > 0)
+    error = math.sqrt(np.max(shares, initial=0.0))
     if not error <= LARGEST_ERROR:
+        where = f" of output {np.argmax(shares)}" if shares.size > 1 else ""
         raise ModelRefused(
-            f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation, more "
-            f"than {LARGEST_ERROR:.0%}: the spread of this network is too small for so few digits; use 'fp32'"
+            f"precision={backend.precision!r} is off from fp32 by {error:.0%} of the passes' standard deviation{where}"
+            f", more than {LARGEST_ERROR:.0%}: the spread of this network is too small for so few digits; use 'fp32'"
         )
     return error
 

@@ -268,8 +268,8 @@ def _report(found: Trace, index: int, excluded: frozenset[str], changes: Callabl
     """Reports on one site; ``changes`` says whether a mask on it alone changes the output."""
     site = found.sites[index]
     verdict, reason = "live", "changes the output"
-    if site.kind == "bernoulli" and site.p in (0.0, 1.0):
-        verdict, reason = "idle", f"its drop rate is {site.p:g}"
+    if site.constant:
+        verdict, reason = "idle", f"its drop rate is {site.p:.12g}: all passes have one mask"
     elif not changes(index):
         verdict, reason = "idle", "no mask on it changes the output"
     if site.path in excluded:

@@ -4,7 +4,8 @@ A row's answer depends on neither the chunk nor its neighbours, because the mask
 whose mean is known well enough may leave the batch without changing the answer of any other.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from scipy import special
 
 from mcdrop.backends import Backend, Block
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import BLOCKS, SAMPLERS, SEED_LIMIT, is_whole
+from mcdrop.masks import BLOCKS, SAMPLERS, SEED_LIMIT, Site, is_whole
 from mcdrop.moments import Gathered
 from mcdrop.rows import Rows
 
@@ -27,6 +28,7 @@ MOST_PASSES = 1_000_000
 ROUNDING = 1e-5  # relative: in batches of other sizes the scores of float32 networks came out up to 4e-6 apart
 _CHECKED_AT = 0.975
 _ROUND = 64  # passes between two looks at the error of an adaptive run
+_SEEN = 5  # drops, after which the chance that none is seen is exp(-5)
 
 Array = NDArray[np.float64]
 Kept = NDArray[np.floating[Any]]  # in the network's own precision
@@ -239,10 +241,20 @@ def _gather(
         gathered.add(values)
 
 
+def _telling_passes(sites: Sequence[Site]) -> int:
+    """From how many passes on each draw has dropped a unit, and kept one, but for a chance of exp(-5)."""
+    changing = [site for site in sites if site.kind == "bernoulli" and not site.constant]
+    return max(
+        (math.ceil(_SEEN / (min(one.p, 1 - one.p) * max(1, math.prod(one.shape)))) for one in changing), default=1
+    )
+
+
 def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, deterministic: bool) -> PassResult:
     """Looks at the error after each round and lets the rows go that are done."""
     assert plan.tolerance is not None
     block, off = backend.block(rows, exact_last=plan.exact_last, rides=deterministic), None
+    sites = backend.sites(rows)
+    enough = _telling_passes(sites[:-1] if plan.exact_last else sites)  # the closed form needs no drop of the last
     active, left = np.arange(rows.count), rows
     gathered, done, order = Gathered(BLOCKS[plan.sampler]), [], []
     for start in range(0, plan.passes, _ROUND):
@@ -256,7 +268,8 @@ def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statisti
         outputs = found.mean.shape[-1] // (2 if plan.exact_last else 1)
         squared = found.error_squared[..., : statistics.width(outputs)]
         error = wide * np.sqrt(squared).reshape(len(active), -1).max(axis=1)
-        finished = (error <= plan.tolerance) | (stop == plan.passes)
+        known = (error > 0) | (stop >= enough)  # that all passes are alike may be for want of a rare drop
+        finished = known & (error <= plan.tolerance) | (stop == plan.passes)
         if finished.any():
             theirs = None if off is None else off[active[finished]]
             done.append(_of(gathered.take(finished), theirs, None, plan, statistics))

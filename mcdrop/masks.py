@@ -52,6 +52,11 @@ class Site:
     kind: str = "bernoulli"
     path: str = ""
 
+    @property
+    def constant(self) -> bool:
+        """Whether every pass drops, or keeps, all units: also a rate that masks do not tell from 0 or 1."""
+        return self.kind == "bernoulli" and _threshold(self.p) in (0, 2**32)
+
 
 def sample_masks(sites: Sequence[Site], passes: int, *, seed: int, start: int = 0, sampler: str = "iid") -> Masks:
     """Gives the draws of passes ``start`` to ``start + passes``: site name -> (T, ...shape of the site), float32.
@@ -86,7 +91,7 @@ def draw(site: Site, passes: int, *, seed: int, start: int = 0, sampler: str = "
     """
     _check(site, passes, seed, start, sampler)
     kind, numbers = KINDS[site.kind], SAMPLERS[sampler]
-    if site.kind == "bernoulli" and _threshold(site.p) in (0, 2**32):
+    if site.constant:
         return np.full((passes, *site.shape), not _threshold(site.p), kind.dtype)
     values: NDArray[Any] = np.empty((passes, *site.shape), kind.dtype)
 

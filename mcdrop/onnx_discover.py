@@ -179,13 +179,14 @@ def _verdict(backend: OnnxBackend, rows: Rows, sites: tuple[Site, ...], site: Si
     trace = backend.plan(rows).trace
     if any(site.name in names for mask, names in trace.of_slot.items() if mask in trace.absent):
         return "idle", "its branch does not run on the example"
-    if site.kind == "bernoulli" and site.p in (0.0, 1.0):
-        return "idle", f"its drop rate is {site.p:g}"
+    if site.constant:
+        return "idle", f"its drop rate is {site.p:.12g}: all passes have one mask"
     for seed in range(_TRIES):
         drawn = {**sample_masks(sites, 2, seed=seed), **telling([site], 2, seed=seed)}
         still = {name: values if name == site.name else values[[0, 0]] for name, values in drawn.items()}
         # and with the others at their expectation: of many in a row, often no unit passes all
-        for masks in (still, {site.name: drawn[site.name]}):
+        alone = {one.name: drawn[one.name] for one in sites if one.constant or one.name == site.name}
+        for masks in (still, alone):
             if not identical(*backend.run(rows, masks, 2, trace, "loop")):
                 return "live", "changes the output"
     return "idle", "no mask on it changes the output"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mcdrop.agreement import difference
 from mcdrop.capture import Captured, NotCaptured, capture
@@ -78,6 +78,8 @@ def make_plan(
         captured = capture(live, few, pick, found, stacks, dtype=dtype)
         if flags.read:  # where a graph is written down for other numbers of rows
             raise NotCaptured("other numbers of rows reach layers that these do not")
+        if dtype is not None and _reads_whole_numbers(captured, dtype):
+            raise NotCaptured(f"it makes whole numbers of real ones, and {precision} holds those up to 256 alone")
         program = Program(captured, dtype=dtype, few_digits=precision == "tf32")
         if compiled:
             program = program.compiled()
@@ -95,6 +97,20 @@ def make_plan(
     if dtype is None and not compiled:
         plan = replace(plan, kept=_kept(captured, plan, live, few, pick, stacks, told))
     return calibrated(plan, few, partial(stacks_of, found), tuning)
+
+
+def _reads_whole_numbers(captured: Captured, dtype: torch.dtype) -> bool:
+    """Whether whole numbers are made of what has few digits, such as of a column of ids: they may be others then."""
+    few: set[fx.Node] = set()
+    for node in captured.graph.nodes:
+        made = node.meta.get("val")
+        if not isinstance(made, Tensor):
+            continue
+        if made.dtype == dtype or (made.is_floating_point() and not few.isdisjoint(node.all_input_nodes)):
+            few.add(node)
+        elif made.dtype != torch.bool and "_to_copy" in str(node.target) and not few.isdisjoint(node.all_input_nodes):
+            return True
+    return False
 
 
 def prove(
@@ -195,4 +211,4 @@ def _rides(plan: Plan, live: nn.Module, plain: nn.Module, rows: Rows, pick: Pick
             return False
     except Exception:  # then it is computed on its own
         return False
-    return difference(passes[-1], off, passes=moving) <= tolerance(program.dtype or off.dtype)
+    return difference(passes[-1], off, passes=moving, by_output=True) <= tolerance(program.dtype or off.dtype)

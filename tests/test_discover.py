@@ -133,6 +133,11 @@ def test_the_user_can_exclude_and_include() -> None:
 NOTHING: dict[str, tuple[nn.Module, str]] = {
     "no dropout at all": (nn.Linear(4, 1), "no draw at all"),
     "a rate of 0": (nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.0)), "1: bernoulli, its drop rate is 0"),
+    "a rate no mask has": (nn.Sequential(nn.Linear(4, 1), nn.Dropout(1e-10)), "its drop rate is 1e-10: all passes"),
+    "all dropped after it": (
+        nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 3), nn.Dropout(1.0), nn.Linear(3, 1)),
+        "0: bernoulli, no mask on it changes the output; 2: bernoulli, its drop rate is 1",
+    ),
     "dropout after the output is taken": (
         Net(Act(lambda x, on: (F.dropout(x, 0.5, on), x)[1])), "part: bernoulli, no mask on it changes the output",
     ),

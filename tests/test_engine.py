@@ -16,6 +16,7 @@ from torch import nn
 import mcdrop
 from mcdrop.engine import MOST_PASSES, PassPlan, PassResult, run_passes
 from mcdrop.errors import InputError, UnknownName
+from mcdrop.layers import StochasticDepth
 from mcdrop.rows import Rows
 from mcdrop.summaries import TASKS
 
@@ -174,6 +175,25 @@ def test_a_row_that_stops_has_the_answer_that_so_many_passes_always_give(sampler
     assert off is not None
     assert adaptive.deterministic is not None
     np.testing.assert_allclose(adaptive.deterministic, off, rtol=1e-4, atol=1e-6)
+
+
+def test_no_row_stops_before_a_rare_drop_can_have_been_seen() -> None:
+    """At a rate of 0.01 half of all runs of 64 passes drop nothing: all passes are alike, and the error is not 0."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), StochasticDepth(0.01), nn.Linear(8, 1))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    model = mcdrop.wrap(net, example=x)
+    for seed in range(20):
+        found = mcdrop.sample(model, x, PassPlan(600, seed, "iid", tolerance=1e-9))
+        assert (found.passes == 600).all() or not found.variance.any()
+        assert found.passes.min() >= 500  # 5 / 0.01: nothing was dropped in one of 150 such runs
+    exact = mcdrop.sample(model_of_a_last_layer(0.01), x, PassPlan(600, 0, tolerance=1e-9, exact_last=True))
+    assert (exact.passes == 64).all()  # known without a drop
+    assert (exact.variance > 0).all()
+
+
+def model_of_a_last_layer(p: float) -> mcdrop.Model:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(p), nn.Linear(8, 1))
+    return mcdrop.wrap(net, example=torch.randn(4, 4))
 
 
 @every_sampler

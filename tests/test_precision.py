@@ -9,7 +9,7 @@ import torch
 from captures import apart, backend_of, loop, made, passes
 from devices import on_each_device
 from factories import FACTORIES, plain, trained
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import mcdrop
@@ -23,17 +23,55 @@ TOLD = 32  # passes over four rows that the audit's error is measured on
 @pytest.mark.parametrize("name", ["mlp", "residual", "encoder", "lstm"])
 @on_each_device
 def test_the_audit_states_how_far_bf16_is_from_full_precision(name: str, device: str) -> None:
-    """Counted again from the loop in float32: the root mean square of the change, in standard deviations of a pass."""
+    """Counted again from the loop in float32: the root mean square of the change, in standard deviations of a pass.
+
+    It is that of the output, or channel, where it is largest.
+    """
     net, x = made(name, device)
     model = mcdrop.wrap(net, example=x[:4], precision="bf16")
     assert model.audit.tier == "captured"
     assert model.audit.precision == "bf16"
     full, low = (run.double() for run in (loop(model, x[:4], TOLD), passes(model, x[:4], TOLD)))
-    error = float((low - full).square().mean().sqrt() / full.var(dim=0).mean().sqrt())
+    changed, spread = ((low - full).square().mean(0), full.var(dim=0))
+    per_output = (one.movedim(1, -1).reshape(-1, one.shape[1]).mean(0) for one in (changed, spread))
+    error = float(torch.div(*per_output).max().sqrt())
     assert model.audit.precision_error is not None
-    assert 1e-4 < error < 0.1
+    assert 1e-4 < error < 0.2
     assert abs(model.audit.precision_error - error) < 0.02 * error
     assert f"off from fp32 by {model.audit.precision_error:.2%}" in str(model.audit)
+
+
+@on_each_device
+def test_an_output_of_small_units_is_not_hidden_by_one_of_large_ones(device: str) -> None:
+    """bf16 has 8 bits: of 100 the last is worth 0.5, more than its spread here, whatever is in thousands beside it."""
+    last = nn.Linear(32, 2)
+    with torch.no_grad():
+        last.weight[0] *= 1000
+        last.bias[1] += 100
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Dropout(0.2), last).to(device)
+    with pytest.raises(ModelRefused, match="standard deviation of output 1, more than 20%"):
+        mcdrop.wrap(net, example=torch.randn(8, 6, device=device), precision="bf16")
+
+
+@on_each_device
+def test_ids_among_real_numbers_need_all_digits(device: str) -> None:
+    """In bf16 257 is 256: a table's column of ids would look up another row, silently."""
+    net, x = Looked().to(device), torch.stack([torch.arange(8.0), torch.randn(8)], 1).to(device)
+    with pytest.raises(ModelRefused, match="makes whole numbers of real ones, and bf16 holds those up to 256 alone"):
+        mcdrop.wrap(net, example=x, precision="bf16")
+    assert mcdrop.wrap(net, example=x).audit.tier == "captured"
+
+
+class Looked(nn.Module):
+    """Looks a column of its table up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked, self.drop, self.last = nn.Embedding(2000, 16), nn.Dropout(0.3), nn.Linear(17, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.last(self.drop(torch.cat([self.looked(x[:, 0].long()), x[:, 1:]], 1)))
+        return last
 
 
 @on_each_device

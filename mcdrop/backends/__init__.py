@@ -1,11 +1,13 @@
 """What runs a network's passes: one Protocol, one module for each runtime, each loaded only when it is used."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mcdrop.masks import Site
 from mcdrop.moments import Summing
 from mcdrop.rows import Rows
 
@@ -60,6 +62,9 @@ class Backend(Protocol):
 
     def features(self, rows: Rows, layer: str | None) -> NDArray[np.float32]:
         """Gives the output of a named layer, or by default what enters the last linear one, with draws off: (N, F)."""
+
+    def sites(self, rows: Rows) -> Sequence[Site]:
+        """Gives the draws of a pass that are on."""
 
     def digest(self) -> str:
         """Gives a sha256 over the weights."""

@@ -21,7 +21,7 @@ from mcdrop.agreement import difference, identical
 from mcdrop.backends import Plain
 from mcdrop.drawn import Drawn, LatestMasks
 from mcdrop.errors import InputError, UnknownName
-from mcdrop.masks import sample_masks
+from mcdrop.masks import Site, sample_masks
 from mcdrop.onnx_bodies import LOOPS
 from mcdrop.onnx_feeds import fold_rows, mask_feed
 from mcdrop.onnx_graph import pruned, split, walk
@@ -112,6 +112,10 @@ class OnnxBackend:
             raise InputError(f"layer {layer or value!r} does not keep the rows on its first axis")
         features: NDArray[np.float32] = found.reshape(rows.count, -1).astype(np.float32)
         return features
+
+    def sites(self, rows: Rows) -> tuple[Site, ...]:
+        """Gives the draws of a pass."""
+        return self.plan(rows).trace.sites
 
     def digest(self) -> str:
         """Gives the sha256 of the graph as it was read."""

@@ -17,6 +17,7 @@ from mcdrop.features import beside_weights, hidden_features, tensors_digest, wei
 from mcdrop.flags import Flags
 from mcdrop.forward import Outputs, as_numpy, draws_off, place_of
 from mcdrop.intercept import EachRow, Given
+from mcdrop.masks import Site
 from mcdrop.moments import Summing
 from mcdrop.outputs import Pick
 from mcdrop.plan import CHUNK_BYTES, Plan, Tuning
@@ -210,6 +211,10 @@ class TorchBackend:
     def plan(self, rows: Rows) -> Plan:
         """Gives how passes of such rows are run."""
         return self.plans.plan(self._several(rows))
+
+    def sites(self, rows: Rows) -> list[Site]:
+        """Gives the draws of a pass that are on."""
+        return self.plan(rows).on
 
     def _several(self, rows: Rows) -> Rows:
         """Puts a single row beside itself, where the network takes none that is alone."""
