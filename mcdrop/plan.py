@@ -122,7 +122,7 @@ def calibrated(plan: Plan, rows: Rows, stacks_of: Callable[[int], Stacks], tunin
     """
     if tuning is not None:
         return replace(plan, chunk=tuning.chunk, kept_from=None if plan.kept is None else tuning.kept_from)
-    if rows.args and rows.args[0].device.type != "cpu":
+    if rows.leaves[0].device.type != "cpu":
         return plan
     with torch.no_grad():
         if plan.kept is not None:

@@ -78,9 +78,7 @@ def make_plan(
         captured = capture(live, few, pick, found, stacks, dtype=dtype)
         if flags.read:  # where a graph is written down for other numbers of rows
             raise NotCaptured("other numbers of rows reach layers that these do not")
-        if dtype is not None and _reads_whole_numbers(captured, dtype):
-            raise NotCaptured(f"it makes whole numbers of real ones, and {precision} holds those up to 256 alone")
-        program = Program(captured, dtype=dtype, few_digits=precision == "tf32")
+        program = Program(_of_real_numbers(captured, dtype), dtype=dtype, few_digits=precision == "tf32")
         if compiled:
             program = program.compiled()
         with quiet() if compiled else nullcontext():  # torch's compiler warns of torch
@@ -99,18 +97,22 @@ def make_plan(
     return calibrated(plan, few, partial(stacks_of, found), tuning)
 
 
-def _reads_whole_numbers(captured: Captured, dtype: torch.dtype) -> bool:
-    """Whether whole numbers are made of what has few digits, such as of a column of ids: they may be others then."""
+def _of_real_numbers(captured: Captured, dtype: torch.dtype | None) -> Captured:
+    """Gives a graph that makes no whole numbers of what has few digits, such as of a column of ids.
+
+    Raises:
+        NotCaptured: it does; they could be others.
+    """
     few: set[fx.Node] = set()
     for node in captured.graph.nodes:
-        made = node.meta.get("val")
-        if not isinstance(made, Tensor):
+        made, follows = node.meta.get("val"), not few.isdisjoint(node.all_input_nodes)
+        if not isinstance(made, Tensor) or dtype is None:
             continue
-        if made.dtype == dtype or (made.is_floating_point() and not few.isdisjoint(node.all_input_nodes)):
+        if made.dtype == dtype or (made.is_floating_point() and follows):
             few.add(node)
-        elif made.dtype != torch.bool and "_to_copy" in str(node.target) and not few.isdisjoint(node.all_input_nodes):
-            return True
-    return False
+        elif follows and made.dtype != torch.bool and "_to_copy" in str(node.target):
+            raise NotCaptured(f"it makes whole numbers of real ones, and {dtype} holds those up to 256 alone")
+    return captured
 
 
 def prove(
@@ -188,7 +190,7 @@ def _kept(
     captured: Captured, plan: Plan, live: nn.Module, rows: Rows, pick: Pick, stacks: Stacks, told: Stacks
 ) -> Program | None:
     """The program of kept units, where the network has one and runs on a CPU."""
-    if rows.args and rows.args[0].device.type != "cpu":
+    if rows.leaves[0].device.type != "cpu":
         return None
     try:
         kept = Program(captured, kept=True)

@@ -57,7 +57,9 @@ def test_an_output_of_small_units_is_not_hidden_by_one_of_large_ones(device: str
 def test_ids_among_real_numbers_need_all_digits(device: str) -> None:
     """In bf16 257 is 256: a table's column of ids would look up another row, silently."""
     net, x = Looked().to(device), torch.stack([torch.arange(8.0), torch.randn(8)], 1).to(device)
-    with pytest.raises(ModelRefused, match="makes whole numbers of real ones, and bf16 holds those up to 256 alone"):
+    with pytest.raises(
+        ModelRefused, match=r"makes whole numbers of real ones, and torch\.bfloat16 holds those up to 256 alone"
+    ):
         mcdrop.wrap(net, example=x, precision="bf16")
     assert mcdrop.wrap(net, example=x).audit.tier == "captured"
 
