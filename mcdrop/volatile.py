@@ -47,7 +47,7 @@ def starts(module: nn.Module, names: Collection[str], tied: Collection[str]) -> 
     for name in sorted({*names, *tied}):
         owner, key = _owner(module, name)
         if key in owner._parameters and name in names:
-            raise ModelRefused(f"the network writes to its parameter {name} in eval mode")
+            raise ModelRefused(f"the network writes to its parameter {name} in eval mode; compute with another tensor")
         if name in shares:
             said = f"the network writes to {name} in eval mode, which shares its memory with {shares[name]}"
             raise ModelRefused(said)

@@ -5,8 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["own_tensor_dicts"]
+
+_SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class _Noting(dict[str, Any]):
@@ -23,6 +26,21 @@ class _Noting(dict[str, Any]):
     def __delitem__(self, name: str) -> None:
         self.touched.add(name)
         super().__delitem__(name)
+
+
+class _Setting(TorchFunctionMode):
+    """Notes whose numbers are set by ``tensor.data = other``, which no operation tells of, if only for a while."""
+
+    def __init__(self, names: Mapping[int, str], written: set[str]) -> None:
+        super().__init__()
+        self._names, self._written = names, written
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _SETS_DATA and id(args[0]) in self._names:
+            self._written.add(self._names[id(args[0])])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -46,10 +64,11 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
     for _, child, kind, tensors in shared:
         child.__dict__[kind] = _Noting(tensors)
     try:
-        yield
+        with _Setting({id(tensor): name for name, tensor, _, _ in memory}, written):
+            yield
     finally:
         for name, tensor, data, place in memory:
-            if _address(tensor) != place:  # by ``tensor.data = other``, which no operation tells of
+            if _address(tensor) != place:
                 tensor.data = data
                 written.add(name)
         for path, child, kind, tensors in shared:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mcdrop
-from mcdrop.errors import UncontrolledDraw
+from mcdrop.errors import ModelRefused, UncontrolledDraw
 
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
 
@@ -144,6 +144,30 @@ def test_what_a_forward_sets_by_data_is_as_it_was(parameter: bool) -> None:
     with pytest.raises(UncontrolledDraw, match="writes to weight in training mode"):
         mcdrop.wrap(net, example=X)
     assert torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_weight_whose_numbers_are_others_for_a_while_is_refused_by_name(always: bool) -> None:
+    """A pass that fails in between would leave masked ones in the user's network; another thread would see them."""
+
+    class Swaps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.first.weight.data
+            if always or self.training:
+                self.first.weight.data = F.dropout(weight, 0.3, self.training)
+            out: Tensor = self.last(self.first(x).relu())
+            self.first.weight.data = weight
+            return out
+
+    net = Swaps().eval()
+    before = net.first.weight.detach().clone()
+    with pytest.raises(ModelRefused, match=r"writes to .*first\.weight in"):
+        mcdrop.wrap(net, example=X)
+    assert torch.equal(net.first.weight, before)
 
 
 def test_a_forward_that_draws_until_a_number_is_low_is_told_what_works() -> None:
