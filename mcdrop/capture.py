@@ -85,11 +85,11 @@ class Captured:
     @property
     def recordable(self) -> bool:
         """Whether a CUDA graph could hold it: all of it on one GPU, and no size that follows from values."""
-        values = [node.meta.get("val") for node in self.graph.nodes]
         waits = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
         if any(tag in getattr(node.target, "tags", ()) for node in self.graph.nodes for tag in waits):
             return False
-        return {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}
+        values = [node.meta.get("val") for node in self.graph.nodes]
+        return [one.type for one in {value.device for value in values if isinstance(value, Tensor)}] == ["cuda"]
 
     def holds(self, passes: int, rows: int) -> bool:
         """Whether the network's own code would go the same way with so many passes and rows."""

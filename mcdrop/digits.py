@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["digits", "tolerance"]
+__all__ = ["WIDE", "digits", "tolerance"]
+
+WIDE = frozenset({torch.float64, torch.int64, torch.int32})  # what float32 would round
 
 _MATMUL: Any = torch.backends.cuda.matmul
 _CUDNN: Any = torch.backends.cudnn

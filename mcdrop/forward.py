@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mcdrop.digits import WIDE
 from mcdrop.errors import InputError, MCDropError
 from mcdrop.intercept import Expected, Interception
 from mcdrop.outputs import Pick
@@ -154,9 +155,12 @@ def as_numpy(output: Outputs | Tensor) -> Outputs:
     """Gives outputs as an array: of float64 where float32 would round them."""
     if isinstance(output, np.ndarray):
         return output
-    wide = output.dtype in (torch.float64, torch.int64, torch.int32)
     there = output.is_cpu and output.dtype in (torch.float32, torch.float64)
-    array: Outputs = (output if there else output.to("cpu", torch.float64 if wide else torch.float32)).detach().numpy()
+    array: Outputs = (
+        (output if there else output.to("cpu", torch.float64 if output.dtype in WIDE else torch.float32))
+        .detach()
+        .numpy()
+    )
     return array
 
 

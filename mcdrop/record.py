@@ -21,7 +21,7 @@ from mcdrop.reach import held
 from mcdrop.rewound import rewinding
 from mcdrop.rows import Rows
 from mcdrop.rules import RULES
-from mcdrop.standing import kept_tensors
+from mcdrop.standing import kept_tensors, memory_of
 from mcdrop.volatile import Left
 from mcdrop.written import own_tensor_dicts
 
@@ -177,7 +177,7 @@ class Spy(TorchDispatchMode):
     def note(self, name: str, result: Any, given: Sequence[Any], *, counted: bool = False) -> None:
         """Notes what an operation made; of several values the first tells what it was made of."""
         for place, value in enumerate(result if isinstance(result, tuple | list) else (result,)):
-            if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() not in self.watched:
+            if not isinstance(value, Tensor) or memory_of(value) not in self.watched:
                 taken = () if place else given
                 self.results.append(result_of(name, value, taken, drawn=self.drawn(), counted=counted))
 
@@ -190,7 +190,7 @@ class Spy(TorchDispatchMode):
         """Whether an operation writes to this argument and it is watched; then it gets a copy to write to."""
         if not isinstance(value, Tensor) or not value.numel():
             return False
-        owner = self.watched.get(value.untyped_storage().data_ptr())
+        owner = self.watched.get(memory_of(value) or 0)
         if owner is None:
             return False
         said = any(
@@ -233,7 +233,7 @@ def named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str
 def watched(module: nn.Module) -> dict[int, str]:
     """Maps the storage address of every parameter, buffer and plain attribute to its name."""
     state = (*kept_tensors(module), *module.named_buffers(), *module.named_parameters())  # of a view, its base
-    return {tensor.untyped_storage().data_ptr(): name for name, tensor in state if tensor.numel()}
+    return {place: name for name, tensor in state if tensor.numel() and (place := memory_of(tensor)) is not None}
 
 
 def nowhere(path: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mcdrop.digits import WIDE
 from mcdrop.moments import Summing
 from mcdrop.sums import summed_up
 
@@ -212,7 +213,7 @@ def _side_by_side(found: Tensors, leaves: Sequence[Tensor]) -> Tensor:
 
     At the end are the sums of the leaves, which are finite only where all of these are.
     """
-    dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if found[0].dtype in WIDE else torch.float32
     sums = [leaf.sum(dtype=torch.float32) for leaf in leaves if leaf.is_floating_point()]
     return torch.cat([one.reshape(-1).to(dtype) for one in (*found, *sums)])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Standing", "State", "as_views", "attributes", "constants_of", "facts_of", "holding", "is_dead", "is_shared",
-    "kept_tensors", "mapped", "state_of",
+    "kept_tensors", "mapped", "memory_of", "state_of",
 ]  # fmt: skip
 
 _TORCHS = frozenset(vars(nn.Module()))
@@ -97,6 +97,14 @@ def _leaves(value: Any) -> list[Any]:
     return found
 
 
+def memory_of(tensor: Tensor) -> int | None:
+    """Where the memory begins that a tensor lies in; None of one without a memory of its own, such as a sparse one."""
+    try:
+        return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def is_shared(tensor: Tensor) -> bool:
     """Whether other tensors lie in the memory of one, views or their base; a stand-in calls itself no view."""
     while torch._C._functorch.is_batchedtensor(tensor):
@@ -148,7 +156,11 @@ def is_dead(tensor: Tensor) -> bool:
 
 def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Where each lies in memory, and how: ``.data`` gives a tensor other memory without making it another tensor."""
-    return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    return [None if t is None else (_place(t), t.shape, t.dtype, t.device) for t in tensors]
+
+
+def _place(tensor: Tensor) -> Any:
+    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else id(tensor)
 
 
 def facts_of(tensors: Sequence[Tensor | None]) -> list[Any]:

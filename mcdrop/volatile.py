@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from mcdrop.errors import ModelRefused
 from mcdrop.holders import Collected, apart, contents, held_by_hooks, holders, holds, hooks, made_hold
 from mcdrop.locks import forkable
-from mcdrop.standing import attributes, kept_tensors, mapped
+from mcdrop.standing import attributes, kept_tensors, mapped, memory_of
 
 __all__ = ["Left", "alike", "clean_ways", "from_start", "own", "placed_starts", "starts", "volatile"]
 
@@ -73,8 +73,8 @@ def _shared(module: nn.Module, names: Collection[str], weights: Collection[int])
     """Says with what some that are written to share their memory; a tensor may be in several of their places itself."""
     pieces: dict[int, list[tuple[str, int]]] = {}
     for name, tensor in _tensors(module, weights) if names else ():
-        if tensor.numel():
-            pieces.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, id(tensor)))
+        if tensor.numel() and (place := memory_of(tensor)) is not None:
+            pieces.setdefault(place, []).append((name, id(tensor)))
     found: dict[str, str] = {}
     for piece in pieces.values():
         for name, one in piece:

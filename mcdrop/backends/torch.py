@@ -199,7 +199,7 @@ class TorchBackend:
         self, plan: Plan, tensors: Rows, masks: Stacks, source: type[Given], watching: AbstractContextManager[object]
     ) -> None:
         exact, flags = self.plans.arithmetic(tensors), self.flags.under(plan.verdicts)
-        with torch.no_grad(), exact, watching, self.plans.turn, flags:
+        with torch.no_grad(), self.plans.turn, exact, watching, flags:  # the turn first, as everywhere
             one_pass(self.live, tensors, self.pick, plan.trace, masks, source)
 
     def watch(self, rows: Rows, mode: TorchFunctionMode) -> None:
