@@ -35,6 +35,8 @@ __all__ = [
 
 Outputs = NDArray[np.floating[Any]]
 
+_OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 
 def to_tensors(rows: Rows, module: nn.Module) -> Rows:
     """Gives tensors on the module's device, floating leaves in the module's floating type."""
@@ -175,5 +177,6 @@ def may_fail() -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it; the CPU's allocator only says so."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """CUDA has a class for it; the CPU's allocator, the driver and the libraries on a GPU only say so."""
+    said = any(words in str(error) for words in _OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
