@@ -18,10 +18,11 @@ from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
 from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, positional, same_numbers
 from mcdrop.model import Model, Options, check_columns, check_fitted, check_model
+from mcdrop.placing import anew, check_replaceable
 from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import SCORES, Screen
-from mcdrop.store import FORMAT, MANIFEST, anew, check_replaceable, name_and_version, read_manifest, resolve, verify
+from mcdrop.store import FORMAT, MANIFEST, name_and_version, read_manifest, resolve, verify
 from mcdrop.store import sha256 as hash_of
 from mcdrop.streams import path_of
 from mcdrop.wrapping import devices_of
@@ -82,7 +83,7 @@ def save(
     format = format or default_format(model, factory)
     UnknownName.check("format", format, FORMATS)
     name, version = name_and_version(target, name, version)
-    with anew(target) as beside:
+    with anew(target, overwrite=overwrite) as beside:
         screen = screen or model.screen
         said: dict[str, Any] = {"factory": factory, "arguments": dict(arguments or {})} if factory else {}
         weights = {"format": format, **said, **FORMATS[format].write(model, beside / FORMATS[format].file, said)}
@@ -97,9 +98,7 @@ def save(
 
 def _target(folder: str | Path, overwrite: bool) -> Path:
     target = path_of(folder)
-    if target.exists() and not overwrite:
-        raise ArtifactError(f"{target} exists; choose another version or give overwrite=True")
-    check_replaceable(target)
+    check_replaceable(target, overwrite=overwrite)
     return target
 
 

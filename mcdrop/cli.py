@@ -142,7 +142,8 @@ def calibrate(
     from mcdrop.artifact import CALIBRATION
     from mcdrop.files import read_inputs, read_targets
     from mcdrop.fitting import calibrate as fit
-    from mcdrop.store import check_writable, put_file, resolve
+    from mcdrop.placing import check_writable, put_file
+    from mcdrop.store import resolve
 
     check_stays(rows)
     folder = resolve(model)  # once: a version that is added meanwhile is another model

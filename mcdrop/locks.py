@@ -1,11 +1,19 @@
-"""Locks that a forked child finds free: whoever held one in the parent is no thread of the child's."""
+"""Locks that a forked child finds free, whoever held one in the parent, and one on a folder for all processes."""
 
 import os
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["forkable", "new_lock"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["alone", "forkable", "new_lock"]
 
 _Lock = TypeVar("_Lock")
 _ALL: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -20,6 +28,27 @@ def forkable(given: _Lock) -> _Lock:
 def new_lock() -> threading.Lock:
     """Gives a new lock that a forked child finds free."""
     return forkable(threading.Lock())
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other thread or process is in here with the same folder; not where the system cannot tell.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
+    if fcntl is None:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems know no locks, or none on folders
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # not by closing alone: a child that was forked meanwhile has it open too
+            fcntl.flock(opened, fcntl.LOCK_UN)
+        os.close(opened)
 
 
 def _free() -> None:

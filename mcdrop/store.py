@@ -1,14 +1,10 @@
 """A store of model folders, ``STORE/NAME/VERSION``: manifests, hashes and what may lie in a folder. Needs no torch."""
 
 import hashlib
-import os
 import re
-import shutil
 import stat
-import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +17,12 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "Entry",
-    "anew",
     "check_name",
-    "check_replaceable",
-    "check_writable",
     "list_models",
     "name_and_version",
-    "put_file",
     "read_manifest",
     "resolve",
     "sha256",
-    "swap",
     "verify",
 ]
 
@@ -96,8 +87,8 @@ def list_models(store: str | Path) -> list[Entry]:
 
 
 def _version_key(version: str) -> list[tuple[int, int, str]]:
-    """Orders 9 before 10, and 1.9 before 1.10."""
-    parts = re.split(r"[._-]", version)
+    """Orders 9 before 10, 1.9 before 1.10, and v9 before v10."""
+    parts = re.findall(r"\d+|[^\d._-]+", version)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
 
 
@@ -107,18 +98,21 @@ def _entry(folder: Path) -> Entry:
 
 
 def resolve(folder: str | Path) -> Path:
-    """Gives the folder itself if it is a model, or the newest version in it.
+    """Gives the folder itself if it is a model, or the newest version in it, as the manifests have them.
 
     Raises:
         ModelNotFound: it is neither.
+        ArtifactError: one of several manifests cannot be read, so that it is not known which is the newest.
     """
     place = Path(folder)
     if (place / MANIFEST).is_file():
         return place
-    versions = sorted((path.parent for path in place.glob(f"[!.]*/{MANIFEST}")), key=lambda p: _version_key(p.name))
+    versions = sorted(path.parent for path in place.glob(f"[!.]*/{MANIFEST}"))
     if not versions:
         raise ModelNotFound(f"there is no model at {place}: neither {MANIFEST} nor a version folder that has one")
-    return versions[-1]
+    if len(versions) == 1:
+        return versions[0]
+    return sorted(map(_entry, versions), key=lambda entry: _version_key(entry.version))[-1].folder
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -175,107 +169,3 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
         _check_plain(folder / name, FILE_BYTES)
         if sha256(folder / name) != expected[name]:
             raise ArtifactError(f"{folder / name} is not the file that its manifest was written for (sha256 differs)")
-
-
-def put_file(folder: Path, name: str, content: bytes) -> None:
-    """Puts a file into a model folder, or another in its place, and renews the manifest; whole or not at all.
-
-    Raises:
-        ArtifactError: the folder differs from its manifest, or nothing can be written beside it.
-    """
-    import tomli_w
-
-    folder = folder.resolve()  # a link to a version stays one, and no folder can be moved under the name "."
-    manifest = read_manifest(folder)
-    verify(folder, manifest)
-    with anew(folder) as beside:
-        shutil.copytree(folder, beside, dirs_exist_ok=True)
-        (beside / name).write_bytes(content)
-        manifest["sha256"][name] = sha256(beside / name)
-        (beside / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
-
-
-@contextmanager
-def anew(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside a model's place, which takes that place when all is in it, and else goes.
-
-    Raises:
-        ArtifactError: nothing can be written there, or what is there is no model.
-    """
-    beside = _beside(target)
-    try:
-        yield beside
-        swap(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Tries whether a model folder can be written again, before the work is done that it is to hold.
-
-    Raises:
-        ArtifactError: it cannot.
-    """
-    _beside(folder.resolve()).rmdir()
-
-
-def _beside(target: Path) -> Path:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from None
-
-
-def check_replaceable(target: Path) -> None:
-    """Refuses a place where something would be lost that is no model: all that lies there is deleted for the new one.
-
-    Raises:
-        ArtifactError: it is neither free, nor an empty folder, nor a saved model with its own files alone.
-    """
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise ArtifactError(f"{target} is a file, no folder of a model, and is not replaced; choose another place")
-    there = {path.name for path in target.iterdir()}
-    listed = read_manifest(target)["sha256"] if MANIFEST in there else {}
-    own = set(listed) if isinstance(listed, dict) else set()
-    more = sorted(name for name in there - {MANIFEST} if name not in own or (target / name).is_dir())
-    if more:
-        what = ", ".join(map(repr, more[:5])) + ", ..." * (len(more) > 5)
-        raise ArtifactError(
-            f"{target} holds {what}, which a saved model does not, and which would be lost; give the folder of one "
-            "version, STORE/NAME/VERSION, or move that away"
-        )
-
-
-def swap(beside: Path, target: Path) -> None:
-    """Renames a new folder into place; an old model is moved aside first, and back if that fails.
-
-    Raises:
-        ArtifactError: what is there is no model.
-    """
-    check_replaceable(target)
-    # a temporary folder and its files are their owner's alone; a model is for whoever serves it, or as it was before
-    usual = _mode(target / MANIFEST, 0o644)
-    for path in beside.iterdir():
-        path.chmod(_mode(target / path.name, usual))
-    beside.chmod(_mode(target, 0o755))
-    if not target.exists():
-        beside.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent)) / "old"
-    try:
-        target.rename(old)
-        beside.rename(target)
-    except BaseException:  # Ctrl-C too
-        if old.exists():
-            old.rename(target)
-        old.parent.rmdir()
-        raise
-    shutil.rmtree(old.parent, ignore_errors=True)
-
-
-def _mode(path: Path, usual: int) -> int:
-    """The mode of what is there, else the usual one."""
-    return stat.S_IMODE(path.stat().st_mode) if path.exists() else usual

@@ -5,37 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
+from folders import verified, written
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcdrop.errors import ArtifactError, ModelNotFound
 from mcdrop.store import (
-    FORMAT,
     MANIFEST,
     _version_key,
     check_name,
     list_models,
     name_and_version,
-    put_file,
     read_manifest,
     resolve,
     sha256,
-    swap,
-    verify,
 )
-
-
-def written(folder: Path, **more: Any) -> Path:
-    """A folder with a whole manifest and one file."""
-    folder.mkdir(parents=True)
-    (folder / "weights.bin").write_bytes(b"weights")
-    manifest = {
-        "format": FORMAT, "name": folder.parent.name, "version": folder.name, "task": "regression", "weights": {},
-        "inputs": [], "defaults": {}, "sha256": {"weights.bin": sha256(folder / "weights.bin")},
-    }  # fmt: skip
-    (folder / MANIFEST).write_text(tomli_w.dumps(manifest | more))
-    return folder
 
 
 def names(store: Path) -> list[str]:
@@ -69,11 +53,35 @@ def test_models_go_by_name_and_versions_by_number(tmp_path: Path) -> None:
         ("a", "1.9.1"),
         ("a", "2-rc"),
         ("a", "2"),
+        ("c", "v10"),
+        ("c", "v9"),
+        ("c", "epoch9"),
+        ("c", "epoch10"),
     ):
         written(tmp_path / name / version)
-    assert names(tmp_path) == ["a/1.9", "a/1.9.1", "a/1.10", "a/2", "a/2-rc", "b/9", "b/10"]
+    assert names(tmp_path) == [
+        "a/1.9",
+        "a/1.9.1",
+        "a/1.10",
+        "a/2",
+        "a/2-rc",
+        "b/9",
+        "b/10",
+        "c/epoch9",
+        "c/epoch10",
+        "c/v9",
+        "c/v10",
+    ]
     assert resolve(tmp_path / "b") == tmp_path / "b" / "10"
     assert resolve(tmp_path / "b" / "9") == tmp_path / "b" / "9"
+    assert resolve(tmp_path / "c") == tmp_path / "c" / "v10"
+
+
+def test_the_newest_is_the_same_for_one_model_as_in_the_list_wherever_its_folder_was_moved(tmp_path: Path) -> None:
+    written(tmp_path / "net" / "best", version="3")
+    written(tmp_path / "net" / "4", version="1")
+    assert names(tmp_path) == ["net/1", "net/3"]
+    assert resolve(tmp_path / "net") == list_models(tmp_path)[-1].folder == tmp_path / "net" / "best"
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=2, unique=True), st.text(".-_az09²٣", min_size=1, max_size=6))
@@ -86,7 +94,7 @@ def test_versions_that_are_numbers_are_in_the_order_of_numbers(numbers: list[int
 def test_a_folder_of_an_odd_version_does_not_hide_the_others(tmp_path: Path) -> None:
     written(tmp_path / "net" / "²", version="2")
     written(tmp_path / "net" / "1")
-    assert resolve(tmp_path / "net").name in ("1", "²")
+    assert resolve(tmp_path / "net").name == "²"
     assert len(list_models(tmp_path)) == 2
 
 
@@ -202,10 +210,6 @@ def test_a_huge_manifest_is_refused_before_it_is_read(tmp_path: Path) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def verified(folder: Path) -> None:
-    verify(folder, read_manifest(folder))
-
-
 def test_a_whole_folder_is_verified(tmp_path: Path) -> None:
     verified(written(tmp_path / "net" / "1"))
 
@@ -255,49 +259,3 @@ def test_the_sum_is_sha256(tmp_path: Path) -> None:
     """FIPS 180-4's example: the hash of "abc"."""
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-def test_a_file_can_be_put_into_a_folder_that_is_whole(tmp_path: Path) -> None:
-    folder = written(tmp_path / "net" / "1")
-    put_file(folder, "more.json", b"{}")
-    put_file(folder, "more.json", b"[]")
-    verified(folder)
-    assert (folder / "more.json").read_bytes() == b"[]"
-    assert [path.name for path in folder.parent.iterdir()] == ["1"]
-    (folder / "weights.bin").write_bytes(b"changed")
-    with pytest.raises(ArtifactError, match="sha256"):
-        put_file(folder, "more.json", b"{}")
-    assert (folder / "more.json").read_bytes() == b"[]"
-
-
-def test_a_model_that_cannot_be_moved_back_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, beside = written(tmp_path / "net" / "1"), written(tmp_path / "net" / ".writing")
-    rename = Path.rename
-
-    def only_aside(self: Path, target: Path) -> Path:
-        if self != folder:
-            raise PermissionError("no")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", only_aside)
-    with pytest.raises(PermissionError):
-        swap(beside, folder)
-    (kept,) = folder.parent.glob(".replaced-*/old")
-    verified(kept)
-
-
-def test_what_is_no_model_is_not_swapped_out(tmp_path: Path) -> None:
-    beside, store = written(tmp_path / ".writing"), written(tmp_path / "store" / "net" / "1").parents[1]
-    for target in (store, store / "net", store / "net" / "1" / "weights.bin"):
-        with pytest.raises(ArtifactError, match=r"'net'|'1'|weights.bin is a file"):
-            swap(beside, target)
-    verified(store / "net" / "1")
-
-
-def test_a_folder_that_is_written_again_keeps_its_modes(tmp_path: Path) -> None:
-    folder = written(tmp_path / "net" / "1")
-    for path, mode in ((folder / "weights.bin", 0o640), (folder / MANIFEST, 0o600), (folder, 0o700)):
-        path.chmod(mode)
-    put_file(folder, "more.json", b"{}")
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())}
-    assert modes == {"1": 0o700, "weights.bin": 0o640, MANIFEST: 0o600, "more.json": 0o600}
