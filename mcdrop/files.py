@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.errors import InputError, MissingExtra
+from mcdrop.errors import InputError
+from mcdrop.parquet import batches, open_parquet, picked
 from mcdrop.rows import check_named
 from mcdrop.streams import check_place, explained, reading, whole
 from mcdrop.table import Block, Table, read_records, read_rows, write_rows
@@ -33,7 +34,6 @@ Note = Callable[[str], None]
 State = tuple[int, int, int]
 
 _PARQUET = (".parquet", ".pq")
-_ROWS = 65_536  # of a Parquet file at a time
 
 
 def read_inputs(
@@ -72,7 +72,7 @@ def read_targets(source: str | Path, names: Sequence[str]) -> NDArray[np.float64
     if missing := [name for name in names if name not in header]:
         raise InputError(f"{source} has no column {missing[0]!r}; its columns are {', '.join(header[:20])}")
     if _is_parquet(source):
-        return np.concatenate([values for _, values in _picked(source, names, "float64")])
+        return np.concatenate([values for _, values in picked(source, names, "float64")])
     return np.concatenate(
         [block.values for block in read_rows(source, width=len(names), features=names, dtype="float64")]
     )
@@ -127,7 +127,7 @@ def _check_same(source: str | Path, rows: int, columns: Mapping[str, NDArray[Any
 def size_of(source: str | Path) -> int | None:
     """Gives what ``advance`` counts up to: bytes of a CSV file, rows of a Parquet file; None where it is not known."""
     if _is_parquet(source):
-        return int(_open_parquet(source).metadata.num_rows)
+        return int(open_parquet(source).metadata.num_rows)
     return Path(source).stat().st_size if Path(source).is_file() else None
 
 
@@ -150,7 +150,7 @@ def only_input(model: "Model") -> "InputSpec":
 def _header(source: str | Path) -> list[str]:
     """The names of the columns; of a CSV file its first line, be it names or not."""
     if _is_parquet(source):
-        return list(_open_parquet(source).schema_arrow.names)
+        return list(open_parquet(source).schema_arrow.names)
     with reading(source) as stream:
         _, cells = next(read_records(stream, str(source)), (0, []))
     return [cell.strip() for cell in cells]
@@ -205,70 +205,13 @@ def _cell(value: Any) -> Any:
 # -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
-def _open_parquet(source: str | Path) -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "table") from None
-    try:
-        file = parquet.ParquetFile(source)
-        file.schema_arrow.names  # noqa: B018 -- names that are not UTF-8 are an error where they are read
-        return file
-    except (OSError, ValueError) as error:  # ValueError: those of pyarrow and of the names
-        raise InputError(f"cannot read {source} as Parquet: {error}") from None
-
-
-def _batches(file: Any, source: str | Path, names: Sequence[str] | None = None) -> Iterator[Any]:
-    """The rows of an open Parquet file, some at a time."""
-    with explained("read", source):
-        yield from file.iter_batches(batch_size=_ROWS, columns=names and [*names])
-
-
 def _parquet_blocks(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[tuple[int, NDArray[Any]]]:
     spec, names = only_input(model), _features(model, source, without) or _header(source)
     width, header = math.prod(spec.shape[1:]), _header(source)
     check_named(names, header, str(source))
     if len(names) != width:
         raise InputError(f"{source} must have {width} columns that the model reads, got {len(names)}")
-    return _picked(source, names, spec.dtype)
-
-
-def _picked(source: str | Path, names: Sequence[str], dtype: str) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Named columns of a Parquet file as numbers, with the number of rows read so far."""
-    header, start = _header(source), 0
-    if twice := [name for name in names if header.count(name) > 1]:
-        raise InputError(f"{source} has a column {twice[0]!r} more than once, so it is not clear which one to use")
-    for batch in _batches(_open_parquet(source), source, names):
-        columns = [_column(batch, name, np.dtype(dtype), source, start) for name in names]
-        start += len(batch)
-        yield start, np.stack(columns, axis=1)
-    if not start:
-        raise InputError(f"{source} holds no rows; give at least one row")
-
-
-def _column(batch: Any, name: str, dtype: np.dtype[Any], source: str | Path, start: int) -> NDArray[Any]:
-    """One column of some rows that begin at ``start``; as strict as for a CSV file."""
-    import pyarrow
-
-    values = batch.column(batch.schema.get_field_index(name))
-    try:
-        wide = values.cast(pyarrow.float64()).to_numpy(zero_copy_only=False)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
-        raise InputError(
-            f"{source}, column {name!r} holds {values.type}, not numbers that a float64 can hold"
-        ) from None
-    with np.errstate(over="ignore", invalid="ignore"):
-        found: NDArray[Any] = wide.astype(dtype)
-    wrong = ~np.isfinite(found) | (~np.isfinite(wide) if dtype.kind == "f" else found != wide)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        number = float(wide[row])
-        problem = f"holds {number!r}, but the model takes {dtype}"
-        raise InputError(
-            f"{source}, row {start + row}, column {name!r} "
-            + (problem if math.isfinite(number) else "is empty or not a finite number")
-        )
-    return found
+    return picked(source, names, spec.dtype)
 
 
 def _append_parquet(
@@ -277,14 +220,14 @@ def _append_parquet(
     import pyarrow
     import pyarrow.parquet as parquet
 
-    file, start = _open_parquet(source), 0
+    file, start = open_parquet(source), 0
     _check_same(source, file.metadata.num_rows, columns, since)
     schema = file.schema_arrow
     arrays = {name: pyarrow.array(values) for name, values in columns.items()}
     for name, array in arrays.items():
         schema = schema.append(pyarrow.field(name, array.type))
     with whole(target) as beside, parquet.ParquetWriter(beside, schema) as writer:
-        for batch in _batches(file, source):
+        for batch in batches(file, source):
             table, stop = pyarrow.Table.from_batches([batch]), start + len(batch)
             for name, array in arrays.items():
                 table = table.append_column(name, array[start:stop])

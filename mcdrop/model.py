@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mcdrop.audit import Audit
 from mcdrop.backends import Backend
@@ -18,6 +17,7 @@ from mcdrop.intervals import INTERVALS, check_level
 from mcdrop.locks import new_lock
 from mcdrop.rows import Rows, listed
 from mcdrop.screening import Screen
+from mcdrop.wholes import check_whole, is_whole
 
 __all__ = ["InputSpec", "Model", "Options", "check_columns", "check_fitted", "check_model", "not_a_network"]
 
@@ -237,8 +237,9 @@ def _fit(leaf: Any, spec: InputSpec) -> Any:
         raise InputError(f"input {spec.name!r} must have the shape {_shape(wanted)}, got {_shape(got)}")
     if hasattr(leaf, "detach"):
         return _fit_tensor(leaf, spec)
-    if _whole(spec):
-        _check_whole(leaf, spec)
+    kind = np.dtype(spec.dtype)
+    if is_whole(kind):
+        check_whole(leaf, kind, spec.name)
     with np.errstate(over="ignore"):
         fitted = leaf.astype(spec.dtype)
     if fitted.dtype.kind == "f" and not np.isfinite(fitted).all():
@@ -249,41 +250,19 @@ def _fit(leaf: Any, spec: InputSpec) -> Any:
 def _fit_tensor(leaf: Any, spec: InputSpec) -> Any:
     """The same for a tensor, which keeps its device and, where it is of real numbers, its precision."""
     real = leaf.is_floating_point()
-    if _whole(spec):
-        if real or not np.can_cast(str(leaf.dtype).removeprefix("torch."), spec.dtype):
-            _check_whole((leaf.double() if real else leaf).cpu().numpy(), spec)
+    kind = np.dtype(spec.dtype)
+    if is_whole(kind):
+        if real or not np.can_cast(str(leaf.dtype).removeprefix("torch."), kind):
+            check_whole((leaf.double() if real else leaf).cpu().numpy(), kind, spec.name)
         same = str(leaf.dtype) == f"torch.{spec.dtype}"
         return leaf if same else getattr(leaf, _CASTS.get(spec.dtype, "long"))()
     if not real:
         return leaf.double() if spec.dtype == "float64" else leaf.float()
-    if leaf.element_size() > np.dtype(spec.dtype).itemsize:
+    if leaf.element_size() > kind.itemsize:
         numbers = leaf.coalesce().values() if leaf.is_sparse else leaf
         if bool((numbers.float().isinf() & numbers.isfinite()).any()):
             raise _too_large(spec)
     return leaf
-
-
-def _whole(spec: InputSpec) -> bool:
-    return np.dtype(spec.dtype).kind in "iub"
-
-
-def _check_whole(values: NDArray[Any], spec: InputSpec) -> None:
-    """Refuses what would be cut off or wrap around in a type of whole numbers, or of truth values."""
-    kind = np.dtype(spec.dtype)
-    if np.can_cast(values.dtype, kind):
-        return
-    if values.dtype.kind == "f":
-        cut = values[values != np.floor(values)]
-        if cut.size:
-            raise InputError(f"input {spec.name!r} must be whole numbers, got {cut[0]!s}")
-        values = values.astype(np.promote_types(values.dtype, np.float64), copy=False)
-    low, high = (0, 1) if kind.kind == "b" else (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
-    # not "> high": the largest 64-bit number is no float64, and would round up to the first one that is too large
-    outside = values[(values < low) | (values >= high + 1)]
-    if outside.size:
-        raise InputError(
-            f"input {spec.name!r} must be whole numbers from {low} to {high} ({kind}), got {outside[0].item()}"
-        )
 
 
 def _too_large(spec: InputSpec) -> InputError:

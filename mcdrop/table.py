@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mcdrop.errors import InputError
 from mcdrop.rows import check_named, check_spelling, listed
 from mcdrop.streams import STANDARD_STREAM, reading, writing
+from mcdrop.wholes import cell_problem, is_whole, read_whole
 
 if TYPE_CHECKING:
     from mcdrop.predict import Prediction
@@ -252,20 +253,22 @@ def _lines(stream: TextIO, name: str) -> Iterator[str]:
 
 def _numbers(batch: list[tuple[int, list[str]]], layout: _Layout, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
     picked = [[cells[i] for i in layout.picked] for _, cells in batch]
-    try:
-        wide = np.array(picked, dtype=np.float64)
-    except ValueError:
-        wide = None
-    if wide is not None and not any("_" in cell for cells in picked for cell in cells):
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = wide.astype(dtype)
-        if np.isfinite(wide).all() and np.isfinite(values).all() and (dtype.kind == "f" or (values == wide).all()):
-            return values
+    if (values := read_whole(picked, dtype) if is_whole(dtype) else _read_real(picked, dtype)) is not None:
+        return values
     for (line, _), cells in zip(batch, picked, strict=True):
         for i, cell in zip(layout.picked, cells, strict=True):
             if problem := _problem(cell, dtype):
                 raise InputError(f"{name}, line {line}, column {layout.header[i].strip()!r} {problem}")
     raise AssertionError("a cell that numpy refuses is one that _problem names")
+
+
+def _read_real(cells: list[list[str]], dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    try:
+        with np.errstate(over="ignore"):
+            values = np.array(cells, dtype=np.float64).astype(dtype)
+    except ValueError:
+        return None
+    return values if np.isfinite(values).all() and not any("_" in cell for row in cells for cell in row) else None
 
 
 def _problem(cell: str, dtype: np.dtype[Any]) -> str | None:
@@ -275,11 +278,11 @@ def _problem(cell: str, dtype: np.dtype[Any]) -> str | None:
         return f"holds {shown}, which is not a number" if cell.strip() else "is empty; every row needs a number there"
     if not np.isfinite(number):
         return f"holds {shown}, which is not a finite number"
-    with np.errstate(over="ignore", invalid="ignore"):
-        value = np.float64(number).astype(dtype)
-    if not np.isfinite(value):
-        return f"holds {shown}, which is too large for {dtype}"
-    return None if dtype.kind == "f" or value == number else f"holds {shown}, but the model takes {dtype}"
+    if is_whole(dtype):
+        problem = cell_problem(cell, dtype)
+    else:
+        problem = f"which is too large for {dtype}" if _read_real([[cell]], dtype) is None else None
+    return problem and f"holds {shown}, {problem}"
 
 
 def _number(cell: str) -> float | None:

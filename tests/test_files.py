@@ -85,6 +85,36 @@ def test_whole_numbers_of_any_type_are_read(tmp_path: Path) -> None:
         assert found.tolist() == [[1, 0], [2, 299]]
 
 
+def test_whole_numbers_of_64_bits_are_read_to_the_last_digit(tmp_path: Path) -> None:
+    numbers = [2**53 + 1, 1733250000000000123, 2**63 - 1, -(2**63)]
+    column = pyarrow.array(numbers)
+    others = (column.cast(pyarrow.string()), column.dictionary_encode(), column.cast(pyarrow.decimal128(19)))
+    for one in (column, *others, column.cast(pyarrow.string()).dictionary_encode()):
+        (found,) = read_inputs(taking("int64"), write(tmp_path / "rows.parquet", [one, [1] * 4]))
+        assert found[:, 0].tolist() == numbers
+    (found,) = read_inputs(taking("int64"), write(tmp_path / "rows.csv", [numbers, [1] * 4]))
+    assert found[:, 0].tolist() == numbers
+
+
+@pytest.mark.parametrize("given", [float(2**53), -1e18, pyarrow.scalar(1e18).cast(pyarrow.float32()).as_py()])
+def test_real_numbers_that_may_be_rounded_are_refused_where_whole_ones_are_read(tmp_path: Path, given: float) -> None:
+    for column in ([1.0, given], pyarrow.array([1.0, given]).dictionary_encode(), ["1.0", repr(given)]):
+        said = message(taking("int64"), write(tmp_path / "rows.parquet", [[1, 2], column]))
+        assert said == (
+            f"rows.parquet, row 1, column 'b' holds {given} as a float, which from 2**53 on may be rounded; store the "
+            "column as int64"
+        )
+
+
+def test_an_id_that_is_missing_is_named_as_such_beside_long_ones(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [[2**60 + 1, None], [1, 2]])
+    assert message(taking("int64"), path) == "rows.parquet, row 1, column 'a' is empty or not a finite number"
+    path = write(tmp_path / "rows.parquet", [[2**60, 1], [1, 2]])
+    assert (
+        message(taking("int32"), path) == f"rows.parquet, row 0, column 'a' holds {2.0**60}, but the model takes int32"
+    )
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_column_that_stands_there_twice_is_refused(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"rows.{suffix}", [[1.0], [5.0], [3.0]], "aab")
@@ -124,6 +154,19 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:4] + b"\xff" * 36 + data[40:])
     assert message(taking("float32"), path).startswith("cannot read rows.parquet: ")
+
+
+def test_a_file_that_is_damaged_anywhere_is_an_error_of_ours_or_read(tmp_path: Path) -> None:
+    """Whatever a byte of it is changed to; pyarrow has errors of several kinds for that."""
+    model, path = taking("float32"), write(tmp_path / "rows.parquet", [[1.0, 2.0], [3.0, 4.0]])
+    data, refused = path.read_bytes(), 0
+    for place in range(0, len(data), 3):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            list(read_inputs(model, path))
+        except InputError:
+            refused += 1
+    assert refused
 
 
 def test_names_that_are_not_utf_8_are_an_error_of_the_file(tmp_path: Path) -> None:

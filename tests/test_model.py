@@ -103,11 +103,28 @@ def test_real_numbers_that_are_whole_and_in_range_are_taken(kind: Any) -> None:
         given("int8", row + 1)
 
 
-def test_real_numbers_at_the_end_of_64_bits_are_told_apart() -> None:
-    """The largest float64 below 2**63 is 2**63 - 1024, and -2**63 is one; 2**63 is what 2**63 - 1 rounds up to."""
-    last = float(2**63 - 1024)
-    for x in forms(float(-(2**63)), last):
-        assert given("int64", x) == [[-(2**63), 2**63 - 1024]]
+def test_real_numbers_that_may_stand_for_several_whole_ones_are_refused() -> None:
+    """2**53 is what 2**53 + 1 rounds to, and the first float64 that is the nearest of two whole numbers."""
+    last = 2**53 - 1
+    assert float(last) != float(last + 1) == float(last + 2)
+    for x in forms(float(-last), float(last)):
+        assert given("int64", x) == [[-last, last]]
+    for number in (float(2**53), -float(2**53), float(2**63 - 1024), -(2.0**63)):
+        for x in forms(0.0, number):
+            with pytest.raises(InputError, match=r"got -?9\S+ as a float, which from 2\*\*53 on may be rounded"):
+                given("int64", x)
+
+
+def test_whole_numbers_of_64_bits_are_taken_as_they_are_but_not_beside_a_real_one() -> None:
+    for number in (2**53 + 1, 2**63 - 1, -(2**63)):
+        assert given("int64", [[number, 1]]) == [[number, 1]]
+        with pytest.raises(InputError, match="must be whole numbers"):
+            given("int64", [[number, 1.0]])
+    with pytest.raises(InputError, match="must be whole numbers"):
+        given("int64", [[-(2**63) - 1, 1]])
+
+
+def test_real_numbers_beyond_64_bits_are_out_of_range() -> None:
     for number in (2.0**63, 1e300, np.nextafter(-(2.0**63), -np.inf)):
         for x in forms(0.0, float(number)):
             with pytest.raises(InputError, match=r"\(int64\), got -?\d(\.\d+)?e\+\d+$"):

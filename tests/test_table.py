@@ -196,6 +196,20 @@ def test_whole_numbers_for_a_model_that_takes_them(tmp_path: Path) -> None:
     assert "'300', but the model takes uint8" in message(write(tmp_path, "a\n300\n"), width=1, dtype="uint8")
 
 
+def test_whole_numbers_of_64_bits_are_read_to_the_last_digit(tmp_path: Path) -> None:
+    numbers = [2**53 + 1, 1733250000000000123, 2**63 - 1, -(2**63), 2**53 - 1]
+    path = write(tmp_path, "a\n" + "".join(f" {number}\n" for number in numbers))
+    assert only(path, width=1, dtype="int64").values.tolist() == [[number] for number in numbers]
+    assert only(write(tmp_path, "a\n1e3\n9007199254740991.0\n"), width=1, dtype="int64").values[1, 0] == 2**53 - 1
+    for number in (2**63, -(2**63) - 1):
+        assert "but the model takes int64" in message(write(tmp_path, f"a\n{number}\n"), width=1, dtype="int64")
+    for text in ("9007199254740992.0", "1.733250000000000123e18", "-1e18"):
+        said = message(write(tmp_path, f"a\n{text}\n"), width=1, dtype="int64")
+        assert said.endswith(f"{text!r}, which may be rounded; write all its digits, without a point or an exponent")
+    assert "'1_0', which is not a number" in message(write(tmp_path, "a\n1_0\n"), width=1, dtype="int64")
+    assert "'2', but the model takes bool" in message(write(tmp_path, "a\n1\n2\n"), width=1, dtype="bool")
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "No such file" in message(tmp_path / "no.csv", width=1)
     assert "Is a directory" in message(tmp_path, width=1)
