@@ -137,29 +137,26 @@ def calibrate(
     device: _Devices = None,
 ) -> None:
     """Fit intervals for future values on held-out rows, and keep them in the model's folder."""
-    import numpy as np
-
     from mcdrop.artifact import CALIBRATION
-    from mcdrop.files import read_inputs, read_targets
+    from mcdrop.files import read_pairs
     from mcdrop.fitting import calibrate as fit
     from mcdrop.placing import check_writable, put_file
-    from mcdrop.store import resolve
+    from mcdrop.store import read_manifest, resolve
 
     check_stays(rows)
     folder = resolve(model)  # once: a version that is added meanwhile is another model
     check_writable(folder)
-    loaded = load(folder, device)
+    manifest, loaded = read_manifest(folder), load(folder, device)
     if loaded.task == "classification" and len(target) > 1:
         raise typer.BadParameter("a classifier has one column of labels, so give it once", param_hint="--target")
     if twice := [name for name in target if target.count(name) > 1]:
         raise typer.BadParameter(f"{twice[0]!r} is given twice; give each output its own", param_hint="--target")
-    y = read_targets(rows, target)
     with progress(str(rows), "", "reading") as advance:
-        x = np.concatenate([*read_inputs(loaded, rows, without=target, advance=advance)])
+        x, y = read_pairs(loaded, rows, target, advance=advance)
     labels = y[:, 0] if loaded.task == "classification" else y
     with waiting("calibrating"):
         fitted = fit(loaded, {loaded.inputs[0].name: x}, labels, method=method, passes=passes, seed=seed)
-    put_file(folder, CALIBRATION, json.dumps(fitted.to_dict(), allow_nan=False).encode())
+    put_file(folder, CALIBRATION, json.dumps(fitted.to_dict(), allow_nan=False).encode(), made_for=manifest)
     known = f"passes={fitted.plan.passes} seed={fitted.plan.seed}"
     known += "" if loaded.task == "classification" else "; ask with --interval conformal"  # sets come of themselves
     typer.echo(f"{fitted.method} calibration of {fitted.rows} rows kept in {folder}; it holds for {known}")

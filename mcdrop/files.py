@@ -24,6 +24,7 @@ __all__ = [
     "check_target",
     "only_input",
     "read_inputs",
+    "read_pairs",
     "read_targets",
     "size_of",
     "state_of",
@@ -78,6 +79,21 @@ def read_targets(source: str | Path, names: Sequence[str]) -> NDArray[np.float64
     )
 
 
+def read_pairs(
+    model: "Model", source: str | Path, targets: Sequence[str], *, advance: Advance | None = None
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Gives what a model reads of a file and its true values, row by row; for that the file is read twice.
+
+    Raises:
+        InputError: as for ``read_inputs`` and ``read_targets``, or the file has changed meanwhile.
+    """
+    since = state_of(source)
+    y = read_targets(source, targets)
+    x = np.concatenate([*read_inputs(model, source, without=targets, advance=advance)])
+    _check_same(source, len(x), {"": y}, since)
+    return x, y
+
+
 def append_columns(
     model: "Model",
     source: str | Path,
@@ -119,7 +135,7 @@ def state_of(source: str | Path) -> State:
 
 
 def _check_same(source: str | Path, rows: int, columns: Mapping[str, NDArray[Any]], since: State | None) -> None:
-    """Refuses a file that is not the one that the columns were computed from."""
+    """Refuses a file that is not the one that the columns were made from."""
     if any(len(values) != rows for values in columns.values()) or since not in (None, state_of(source)):
         raise InputError(f"{source} has changed while it was read; try again when nothing writes to it")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mcdrop import streams
 from mcdrop.errors import InputError
-from mcdrop.files import append_columns, check_target, read_inputs, read_targets, state_of
+from mcdrop.files import append_columns, check_target, read_inputs, read_pairs, read_targets, state_of
 from mcdrop.model import Model
 from mcdrop.wrapping import wrap
 
@@ -147,6 +147,19 @@ def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     assert message(taking("float32"), path) == "rows.parquet holds no rows; give at least one row"
     with pytest.raises(InputError, match="holds no rows"):
         read_targets(path, ["a"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_and_targets_are_those_of_one_file(tmp_path: Path, suffix: str) -> None:
+    path, model = write(tmp_path / f"rows.{suffix}", [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "aby"), taking("float32")
+    x, y = read_pairs(model, path, ["y"])
+    assert (x.tolist(), y.tolist()) == ([[1, 3], [2, 4]], [[5], [6]])
+
+    def rewrite(done: int) -> None:
+        write(path, [[2.0, 1.0], [4.0, 3.0], [6.0, 5.0]], "aby")
+
+    with pytest.raises(InputError, match="has changed while it was read; try again when nothing writes to it"):
+        read_pairs(model, path, ["y"], advance=rewrite)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
