@@ -19,6 +19,7 @@ from mcdrop.summaries import TASKS
 __all__ = [
     "features_of",
     "fingerprint",
+    "held_scores",
     "inputs_of",
     "is_batches",
     "reference_scores",
@@ -131,6 +132,16 @@ def scores_under(model: Model, x: Any, plan: PassPlan, score: str, bank: Bank | 
     return score_of(score, summary, features=features, bank=bank)
 
 
+def held_scores(model: Model, screen: Screen, plan: PassPlan) -> Array | None:
+    """Gives the scores of a screen's rows under a plan where they are known already; None where that takes passes."""
+    wanted, weights = replace(plan, keep_samples=False), model.digest
+    if weights == screen.weights and (wanted == screen.plan or not SCORES[screen.score].needs_passes):
+        return screen.scores
+    with model.lock:
+        held = model.references.get((id(screen), wanted, weights))
+    return None if held is None else held[1]
+
+
 def reference_scores(model: Model, screen: Screen, plan: PassPlan) -> Array:
     """Gives the scores of a screen's rows under a plan and today's weights: same passes, same masks.
 
@@ -143,19 +154,14 @@ def reference_scores(model: Model, screen: Screen, plan: PassPlan) -> Array:
             "the screen compares hidden features, and the weights or the output have changed since it was fitted; "
             "fit it again with mcdrop.fit_screen"
         )
-    if weights == screen.weights and (wanted == screen.plan or not SCORES[screen.score].needs_passes):
-        return screen.scores
-    key = (id(screen), wanted, weights)
-    with model.lock:
-        held = model.references.get(key)
-    if held is None:
-        # the screen is held too: were it freed, another could get its id, and these scores
-        held = screen, scores_under(model, screen.rows, wanted, screen.score, screen.bank)
+    scores = held_scores(model, screen, plan)
+    if scores is None:
+        scores = scores_under(model, screen.rows, wanted, screen.score, screen.bank)
         with model.lock:
             while len(model.references) >= _REFERENCES_KEPT:
                 model.references.pop(next(iter(model.references)))
-            model.references[key] = held
-    scores: Array = held[1]
+            # the screen is held too: were it freed, another could get its id, and these scores
+            model.references[id(screen), wanted, weights] = screen, scores
     return scores
 
 

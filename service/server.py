@@ -25,7 +25,7 @@ def serve(settings: Settings) -> None:
         ArtifactError: the store cannot be served.
     """
     # the requests that are computed at once share the cores; torch reads this when the first model brings it in
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.threads)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // settings.threads)))
     app = create_app(settings)
     registry = app.state.registry
     with _listen(settings.host, settings.port) as listener:  # before the models are loaded: a busy port is told at once
@@ -43,6 +43,11 @@ def serve(settings: Settings) -> None:
             server.run(sockets=[listener])
     if registry.problem:
         raise ArtifactError(registry.problem)
+
+
+def _cores() -> int:
+    """Those that this process may use, of which taskset or a container may have left it a few."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -44,9 +44,13 @@ class Settings(BaseSettings):
     body_seconds: float = Field(default=60.0, gt=0, description="time in which the body of a request must have arrived")
     max_rows: int = Field(default=10_000, ge=1, description="rows of one request")
     max_passes: int = Field(default=10_000, ge=2, description="passes of one request")
-    max_work: int = Field(default=10_000_000, ge=1, description="rows times passes of one request")
+    max_work: int = Field(
+        default=10_000_000,
+        ge=1,
+        description="rows times passes of one request, a screen's among them that are scored anew",
+    )
     max_kept: int = Field(
-        default=1_000_000, ge=1, description="the same where every pass is kept: samples, interval quantile"
+        default=1_000_000, ge=1, description="the same where every pass is kept: samples, quantile, some conformal"
     )
     max_numbers: int = Field(default=2_000_000, ge=1, description="numbers in one answer")
     drain_seconds: int = Field(

@@ -1,11 +1,14 @@
 """What a request asks for, done: from the bytes of a body to the bytes of an answer. Runs in worker threads."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from mcdrop.errors import InputError
 from mcdrop.intervals import INTERVALS
 from mcdrop.model import Model
 from mcdrop.predict import Prediction, predict
+from mcdrop.sampling import held_scores
 from service.limits import parse_object
 from service.registry import Registry
 from service.schemas import PredictRequest, dump, prediction_body, read_request
@@ -48,15 +51,35 @@ def _check_asked(request: PredictRequest, model: Model, settings: Settings) -> N
     rows = max((len(leaf) for leaf in leaves if isinstance(leaf, list)), default=0)
     if rows > settings.max_rows:
         raise InputError(f"one request may have {settings.max_rows} rows, got {rows}; send them in several")
-    method = INTERVALS.get(request.interval or model.defaults.interval)
-    kept = request.samples or (method is not None and method.needs_samples)
-    most = settings.max_kept if kept else settings.max_work
-    if rows * passes > most:
-        why = " where every pass is kept" if kept else ""
+    remedy = "send fewer rows per request, or ask for fewer passes"
+    if rows * passes > settings.max_kept and _keeps(request, model):
         raise InputError(
-            f"rows times passes may be {most}{why}, got {rows} times {passes}; "
-            "send fewer rows per request, or ask for fewer passes"
+            f"rows times passes may be {settings.max_kept} where every pass is kept, got {rows} times {passes}; "
+            f"{remedy}"
         )
+    anew = _scored_anew(request, model, passes)
+    if (rows + anew) * passes > settings.max_work:
+        more = (
+            f", and {anew} rows of the model's screen, which are scored anew for other passes or seeds" if anew else ""
+        )
+        raise InputError(f"rows times passes may be {settings.max_work}, got {rows} times {passes}{more}; {remedy}")
+
+
+def _keeps(request: PredictRequest, model: Model) -> bool:
+    """Whether every pass is held in memory until the answer is made, as ``predict`` does it."""
+    interval = request.interval or model.defaults.interval
+    by_method = interval in INTERVALS and INTERVALS[interval].needs_samples
+    fitted = model.calibration if interval == "conformal" else None
+    return request.samples or by_method or (fitted is not None and fitted.needs_samples)
+
+
+def _scored_anew(request: PredictRequest, model: Model, passes: int) -> int:
+    """How many rows of its screen are run too; not those of the model's own plan, which are run when it is loaded."""
+    usual = model.defaults.plan
+    plan = replace(usual, passes=passes, seed=usual.seed if request.seed is None else request.seed)
+    if model.screen is None or plan == usual or held_scores(model, model.screen, plan) is not None:
+        return 0
+    return model.screen.rows.count
 
 
 def _check_given(prediction: Prediction, settings: Settings) -> None:
