@@ -35,6 +35,7 @@ def test_stopping_does_not_wait_for_models_that_are_being_loaded(
         assert process.wait(PATIENCE) == {signal.SIGINT: 0, signal.SIGTERM: -signal.SIGTERM}[sent]
     finally:
         process.kill()
+        process.wait()
     assert "Traceback" not in log.read_text()
 
 
