@@ -6,9 +6,9 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from threading import Thread
 from typing import Any
 
+import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -85,13 +85,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts to load the models and lets requests in at once: until they are there, only the health routes say 200."""
-    # a daemon, so that a service which is stopped meanwhile ends at once: Python waits for other threads
-    loading = Thread(target=app.state.registry.load, name="loading", daemon=True)
-    loading.start()
-    while app.state.settings.wait_for_models and loading.is_alive():
-        await asyncio.sleep(0.02)
-    with suppress(asyncio.CancelledError):  # a second Ctrl-C ends the server so, which is no failure to be logged
-        yield
+    loading = asyncio.create_task(anyio.to_thread.run_sync(app.state.registry.load, abandon_on_cancel=True))
+    if app.state.settings.wait_for_models:
+        await loading
+    try:
+        with suppress(asyncio.CancelledError):  # a second Ctrl-C ends the server so, which is no failure to be logged
+            yield
+    finally:
+        loading.cancel()
 
 
 @router.post("/predict", responses={200: {"model": PredictResponse}, **ERRORS}, openapi_extra=PREDICT_BODY)

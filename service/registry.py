@@ -64,6 +64,11 @@ class Registry:
         if self.problem and self.on_failure:
             self.on_failure()
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is being loaded any more, be it all there or given up."""
+        return self._models is not None or self.problem is not None
+
     def models(self) -> dict[str, dict[str, Served]]:
         """Gives the models by name and version, the newest version last.
 

@@ -4,7 +4,6 @@ import copy
 import logging
 import os
 import socket
-from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -39,8 +38,13 @@ def serve(settings: Settings) -> None:
         host, port = listener.getsockname()[:2]
         at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         logging.getLogger("service").info("mcdrop on %s, docs on %s/docs; Ctrl-C stops it", at, at)
-        with suppress(KeyboardInterrupt):
+        try:
             server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            if not registry.ended:
+                # Python would wait for the thread that loads, or, were it a daemon, end it inside torch, which aborts
+                logging.shutdown()
+                os._exit(0)
     if registry.problem:
         raise ArtifactError(registry.problem)
 
