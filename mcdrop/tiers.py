@@ -140,24 +140,28 @@ def choose_tier(
 ) -> tuple[str, str]:
     """Gives the tier to use and why: vmap where it equals the loop on the same masks, else the faster of the rest.
 
-    ``told`` are masks that tell, beside usual ones; they count where the loop takes them.
+    ``told`` are masks that tell, beside usual ones; they count where the loop takes them. So does a row alone, which
+    other numbers of rows are not: ``fold`` makes several of it.
     """
     seconds, reasons, before = {}, [], Left(module)
-    wanted: Tensor | None = None
+    wanted: list[tuple[Rows, Stacks, Tensor]] = []
+    # where the draws belong to one number of rows, the plan is never asked for another
+    beside = [(rows, told)] if found.unclear else [(rows, told), (rows.take(slice(0, 1)), stacks)]
     with torch.no_grad(), ALONE, warnings.catch_warnings():
         # where torch only loops inside vmap, nothing is gained, and users would see its warning
         warnings.filterwarnings("error", message=".*performance drop.*")
         expected, seconds["loop"] = _timed(TIERS["loop"], module, rows, pick, found, stacks)
-        with may_break_off(module):
-            wanted = TIERS["loop"](module, rows, pick, found, told)
+        for given, masks in beside:
+            with may_break_off(module):
+                wanted.append((given, masks, TIERS["loop"](module, given, pick, found, masks)))
         # where rows of other passes lie in one batch, what a network writes to itself may be made of all of them
         apart = found.united or ("it writes to itself" if volatile(module) else "")
         for tier in ("vmap", "direct") if apart else ("vmap", "fold", "direct"):
             try:
                 got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
                 worst = difference(got, expected, passes=expected)
-                if wanted is not None:
-                    worst = max(worst, difference(_two(tier, module, rows, pick, found, told), wanted, passes=wanted))
+                for given, masks, right in wanted:
+                    worst = max(worst, difference(_run(tier, module, given, pick, found, masks), right, passes=right))
             except Exception as error:  # whatever a network does there, the loop is right
                 before.put_back()  # a forward that is broken off may leave the network half changed
                 reasons.append(f"{tier} does not take this network: {first_line(error)}")
@@ -177,12 +181,12 @@ def choose_tier(
     return best, "; ".join([agrees, *reasons])
 
 
-def _two(tier: str, module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
-    """Runs two passes by a tier, one by one where they decide otherwise than one another."""
+def _run(tier: str, module: nn.Module, rows: Rows, pick: Pick, found: Trace, stacks: Stacks) -> Tensor:
+    """Runs passes by a tier, one by one where they decide otherwise than one another."""
     try:
         return TIERS[tier](module, rows, pick, found, stacks)
     except Parted:
-        each = ([None if one is None else one[t : t + 1] for one in stacks] for t in range(2))
+        each = ([None if one is None else one[t : t + 1] for one in stacks] for t in range(passes_of(stacks)))
         return torch.cat([TIERS[tier](module, rows, pick, found, one) for one in each])
 
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from captures import loop, passes
 from torch import Tensor, nn
 
 import mcdrop
@@ -35,3 +37,28 @@ def test_a_row_is_answered_alone_as_among_others(kind: type[Exception]) -> None:
 def test_memory_that_is_out_is_no_reason_to_go_on() -> None:
     with pytest.raises(MemoryError):
         mcdrop.wrap(Several(MemoryError("out")), example=X)
+
+
+class Guarded(nn.Module):
+    """Skips its norm layer for a single row, and writes what torch.vmap does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        nn.init.constant_(self.norm.running_mean, 2.0)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        dropped = F.dropout(hidden.relu(), 0.3, self.training)
+        if len(x) > 1:
+            dropped = self.norm(dropped)
+        for unit in range(8):
+            hidden[:, unit].sub_(dropped[:, unit])
+        return self.last(hidden)  # type: ignore[no-any-return]
+
+
+def test_a_row_alone_is_not_made_several_where_these_go_another_way() -> None:
+    torch.manual_seed(0)
+    model = mcdrop.wrap(Guarded().eval(), example=X, tuning={})
+    assert "fold differs from the loop" in model.audit.tier_reason
+    np.testing.assert_allclose(passes(model, X[:1], 5), loop(model, X[:1], 5), rtol=1e-5, atol=1e-6)
