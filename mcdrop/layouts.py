@@ -6,9 +6,9 @@ from torch import Tensor
 
 from mcdrop.errors import UncontrolledDraw
 
-__all__ = ["FEW", "MORE", "Layout", "Told", "told_layout"]
+__all__ = ["FEW", "MORE", "Layout", "Told", "own_shape", "told_layout"]
 
-FEW, MORE = 3, 5  # two row counts; what differs between their draws is the axis of the rows
+FEW, MORE = 3, 2  # rows at least, and how many more of the same; what differs between their draws is the rows' axis
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,22 @@ class Layout:
         return mask.reshape(*mask.shape[:at], *own, *mask.shape[at + (self.multiple > 1) :])
 
 
+def own_shape(shape: tuple[int, ...], layout: Layout | None) -> tuple[int, ...]:
+    """Gives the shape of what one row draws, or all together where no axis follows the rows."""
+    return shape if layout is None else layout.unit_shape(shape)
+
+
 Told = tuple[Layout | None, bool]  # the layout of a draw, and whether it could be told
 
 
-def told_layout(few: tuple[int, ...], more: tuple[int, ...] | None) -> Told:
-    """Gives the layout of a draw from its shapes for few and more rows, and whether they tell it."""
+def told_layout(few: tuple[int, ...], more: tuple[int, ...] | None, rows: int) -> Told:
+    """Gives the layout of a draw from its shapes for so many rows and ``MORE`` of them, and whether they tell it."""
     if more is None or len(more) != len(few):
         return None, False
     differing = [axis for axis, (a, b) in enumerate(zip(few, more, strict=True)) if a != b]
     if not differing:
         return None, True
     axis = differing[0]
-    if len(differing) > 1 or few[axis] % FEW or few[axis] // FEW * MORE != more[axis]:
+    if len(differing) > 1 or few[axis] % rows or few[axis] // rows * (rows + MORE) != more[axis]:
         return None, False
-    return Layout(axis, few[axis] // FEW), True
+    return Layout(axis, few[axis] // rows), True

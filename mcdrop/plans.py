@@ -54,6 +54,7 @@ class Plans:
         self._telling = held[0][0] if held else None, floating
         self._plans: dict[object, Plan] = {}
         self._known: tuple[object, Trace | None] = None, None
+        self.seen: tuple[Rows, Trace] | None = None  # when the network was wrapped
         self._lock = new_lock()
         self._latest = threading.local()
         self._eager_tiers: dict[int, str] = {}
@@ -91,12 +92,13 @@ class Plans:
             found: Plan = latest[2]
             return found
         signature, plans = self._signature(rows, place), self._plans
-        # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone
-        plan = plans.get(signature) or plans.get((signature, rows.count))
+        # where the rows' axis of a draw is not known, its mask belongs to this number of rows alone, and still does
+        # when that axis is known of others
+        plan = plans.get((signature, rows.count)) or plans.get(signature)
         if plan is None:
             with self._lock, self.turn:
                 plans = self._plans
-                plan = plans.get(signature) or plans.get((signature, rows.count))
+                plan = plans.get((signature, rows.count)) or plans.get(signature)
                 if plan is None:
                     plan = self._made(placed(rows, *place))
                     plans[(signature, rows.count) if plan.trace.unclear else signature] = plan
@@ -110,6 +112,7 @@ class Plans:
 
     def knows(self, rows: Rows, found: Trace) -> None:
         """Takes what a trace of such rows has found just now, so that their plan need not trace them again."""
+        self.seen = rows, found
         if not found.unclear:
             self._known = self._signature(rows, self._place()), found
 
@@ -143,7 +146,7 @@ class Plans:
             with own_generator():
                 with_private(self.live, most=NEAR)
                 self._flags.look(tensors)
-                found = trace(self.live, tensors, self.pick, self.force)
+                found = trace(self.live, tensors, self.pick, self.force, self.seen and self.seen[1])
             self._flags.check(found)
         off = found.left_off(self.excluded)
         if len(off) == len(found.sites):
@@ -269,7 +272,7 @@ class Plans:
     def widened(self, plan: Plan, tensors: Rows) -> Plan:
         """Gives a plan whose draws are as large as these rows ask for, and keeps it for later ones."""
         with self._lock, self.turn, self.arithmetic(tensors), said_of(tensors), self._flags.under(plan.verdicts):
-            wide = replace(plan, trace=widened(plan.trace, trace(self.live, tensors, self.pick, self.force)))
+            wide = replace(plan, trace=widened(plan.trace, self.live, tensors, self.pick, self.force))
             self._plans = {key: wide if kept is plan else kept for key, kept in self._plans.items()}
         return wide
 

@@ -47,7 +47,7 @@ class ShardedBackend(TorchBackend):
             first.live, first.plain, first.pick, first.excluded, first.force, first.precision, first.compiled,
             first.plans.tuning, first.beside, flags=first.flags,
         )  # fmt: skip
-        self.chunk_bytes = first.chunk_bytes
+        self.chunk_bytes, self.plans.seen = first.chunk_bytes, first.plans.seen
         self._places, self._turn = devices, threading.Lock()
         self._known: object = None  # of the weights that the copies were made with
         self._shards: list[TorchBackend] = []

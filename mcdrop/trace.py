@@ -1,7 +1,7 @@
 """What every pass of an input signature does: its draws in order, and the axis of each that follows the rows."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from mcdrop.agreement import told_orders, uneven
 from mcdrop.breaking import may_break_off
 from mcdrop.digits import tolerance
+from mcdrop.entries import told_layouts
 from mcdrop.errors import UncontrolledDraw
-from mcdrop.forward import forward, may_fail, out_of_memory
+from mcdrop.forward import forward, out_of_memory
 from mcdrop.intercept import Given, Interception, Rules
-from mcdrop.layouts import FEW, MORE, Layout, Told, told_layout
+from mcdrop.layouts import FEW, MORE, Layout, Told, own_shape
 from mcdrop.masks import Site, sample_masks
 from mcdrop.mixing import united
 from mcdrop.outputs import Pick
@@ -32,6 +33,11 @@ __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
 _OFTEN, _MANY = 10, 100  # times as many draws as usual, and some more, at which a rare way is taken for endless
+_SOME = 8  # rows that are looked at, as many as an example mostly has
+_UNTOLD = (
+    "no axis of the draw of {} follows these rows, unlike those of the example, so a row's answer would depend on its "
+    "batch; to sample these, wrap the network with such rows in its example"
+)
 _LOOSE = 3  # other kernels are chosen for other numbers of rows
 _Pass = tuple[Recorder, Spy]
 _SIZES = ("row_bytes", "pass_bytes", "shared_bytes")
@@ -92,19 +98,47 @@ def one_pass(
     return output
 
 
-def widened(found: Trace, other: Trace) -> Trace:
-    """Gives a trace whose draws are as large as in either of two, where they differ in size alone.
+def widened(
+    found: Trace, module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool] = nowhere
+) -> Trace:  # fmt: skip
+    """Gives a trace whose draws are as large as these rows ask for, where they differ in size alone.
 
     Raises:
-        UncontrolledDraw: they differ otherwise.
+        UncontrolledDraw: they differ otherwise, or for the number of rows, not for what these hold.
     """
-    pairs = list(zip(found.sites, other.sites, strict=False))
-    alike = all(replace(a, shape=()) == replace(b, shape=()) and len(a.shape) == len(b.shape) for a, b in pairs)
-    if len(found.sites) != len(other.sites) or found.layouts != other.layouts or not alike:
-        raise UncontrolledDraw("the network takes another way through these rows than through its example")
-    sites = (replace(a, shape=tuple(map(max, a.shape, b.shape))) for a, b in pairs)
-    sizes = {name: max(getattr(found, name), getattr(other, name)) for name in _SIZES}
-    return replace(found, sites=tuple(sites), **sizes)
+
+    def shapes(rows: Rows) -> tuple[list[tuple[int, ...]], Spy]:
+        source, spy = record(module, rows, pick, seed=0, force=force)
+        return _shapes(found, source.draws, rows.count), spy
+
+    own, spy = shapes(rows)
+    sites = tuple(replace(a, shape=tuple(map(max, a.shape, b))) for a, b in zip(found.sites, own, strict=True))
+    told = [i for i, site in enumerate(found.sites) if site.name not in found.unclear]
+    if any(sites[i] != found.sites[i] for i in told):
+        twice = shapes(repeat_rows(rows, 2 * rows.count))[0]
+        for i in told:
+            if own[i] != twice[i]:
+                raise UncontrolledDraw(
+                    f"the network draws numbers of the shape {own[i]} for {rows.count} rows and of {twice[i]} for "
+                    f"twice as many, where it drew {found.sites[i].shape} of its example: which are whose cannot be "
+                    "told; give it fewer rows at a time"
+                )
+    sizes = {name: max(getattr(found, name), size) for name, size in _memory(spy, None, rows.count).items()}
+    return replace(found, sites=sites, **sizes)
+
+
+def _shapes(found: Trace, draws: Sequence[Draw], rows: int) -> list[tuple[int, ...]]:
+    """Gives what each of the same draws has of its own for other rows."""
+    shapes = []
+    if len(draws) == len(found.sites):
+        for draw, layout in zip(draws, found.layouts, strict=True):
+            if layout is not None and len(draw.shape) > layout.axis:
+                layout.check(draw.shape, rows)
+            shapes.append(own_shape(draw.shape, layout))
+        pairs = zip(found.sites, _sites(draws, shapes, found.rates), strict=True)
+        if all(len(a.shape) == len(b.shape) and replace(a, shape=b.shape) == b for a, b in pairs):
+            return shapes
+    raise UncontrolledDraw("the network takes another way through these rows than through its example")
 
 
 def repeat_rows(rows: Rows, count: int) -> Rows:
@@ -112,14 +146,21 @@ def repeat_rows(rows: Rows, count: int) -> Rows:
     return rows.take(torch.arange(count, device=rows.leaves[0].device) % rows.count)
 
 
-def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool] = nowhere) -> Trace:
+def trace(
+    module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool] = nowhere, wrapped: Trace | None = None
+) -> Trace:
     """Finds the draws of one input signature and the axis of each that follows the rows.
 
-    The module runs on three and on five rows: the axis whose size differs is the rows' axis, and what is left of it
-    when it is divided by the rows (such as attention heads) belongs to one row. A draw that does not differ (a
-    weight's) is shared by all rows.
+    The module runs on some rows, and on two more of the same, so that the longest of them is in both: the axis whose
+    size differs is the rows' axis, and what is left of it when it is divided by the rows (such as attention heads)
+    belongs to one row. A draw that does not differ (a weight's) is shared by all rows.
+
+    Raises:
+        UncontrolledDraw: the number of draws follows the rows, or no axis of one does, unlike when the network was
+            ``wrapped``.
     """
-    given = repeat_rows(rows, FEW)
+    some = rows.take(slice(0, _SOME))
+    given = repeat_rows(some, max(FEW, some.count | 1))  # odd, since an even number may be one that is cut or filled up
     try:
         source, spy = record(module, given, pick, seed=0, force=force)
     except Exception as error:  # of a network that is built for one batch size
@@ -127,21 +168,15 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
             raise
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
-    few, more, larger, first = source.draws, [], None, spy
+    few, more, larger = source.draws, [], None
     on = partial(record, module, pick=pick, seed=0, force=force)
-    again = partial(on, rows=repeat_rows(given, 2 * given.count))
     rates = random_rates(module, (source, spy), [on(rows=given, seed=seed) for seed in _SEEDS])
     with may_break_off(module):
-        wide, larger = on(rows=repeat_rows(rows, MORE))
+        wide, larger = on(rows=repeat_rows(given, given.count + MORE))
         more = wide.draws
-    told = [told_layout(draw.shape, more[i].shape if len(more) == len(few) else None) for i, draw in enumerate(few)]
-    if any(one.counted for one in spy.results):
-        told = _steady(told, few, (rows.take([row] * given.count) for row in range(rows.count)), on)
-    if spy.by_values:
-        told = _fixed(told, few, [given.map(torch.zeros_like), given.map(torch.ones_like)], on)
-    shapes = [_own_shape(draw, layout) for draw, (layout, _) in zip(few, told, strict=True)]
+    told = told_layouts((source, spy), more, given, rows, on)
     found = Trace(
-        sites=_sites(few, shapes, rates),
+        sites=_sites(few, [own_shape(draw.shape, one) for draw, (one, _) in zip(few, told, strict=True)], rates),
         layouts=tuple(layout for layout, _ in told),
         rates=rates,
         unclear=(),
@@ -150,14 +185,28 @@ def trace(module: nn.Module, rows: Rows, pick: Pick, force: Callable[[str], bool
         escaped=tuple(spy.escaped or rarely_escaped(module, given, pick, most=_OFTEN * len(few) + _MANY)),
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
-        united=_united(first, larger, again),
+        united=_united(spy, larger, partial(on, rows=repeat_rows(given, 2 * given.count))),
         **_memory(spy, larger, given.count),
     )
     ordered = _ordered(module, given, pick, found) if all(clear for _, clear in told) else None
-    if ordered is not None:
-        return ordered
+    unclear = _unclear(ordered or found, () if ordered else told, wrapped)
+    if not unclear:
+        return ordered or found
+    found = _of_all_rows(module, ordered or found, unclear, on(rows=rows)[0].draws)
+    if wrapped is not None and not wrapped.unclear:
+        raise UncontrolledDraw(_UNTOLD.format(", ".join(dict.fromkeys(repr(few[i].path) for i in sorted(unclear)))))
+    return found
+
+
+def _unclear(found: Trace, told: Sequence[Told], wrapped: Trace | None) -> set[int]:
+    """The draws that have masks of their own for all entries.
+
+    Of modules with such a draw when the network was wrapped, these are all that follow the rows: else answers would go
+    by what was asked before.
+    """
     unclear = {i for i, (layout, clear) in enumerate(told) if not clear or (layout and layout.multiple > 1)}
-    return _of_all_rows(module, found, unclear, on(rows=rows)[0].draws)
+    doubted = {site.path for site in wrapped.sites if site.name in wrapped.unclear} if wrapped else set()
+    return unclear | {i for i, site in enumerate(found.sites) if found.layouts[i] and site.path in doubted}
 
 
 def _of_all_rows(module: nn.Module, found: Trace, unclear: set[int], draws: Sequence[Draw]) -> Trace:
@@ -179,46 +228,6 @@ def _of_all_rows(module: nn.Module, found: Trace, unclear: set[int], draws: Sequ
         layouts=tuple(None if i in unclear else layout for i, layout in enumerate(found.layouts)),
         unclear=tuple(found.sites[i].name for i in sorted(unclear)),
     )
-
-
-def _own_shape(draw: Draw, layout: Layout | None) -> tuple[int, ...]:
-    return draw.shape if layout is None else layout.unit_shape(draw.shape)
-
-
-def _steady(
-    told: Sequence[Told], draws: Sequence[Draw], alike: Iterable[Rows], record: Callable[..., _Pass]
-) -> list[Told]:
-    """Tells no layout of draws that have more entries for some rows than for others, such as those under a mask."""
-    steady = [*told]
-    for rows in alike:
-        with may_fail():
-            for i, (draw, other) in enumerate(zip_longest(draws, record(rows=rows)[0].draws)):
-                layout = told[i][0] if i < len(told) else None
-                if layout is not None and (other is None or _sizes(draw, layout) != _sizes(other, layout)):
-                    steady[i] = None, False
-    return steady
-
-
-def _fixed(
-    told: Sequence[Told], draws: Sequence[Draw], others: Iterable[Rows], record: Callable[..., _Pass]
-) -> list[Told]:
-    """Tells no layout of several entries a row where others, rows of one value, have another number of them.
-
-    Then further rows may have as many together but not each, even where those of the example all have as many.
-    """
-    fixed, same = [*told], [(draw.kind, draw.path) for draw in draws]
-    for rows in others:
-        with may_fail():  # whatever a network does with such rows
-            found = record(rows=rows)[0].draws
-            for i, (draw, other) in enumerate(zip(draws, found, strict=True)):
-                layout = told[i][0] if same == [(one.kind, one.path) for one in found] else None
-                if layout is not None and layout.multiple > 1 and _sizes(draw, layout) != _sizes(other, layout):
-                    fixed[i] = None, False
-    return fixed
-
-
-def _sizes(draw: Draw, layout: Layout) -> tuple[int, ...]:
-    return draw.shape[layout.axis : layout.axis + 1]
 
 
 def _sites(draws: Sequence[Draw], shapes: Sequence[tuple[int, ...]], rates: frozenset[int]) -> tuple[Site, ...]:
@@ -278,10 +287,10 @@ def _memory(spy: Spy, larger: Spy | None, rows: int) -> dict[str, int]:
     What does not grow from some rows to more is shared; where there are none to tell, all belongs to the rows.
     """
     found = dict.fromkeys(_SIZES, 1)
-    tells = larger is not None and rows < MORE and len(larger.results) == len(spy.results)
+    tells = larger is not None and len(larger.results) == len(spy.results)
     more = larger.results if larger is not None and tells else None
     for i, one in enumerate(spy.results):
-        own = one.size / rows if more is None else (more[i].size - one.size) / (MORE - rows)
+        own = one.size / rows if more is None else (more[i].size - one.size) / MORE
         later = bool(one.drawn)
         each = {"row_bytes": own, "pass_bytes": own * later, "shared_bytes": (one.size - own * rows) * later}
         found = {name: max(most, math.ceil(each[name])) for name, most in found.items()}

@@ -75,3 +75,50 @@ def test_packed_rows_of_one_length_keep_their_masks(between: bool) -> None:
     assert model.audit.tier == "vmap"
     with pytest.raises(ModelRefused, match="packed rows are put in order of their lengths"):
         backend_of(model).run(model.rows(x), 4, only=None, tier="fold")
+
+
+class Of(nn.Module):
+    """A recurrent network over packed rows of the lengths that it is given, dropped between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.GRU(UNITS, UNITS, 2, dropout=RATE, batch_first=True)
+        self.head = nn.Linear(UNITS, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        rows = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.body(rows)[1][-1])  # type: ignore[no-any-return]
+
+
+def of(lengths: list[int], x: Tensor) -> mcdrop.Model:
+    torch.manual_seed(0)
+    return mcdrop.wrap(Of().eval(), example=(x, torch.tensor(lengths)), tuning={})
+
+
+X = torch.randn(9, 7, UNITS, generator=torch.Generator().manual_seed(1))
+SHORT = [3] * 9
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 4, 8])
+def test_a_longer_row_may_stand_anywhere(place: int) -> None:
+    """Its masks are those that it has where the example was as long, also where it is an example's last row."""
+    lengths = [*SHORT]
+    lengths[place] = 7
+    expected = passes(of([7] * 9, X), (X, torch.tensor(lengths)), 5)
+    for example in (SHORT, lengths):
+        model = of(example, X)
+        assert model.audit.warnings == ()
+        assert apart(passes(model, (X, torch.tensor(lengths)), 5), expected) < 1e-5
+        others = [row for row in range(9) if row != place]
+        assert apart(passes(model, (X, torch.tensor(SHORT)), 5)[:, others], expected[:, others]) < 1e-5
+
+
+def test_answers_of_packed_rows_do_not_follow_what_was_asked_before() -> None:
+    """Rows of one shape and several lengths, before and after rows of that shape and one length."""
+    mixed, even = (X[:8], torch.arange(7).clamp(1).repeat(2)[:8]), (X[:5], torch.full((5,), 6))
+    model, later = of([5] * 9, X[:, :5]), of([5] * 9, X[:, :5])
+    one, two = passes(model, mixed, 5), passes(model, even, 5)
+    assert torch.equal(passes(model, mixed, 5), one)
+    assert apart(passes(later, even, 5), two) < 1e-5
+    assert apart(passes(later, mixed, 5), one) < 1e-5
+    assert apart(passes(later, (X[3:4], mixed[1][3:4]), 5), one[:, 3:4]) < 1e-5

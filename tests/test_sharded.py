@@ -9,7 +9,7 @@ from captures import apart, made
 from torch import nn
 
 import mcdrop
-from mcdrop.errors import InputError
+from mcdrop.errors import InputError, UncontrolledDraw
 from mcdrop.sharded import ShardedBackend
 
 CPUS = ["cpu", "cpu", "cpu"]
@@ -173,3 +173,25 @@ def test_a_device_that_is_not_there_is_named() -> None:
 def test_a_graph_has_no_devices(tmp_path: object) -> None:
     with pytest.raises(InputError, match="precision, compile and devices are for torch modules"):
         mcdrop.wrap("model.onnx", example=np.ones((2, 3)), devices=CPUS)  # type: ignore[arg-type]
+
+
+class Longer(nn.Module):
+    """Draws once more where rows say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 2), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.drop(self.linear(x))
+        return self.drop(hidden) if (x > 50).any() else hidden
+
+
+@pytest.mark.parametrize("devices", [[], CPUS])
+def test_rows_that_the_example_does_not_stand_for_are_refused_also_where_a_device_sees_them_first(
+    devices: list[str],
+) -> None:
+    model = mcdrop.wrap(Longer().eval(), example=torch.ones(6, 4), devices=devices)
+    with pytest.raises(UncontrolledDraw):
+        mcdrop.predict(model, torch.full((6, 4), 60.0))
+    mcdrop.predict(model, torch.ones(6, 4))

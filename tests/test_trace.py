@@ -13,7 +13,7 @@ from mcdrop.layouts import Layout
 from mcdrop.outputs import picker
 from mcdrop.record import record
 from mcdrop.rows import Rows
-from mcdrop.trace import Trace, one_pass, trace
+from mcdrop.trace import Trace, one_pass, trace, widened
 
 ROWS = Rows.of(torch.linspace(-1, 1, 8).reshape(2, 4))
 PICK = picker(None)
@@ -143,6 +143,30 @@ def test_entries_whose_number_follows_from_values_have_masks_of_their_own(act: C
     found = trace(net, rows, PICK)
     assert found.unclear == ("site0",)
     assert [site.shape for site in found.sites] == [(4,)]
+
+
+def as_long_as_the_longest(x: Tensor) -> Tensor:
+    """Drops steps of all rows, as many as the first number of one of them says."""
+    return F.dropout(torch.ones(int(x[:, 0].max()), len(x)), 0.5).sum(0)[:, None] + x
+
+
+@pytest.mark.parametrize("longest", range(6))
+def test_the_axis_of_the_rows_is_told_whichever_of_them_is_the_longest(longest: int) -> None:
+    net, x = Net(as_long_as_the_longest), torch.ones(6, 4)
+    net.linear.weight, net.linear.bias = nn.Parameter(torch.eye(4)), nn.Parameter(torch.zeros(4))
+    x[longest] = 7.0
+    found = trace(net, Rows.of(x), PICK)
+    assert (found.layouts, found.unclear) == ((Layout(1),), ())
+    assert [site.shape for site in found.sites] == [(7,)]
+    short = trace(net, Rows.of(torch.ones(6, 4)), PICK)
+    assert [site.shape for site in short.sites] == [(1,)]
+    assert widened(short, net, Rows.of(x), PICK).sites == found.sites
+
+
+def test_a_draw_that_is_larger_for_more_rows_is_not_taken_for_one_of_longer_rows() -> None:
+    net = Net(lambda x: x + F.dropout(torch.ones(-(-len(x) // 8), 4), 0.5).repeat_interleave(8, 0)[: len(x)])
+    with pytest.raises(UncontrolledDraw, match=r"\(3, 4\) for 20 rows and of \(5, 4\) for twice as many"):
+        widened(trace(net, ROWS, PICK), net, Rows.of(torch.ones(20, 4)), PICK)
 
 
 def siamese(x: Tensor) -> Tensor:

@@ -159,13 +159,15 @@ class TorchBackend:
         return torch.cat(parts)
 
     def over(self, module: nn.Module) -> "TorchBackend":
-        """Gives the same for a copy of the module: the same draws on, nothing traced yet."""
+        """Gives the same for a copy of the module: the same draws on, as they were found when it was wrapped."""
         live, plain = live_shadow(module, drawing=True), live_shadow(module)
         own((live, plain), placed_starts(self.live, _device(module)))
         other = TorchBackend(
             live, plain, self.pick, self.excluded, self.force, self.precision, self.compiled, self.plans.tuning,
             self.beside, flags=self.flags.over(live),
         )  # fmt: skip
+        if self.plans.seen is not None:
+            other.plans.knows(*self.plans.seen)
         if self.room.given:
             other.chunk_bytes = self.chunk_bytes
         return other
