@@ -33,7 +33,7 @@ __all__ = ["Trace", "one_pass", "repeat_rows", "trace", "widened"]
 
 _SEEDS = (1, 2, 3)
 _OFTEN, _MANY = 10, 100  # times as many draws as usual, and some more, at which a rare way is taken for endless
-_SOME = 8  # rows that are looked at, as many as an example mostly has
+_SOME = 8  # rows whose draws a trace is to hold, as many as an example mostly has
 _UNTOLD = (
     "no axis of the draw of {} follows these rows, unlike those of the example, so a row's answer would depend on its "
     "batch; to sample these, wrap the network with such rows in its example"
@@ -159,8 +159,7 @@ def trace(
         UncontrolledDraw: the number of draws follows the rows, or no axis of one does, unlike when the network was
             ``wrapped``.
     """
-    some = rows.take(slice(0, _SOME))
-    given = repeat_rows(some, max(FEW, some.count | 1))  # odd, since an even number may be one that is cut or filled up
+    given = repeat_rows(rows.take(slice(0, FEW)), FEW)
     try:
         source, spy = record(module, given, pick, seed=0, force=force)
     except Exception as error:  # of a network that is built for one batch size
@@ -168,13 +167,12 @@ def trace(
             raise
         given = rows
         source, spy = record(module, given, pick, seed=0, force=force)
-    few, more, larger = source.draws, [], None
+    few, larger = source.draws, None
     on = partial(record, module, pick=pick, seed=0, force=force)
     rates = random_rates(module, (source, spy), [on(rows=given, seed=seed) for seed in _SEEDS])
     with may_break_off(module):
-        wide, larger = on(rows=repeat_rows(given, given.count + MORE))
-        more = wide.draws
-    told = told_layouts((source, spy), more, given, rows, on)
+        larger = on(rows=repeat_rows(given, given.count + MORE))
+    told = told_layouts((source, spy), larger[0].draws if larger else [], given, rows, on)
     found = Trace(
         sites=_sites(few, [own_shape(draw.shape, one) for draw, (one, _) in zip(few, told, strict=True)], rates),
         layouts=tuple(layout for layout, _ in told),
@@ -188,6 +186,8 @@ def trace(
         united=_united(spy, larger, partial(on, rows=repeat_rows(given, 2 * given.count))),
         **_memory(spy, larger, given.count),
     )
+    with may_break_off(module):  # further rows may be longer
+        found = widened(found, module, rows.take(slice(0, _SOME)), pick, force)
     ordered = _ordered(module, given, pick, found) if all(clear for _, clear in told) else None
     unclear = _unclear(ordered or found, () if ordered else told, wrapped)
     if not unclear:
@@ -273,22 +273,21 @@ def _ordered(module: nn.Module, rows: Rows, pick: Pick, found: Trace) -> Trace |
     return None if orders is None else placed(orders)
 
 
-def _united(few: Spy, more: Spy | None, again: Callable[[], _Pass]) -> str:
+def _united(few: Spy, more: _Pass | None, again: Callable[[], _Pass]) -> str:
     """Says why passes cannot share a batch; ``again`` runs the few rows twice over."""
     try:
-        return united(few.results, None if more is None else more.results, lambda: again()[1].results)
+        return united(few.results, None if more is None else more[1].results, lambda: again()[1].results)
     except Exception as error:
         return f"it does not take more rows: {first_line(error)}"
 
 
-def _memory(spy: Spy, larger: Spy | None, rows: int) -> dict[str, int]:
+def _memory(spy: Spy, larger: _Pass | None, rows: int) -> dict[str, int]:
     """The largest results by row, by row after the first draw, and of all rows together there.
 
     What does not grow from some rows to more is shared; where there are none to tell, all belongs to the rows.
     """
     found = dict.fromkeys(_SIZES, 1)
-    tells = larger is not None and len(larger.results) == len(spy.results)
-    more = larger.results if larger is not None and tells else None
+    more = larger[1].results if larger is not None and len(larger[1].results) == len(spy.results) else None
     for i, one in enumerate(spy.results):
         own = one.size / rows if more is None else (more[i].size - one.size) / MORE
         later = bool(one.drawn)
