@@ -10,12 +10,12 @@ from mcdrop.forward import out_of_memory
 from mcdrop.observed import Observation, Observer, altered, same
 from mcdrop.record import ALL_HIGH, ALL_LOW
 
-__all__ = ["EXTREMES", "OUT_OF_SIGHT", "SEEDS", "Verdict", "Verdicts", "effects", "steady"]
+__all__ = ["EXTREMES", "LOOKS", "OUT_OF_SIGHT", "SEEDS", "Verdict", "Verdicts", "effects"]
 
 SEEDS = (1, 2)
 OUT_OF_SIGHT = "gives other numbers at each call, from a generator out of sight"
 EXTREMES = (ALL_LOW, ALL_HIGH)  # where a threshold that few numbers pass shows
-_LOOKS = 4  # at what may come by chance
+LOOKS = 4  # at what may come by chance
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def effects(look: Observer, several: Mapping[str, nn.Module], base: Observation,
         return dict.fromkeys(several, like)
     verdicts = {first: like} | {path: _effect(look, child, base, on) for path, child in rest}
     silent = seen and not any(one.draws for one in seen) and all(one.kind == "inert" for one in verdicts.values())
-    if silent and not steady(look, [*on, *others.values()], seen[0]):
+    if silent and not look.repeats(seen[0], seed=SEEDS[0], looks=LOOKS):
         return dict.fromkeys(several, Verdict("refused", OUT_OF_SIGHT, 1))  # by chance, and not when it is looked at
     return verdicts
 
@@ -106,15 +106,10 @@ def _effect_on_draws(
     if all(same(one, other) for one, other in zip(seen, without, strict=False)):
         return Verdict("inert", "no effect on this input")
     first = seen[0]
-    repeated = steady(look, [*on, child], first, looks=1)
+    repeated = look.repeats(first, seed=SEEDS[0], looks=1)
     if repeated and all(same(first, other) for other in seen[1:]):
         return Verdict("refused", "computes something else in training mode, without a draw")
     # a rate that is 0 in eval; draws in eval would hide what else the flag does, and without any no seed has a say
     if repeated and base.draws and (first.rates != base.rates or all(same(base, other) for other in without)):
         return Verdict("stochastic", "draws random numbers that have no effect in eval mode")
     return Verdict("refused", OUT_OF_SIGHT, 1)
-
-
-def steady(look: Observer, on: Sequence[nn.Module], first: Observation, looks: int = _LOOKS) -> bool:
-    """Whether passes of some flags give the same numbers as a first one each time."""
-    return all(same(first, look.observe(on, seed=SEEDS[0])) for _ in range(looks))

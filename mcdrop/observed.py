@@ -1,15 +1,16 @@
 """One pass of a shadow with some training flags on: what it draws, gives and leaves, and whose flag it reads."""
 
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from mcdrop.agreement import identical
+from mcdrop.agreement import NOISE, Runs, apart, repeats
 from mcdrop.forward import out_of_memory
 from mcdrop.outputs import Pick
 from mcdrop.record import Draw, record
@@ -91,7 +92,7 @@ class Observation:
     ``rates`` are kind, rate and module of each draw, ``values`` all tensors that came out, ``picked`` the one that is
     read (None where nothing is found); ``changed`` are attributes, as (module, name). ``readers`` are those of
     ``Observer``; ``escaped`` are the draws that no rule controls, as (module, operation); ``by_values`` says whether
-    values, or how many they are, may have told the way.
+    values, or how many they are, may have told the way. ``again`` runs such a pass anew.
     """
 
     draws: int
@@ -104,13 +105,24 @@ class Observation:
     readers: Readers
     escaped: tuple[tuple[str, str], ...]
     by_values: bool
+    again: Callable[[], "Observation"]
+
+    @cached_property
+    def runs(self) -> "Runs[Observation]":
+        """Such passes, of which this is the first."""
+        return Runs(self.again, self)
 
 
-def same(one: Observation, other: Observation) -> bool:
-    """Whether two passes gave the same numbers."""
-    return len(one.values) == len(other.values) and all(
-        identical(a, b) for a, b in zip(one.values, other.values, strict=True)
-    )
+_Read = Callable[[Observation], list[Tensor]]
+
+
+def same(one: Observation, other: Observation, values: _Read | None = None) -> bool:
+    """Whether two passes gave the same numbers, or ``values`` of them, but for the noise of sums in no fixed order."""
+    return not apart(one.runs, other.runs, values or _values, within=NOISE)
+
+
+def _values(seen: Observation) -> list[Tensor]:
+    return seen.values
 
 
 def altered(seen: Observation, base: Observation) -> str:
@@ -149,13 +161,25 @@ class Observer:
 
         Draws of the modules in ``low`` get the lowest numbers.
         """
+        again = partial(self.observe, (*on,), seed=seed, low=low)
         with self._started(on):
-            return self._seen(seed, drawn, low)
+            return self._seen(again, seed, drawn, low)
+
+    def repeats(self, first: Observation, *, seed: int, looks: int) -> bool:
+        """Whether passes like a first one give the same numbers, but for noise that is there without any flag too."""
+        return repeats(first.runs, lambda: self.observe((), seed=seed).runs, _values, looks=looks, within=NOISE)
 
     def goes_on(self, on: Collection[nn.Module], *, seed: int) -> bool:
         """Whether a pass that goes on from what one before it left gives other numbers under the same draws."""
-        with self._started(on):
-            first, second = (self._seen(seed, None, ()) for _ in range(2))
+
+        def both() -> list[Observation]:
+            with self._started(on):
+                return [self._seen(partial(again, place), seed, None, ()) for place in range(2)]
+
+        def again(place: int) -> Observation:
+            return both()[place]
+
+        first, second = both()
         return not same(first, second)
 
     def attempt(self, on: Collection[nn.Module], drawn: list[Draw], *, seed: int) -> Observation | None:
@@ -190,7 +214,9 @@ class Observer:
             for child in on:  # where it is no plain attribute
                 child.training = False
 
-    def _seen(self, seed: int, drawn: list[Draw] | None, low: Collection[str]) -> Observation:
+    def _seen(
+        self, again: Callable[[], Observation], seed: int, drawn: list[Draw] | None, low: Collection[str]
+    ) -> Observation:
         before, raw = _attributes(self.module), list[Any]()
 
         def keep(result: Any) -> Tensor:
@@ -212,7 +238,7 @@ class Observer:
         draws = len(source.draws) + len(spy.escaped)
         return Observation(
             draws, rates, structure, values, picked, frozenset(spy.written), changed, self.readers,
-            tuple(spy.escaped), spy.by_values,
+            tuple(spy.escaped), spy.by_values, again,
         )  # fmt: skip
 
 

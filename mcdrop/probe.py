@@ -14,8 +14,7 @@ from functools import cache
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mcdrop.agreement import identical
-from mcdrop.effects import EXTREMES, OUT_OF_SIGHT, SEEDS, Verdict, Verdicts, effects, steady
+from mcdrop.effects import EXTREMES, LOOKS, OUT_OF_SIGHT, SEEDS, Verdict, Verdicts, effects
 from mcdrop.forward import out_of_memory
 from mcdrop.observed import Observation, Observer, same
 from mcdrop.outputs import Pick
@@ -110,7 +109,7 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
             return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
         seen = passes(needed)[0]
         draws = seen.draws - passes([])[0].draws
-        if not draws and not steady(look, on(needed), seen):
+        if not draws and not look.repeats(seen, seed=SEEDS[0], looks=LOOKS):
             return {**verdicts, **dict.fromkeys(needed, Verdict("refused", OUT_OF_SIGHT, 1))}
         if not hidden and draws > 0:
             lost = Verdict("refused", "computes something else in training mode together with others", draws)
@@ -192,10 +191,12 @@ def _hidden_draws(
         return max(0, len(drawn) - without.draws), True
     if seen.draws <= without.draws:
         return 0, False
-    looks = zip(
-        *(_read(one, base) for one in (seen, *(look.observe(on, seed=seed) for seed in EXTREMES))), strict=False
-    )
-    follows = [any(not identical(first, other) for other in others) for first, *others in looks]
+    extremes = [look.observe(on, seed=seed) for seed in EXTREMES]
+
+    def follow(place: int) -> bool:
+        return not all(same(seen, one, lambda given: _read(given, base)[place : place + 1]) for one in extremes)
+
+    follows = [follow(place) for place in range(min(len(_read(one, base)) for one in (seen, *extremes)))]
     return (seen.draws - without.draws if follows and all(follows) else 0), False
 
 
