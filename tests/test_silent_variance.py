@@ -1,5 +1,6 @@
 """The silent ways to a variance of zero or a wrong one: each ends in the right variance or in a named cause."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,101 @@ def test_masks_that_were_drawn_before_and_are_taken_in_turn_are_refused_by_name(
         mcdrop.wrap(net(draws=True), example=x)
     assert [site.path for site in mcdrop.wrap(net(draws=True), example=x, exclude="0").audit.live] == ["2"]
     assert [site.path for site in mcdrop.wrap(net(draws=False), example=x).audit.live] == ["2"]
+
+
+# -- the last digits of sums in no fixed order -------------------------------------------------------------------------
+
+
+SUMMED = torch.randn(8, 9, 4, generator=torch.Generator().manual_seed(1))
+CALLS = itertools.count()  # nobody sees it, as nobody does what threads do
+
+
+def in_any_order(h: Tensor) -> Tensor:
+    """The sum over an axis, split at another place in each call."""
+    at = 1 + next(CALLS) * 5 % 8
+    return h[:, :at].sum(1) + h[:, at:].sum(1)
+
+
+class Sums(nn.Module):
+    """Sums what its rows hold, and drops from that or, ``dead``, from what it throws away."""
+
+    def __init__(self, seed: int, *, dead: bool = False, p: float = 0.5) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last, self.act, self.drop = nn.Linear(4, 16), nn.Linear(16, 1), nn.Tanh(), nn.Dropout(p)
+        self.dead = dead
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = in_any_order(self.act(self.first(x)))
+        dropped = self.drop(h)
+        out: Tensor = self.last(h if self.dead else dropped)
+        return out
+
+
+def test_the_sums_of_these_tests_do_differ_in_their_last_digits() -> None:
+    h = torch.tanh(SUMMED)
+    seen = [in_any_order(h) for _ in range(8)]
+    assert 0 < max(float((one - seen[0]).abs().max()) for one in seen) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_dead_draw_is_not_live_by_the_noise_of_sums(seed: int) -> None:
+    with pytest.raises(NoStochasticSite, match="no mask on it changes the output"):
+        mcdrop.wrap(Sums(seed, dead=True), example=SUMMED)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_noise_of_sums_is_no_draw_out_of_sight(seed: int) -> None:
+    model = mcdrop.wrap(Sums(seed), example=SUMMED)
+    assert [site.verdict for site in model.audit.sites] == ["live"]
+    assert model.audit.kept == {}
+    assert model.audit.warnings == ()
+
+
+class Gate(Sums):
+    """Drops whole rows and hardly ever one: most masks leave the output as it is, noise aside."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, p=0.01)
+        self.last = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(in_any_order(self.act(self.first(x)))) * self.drop(x.new_ones(len(x), 1))
+        return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_that_hardly_ever_move_the_output_do_not_measure_its_noise(seed: int) -> None:
+    assert [site.verdict for site in mcdrop.wrap(Gate(seed), example=SUMMED).audit.sites] == ["live"]
+
+
+class Hidden(Sums):
+    """Something out of sight moves its output in training mode, beside the noise of its sums."""
+
+    def __init__(self, size: float, *, noise: bool) -> None:
+        super().__init__(0)
+        self.size, self.noise = size, noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.first(x))
+        out: Tensor = self.last(self.drop(in_any_order(h) if self.noise else h.sum(1)))
+        return out * (1 + self.size * (1 + next(CALLS) * 7 % 9)) if self.training else out
+
+
+@pytest.mark.parametrize(("size", "noise"), [(1e-1, True), (1e-4, True), (1e-1, False), (1e-4, False), (1e-6, False)])
+def test_a_draw_out_of_sight_is_told_from_noise(size: float, *, noise: bool) -> None:
+    with pytest.raises(UncontrolledDraw, match="out of sight"):
+        mcdrop.wrap(Hidden(size, noise=noise), example=SUMMED)
+
+
+class Slight(Sums):
+    """A draw that moves the output in its last digits alone, and always does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.first(x)).sum(1)
+        out: Tensor = self.last(h + 1e-6 * self.drop(h))
+        return out
+
+
+def test_the_least_effect_is_one_where_the_network_repeats_to_the_bit() -> None:
+    assert [site.verdict for site in mcdrop.wrap(Slight(0), example=SUMMED).audit.sites] == ["live"]
