@@ -31,7 +31,7 @@ from mcdrop.volatile import Left, alike
 __all__ = ["Alone", "alone", "changing", "mean_preserving", "same_again", "seeded_anew", "unrepeatable"]
 
 _SAME = 1e-6  # a GPU adds up in no order
-_ROUNDING = 3e-5  # also of what was computed with fewer digits than it has
+_NEAR = 1e-3  # a small output of large sums has fewer digits than others; a look too many does no harm
 _SO = "so a row's answer depends on its batch, all rows of which share the masks of a pass"
 _BETWEEN = (
     ": rows are compared with one another, or picked, by this draw: with one mask for all rows of a pass its spread is "
@@ -96,8 +96,8 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
 
 
 def _moved(one: Runs[Tensor], other: Runs[Tensor]) -> bool:
-    """Whether outputs differ; those that differ by no more than rounding are looked at again."""
-    near = max(_ROUNDING, tolerance(one.first(1)[0].dtype))
+    """Whether outputs differ; those that hardly differ are looked at again."""
+    near = max(_NEAR, tolerance(one.first(1)[0].dtype))
     return apart(one, other, lambda output: [output], within=near)
 
 
