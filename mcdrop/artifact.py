@@ -4,33 +4,26 @@ The manifest holds the sha256 of every other file, and each file is hashed befor
 the folder: a network is a graph, or weights for a function of an installed, allow-listed package (see ``formats``).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mcdrop.bank import Bank
+from mcdrop.beside import CALIBRATION, check_screen, read_beside, screen_head, write_beside
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
-from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, positional, same_numbers
+from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, same_numbers
 from mcdrop.model import Model, Options, check_columns, check_fitted, check_model
 from mcdrop.placing import anew, check_replaceable
-from mcdrop.rowfile import read_rows, write_rows
 from mcdrop.sampling import fingerprint
-from mcdrop.screening import SCORES, Screen
+from mcdrop.screening import Screen
 from mcdrop.store import FORMAT, MANIFEST, name_and_version, read_manifest, resolve, verify
 from mcdrop.store import sha256 as hash_of
 from mcdrop.streams import path_of
 from mcdrop.wrapping import devices_of
 
 __all__ = ["CALIBRATION", "load", "save"]
-
-EXAMPLE, SCREEN = "example.safetensors", "screen.safetensors"
-CALIBRATION = "calibration.json"
 
 _DEFAULTS = ("passes", "level", "interval", "seed", "sampler", "tolerance", "exact_last")
 
@@ -88,7 +81,7 @@ def save(
         said: dict[str, Any] = {"factory": factory, "arguments": dict(arguments or {})} if factory else {}
         weights = {"format": format, **said, **FORMATS[format].write(model, beside / FORMATS[format].file, said)}
         by_name = FORMATS[format].by_name
-        _write_files(model, beside, screen, calibration or model.calibration, by_name)
+        write_beside(beside, model, screen, calibration or model.calibration, by_name=by_name)
         head = {"name": name, "version": version, "description": description, "features": named}
         _write_manifest(model, beside, screen, head, weights, by_name)
         there = model.audit.devices[:1] if FORMATS[format].movable else ()
@@ -100,24 +93,6 @@ def _target(folder: str | Path, overwrite: bool) -> Path:
     target = path_of(folder)
     check_replaceable(target, overwrite=overwrite)
     return target
-
-
-def _write_files(
-    model: Model, folder: Path, screen: Screen | None, calibration: Calibration | None, by_name: bool
-) -> None:
-    write_rows(folder / EXAMPLE, model.example if by_name else positional(model.example), {})
-    if screen is not None:
-        rows = screen.rows if by_name else positional(screen.rows)
-        write_rows(folder / SCREEN, rows, {"scores": screen.scores, **_bank_arrays(screen.bank)})
-    if calibration is not None:
-        (folder / CALIBRATION).write_text(json.dumps(calibration.to_dict(), allow_nan=False), encoding="utf-8")
-
-
-def _bank_arrays(bank: Bank | None) -> dict[str, Any]:
-    if bank is None:
-        return {}
-    state = {f"bank.{name}": value for name, value in bank.state.items()}
-    return {**state, **{f"typical.{name}": value for name, value in bank.typical.items()}}
 
 
 def _write_manifest(
@@ -140,12 +115,7 @@ def _write_manifest(
         "defaults": {key: value for key in _DEFAULTS if (value := getattr(model.defaults, key)) is not None},
     }
     if screen is not None:
-        plan = {"passes": screen.plan.passes, "seed": screen.plan.seed, "sampler": screen.plan.sampler}
-        manifest["screen"] = {"score": screen.score, "fpr": screen.fpr, "weights": screen.weights, **plan}
-        if screen.bank is not None:
-            # TOML knows no null: a default layer is left out
-            layer = {} if screen.bank.layer is None else {"layer": screen.bank.layer}
-            manifest["screen"] |= {"distance": screen.bank.distance, **layer}
+        manifest["screen"] = screen_head(screen)
     manifest["sha256"] = {path.name: hash_of(path) for path in sorted(folder.iterdir())}
     try:
         text = tomli_w.dumps(manifest)
@@ -199,8 +169,10 @@ def load(
     Raises:
         ModelNotFound: no model lies there.
         ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
-        InputError: a device that cannot be used, no path, or what only a bare file is read with.
+        InputError: a device that cannot be used, no path, a pin that is no text, or what only a bare file is read with.
     """
+    if not isinstance(sha256, str | None):
+        raise InputError(f"sha256 must be a text of 64 hexadecimal digits, as sha256sum gives it, got {sha256!r}")
     devices = tuple(map(str, devices_of(devices)))
     folder = path_of(folder)
     if folder.is_file():
@@ -211,14 +183,14 @@ def load(
     place = resolve(folder)
     if any(given is not None for given in (task, example, output, inject)):
         raise InputError("task, example, output and inject are for bare files; a model folder knows its own")
-    if sha256 is not None and hash_of(place / MANIFEST) != sha256.lower():
-        raise ArtifactError(f"{place / MANIFEST} is not the manifest that was asked for (its sha256 differs)")
-    manifest = read_manifest(place)
-    verify(place, manifest)
+    manifest = read_manifest(place, pin=sha256)
     try:
+        verify(place, manifest)
         return _build(place, manifest, devices)
     except MCDropError:
         raise
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{place} changed while it was read: {error.filename} is gone; load it again") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{place / MANIFEST} does not describe a model: {type(error).__name__}: {error}") from error
 
@@ -227,13 +199,11 @@ def _build(place: Path, manifest: Mapping[str, Any], devices: tuple[str, ...]) -
     weights = manifest["weights"]
     UnknownName.check("format", weights["format"], FORMATS)
     form = FORMATS[weights["format"]]
-    positional = sum(bool(spec["positional"]) for spec in manifest["inputs"])
-    example, _ = read_rows(place / EXAMPLE, positional)
-    given = example.args[0] if positional == 1 and not example.kwargs else (example.args or example.kwargs)
-    if example.args and example.kwargs:
-        raise ArtifactError(f"{place / EXAMPLE} mixes inputs by position and by name")
+    # before the network, which takes its time: the folder may be written anew meanwhile
+    rows, screen, calibration = read_beside(place, manifest)
+    example = rows.args[0] if len(rows.args) == 1 else (rows.args or rows.kwargs)
     source = Source(place / form.file, weights, manifest["sha256"].get(form.file, ""), devices)
-    model = form.read(source, given, manifest["task"])
+    model = form.read(source, example, manifest["task"])
     names = [str(spec["name"]) for spec in manifest["inputs"]]
     if not form.by_name and len(names) == len(model.inputs):  # a graph's own names are the exporter's
         specs = zip(model.inputs, names, strict=True)
@@ -245,10 +215,9 @@ def _build(place: Path, manifest: Mapping[str, Any], devices: tuple[str, ...]) -
         reads=str(manifest.get("reads", "")),  # "" in older folders, whose fits knew nothing of it
         audit=replace(model.audit, injected=manifest.get("injected") or model.audit.injected),
     )  # fmt: skip
-    screen = _read_screen(place, manifest.get("screen"), positional)
+    check_screen(place, model, screen)
     check_features(model, weights["format"], screen)
-    model = model.with_screen(screen)
-    return model.with_calibration(_read_calibration(place / CALIBRATION))
+    return model.with_screen(screen).with_calibration(calibration)
 
 
 def _check_promises(place: Path, model: Model, manifest: Mapping[str, Any]) -> None:
@@ -268,29 +237,3 @@ def _check_promises(place: Path, model: Model, manifest: Mapping[str, Any]) -> N
         check_columns(manifest.get("features", []), model.inputs)
     except InputError as error:
         raise ArtifactError(f"{place / MANIFEST}: {error}") from None
-
-
-def _read_screen(place: Path, head: Mapping[str, Any] | None, positional: int) -> Screen | None:
-    if head is None:
-        return None
-    rows, more = read_rows(place / SCREEN, positional)
-    UnknownName.check("score", head["score"], SCORES)
-    plan = PassPlan(head["passes"], head["seed"], head["sampler"])
-    bank = None
-    if "distance" in head:
-        parts = [
-            {name.removeprefix(start): value for name, value in more.items() if name.startswith(start)}
-            for start in ("bank.", "typical.")
-        ]
-        bank = Bank(head["distance"], head.get("layer"), *parts)
-    scores = more["scores"].astype(np.float64)
-    return Screen(head["score"], rows, scores, plan, head["fpr"], bank, head["weights"])
-
-
-def _read_calibration(path: Path) -> Calibration | None:
-    if not path.is_file():
-        return None
-    try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error

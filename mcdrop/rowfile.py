@@ -1,6 +1,6 @@
 """Rows and arrays beside them as one safetensors file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,30 @@ def as_array(leaf: Any) -> NDArray[Any]:
     return np.ascontiguousarray(leaf)
 
 
-def read_rows(path: Path, positional: int) -> tuple[Rows, dict[str, Any]]:
-    """Gives the rows, of which so many leaves go by position, and the other arrays.
+def read_rows(data: bytes, name: str, inputs: Sequence[tuple[str, bool]]) -> tuple[Rows, dict[str, Any]]:
+    """Gives the rows, their leaves in the order of the inputs, and the other arrays of what ``write_rows`` wrote.
+
+    Args:
+        data: the content of the file.
+        name: of the file, for what is said of it.
+        inputs: the name of each, and whether it goes by position; the file itself knows no order but that of names.
 
     Raises:
-        ArtifactError: it is no such file.
+        ArtifactError: it is no such file, or does not hold these inputs.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        arrays = load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not a safetensors file: {error}") from error
+        arrays = load(data)
+    except SafetensorError as error:
+        raise ArtifactError(f"{name} is not a safetensors file: {error}") from error
     leaves = {key.removeprefix(_INPUT): value for key, value in arrays.items() if key.startswith(_INPUT)}
-    args = tuple(leaves.pop(str(i)) for i in range(positional))
+    keys = [str(i) if by_position else one for i, (one, by_position) in enumerate(inputs)]
+    if sorted(keys) != sorted(leaves):
+        raise ArtifactError(f"{name} holds the inputs {sorted(leaves)}, its manifest lists {sorted(keys)}")
+    args = tuple(leaves[key] for key, (_, by_position) in zip(keys, inputs, strict=True) if by_position)
+    if 0 < len(args) < len(keys):
+        raise ArtifactError(f"{name} mixes inputs by position and by name")
     more = {key: value for key, value in arrays.items() if not key.startswith(_INPUT)}
-    return Rows.of(args or leaves), more
+    return Rows.of(args or {key: leaves[key] for key in keys}), more

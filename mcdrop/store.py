@@ -115,16 +115,19 @@ def resolve(folder: str | Path) -> Path:
     return sorted(map(_entry, versions), key=lambda entry: _version_key(entry.version))[-1].folder
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Gives the manifest of a model folder.
+def read_manifest(folder: Path, *, pin: str | None = None) -> dict[str, Any]:
+    """Gives the manifest of a model folder, whose sha256 must be the ``pin`` where there is one.
 
     Raises:
-        ArtifactError: it cannot be read, or lacks what every manifest has.
+        ArtifactError: it cannot be read, is another one, or lacks what every manifest has.
     """
     path = folder / MANIFEST
     _check_plain(path, _MANIFEST_BYTES)
     try:
-        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if pin is not None and hashlib.sha256(content).hexdigest() != pin.lower():
+            raise ArtifactError(f"{path} is not the manifest that was asked for (its sha256 differs)")
+        manifest = tomllib.loads(content.decode())
     except (ValueError, RecursionError, OSError) as error:  # not TOML, not text, numbers or brackets without end
         raise ArtifactError(f"{path} is not a readable manifest: {error}") from None
     if manifest.get("format") != FORMAT:

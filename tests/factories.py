@@ -1,5 +1,6 @@
 """Small networks that a model folder can name as its factory, and folders made of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,36 @@ class Two(nn.Module):
 
     def forward(self, values: Tensor, ids: Tensor) -> Tensor:
         out: Tensor = self.dropout(self.linear(values) + self.embed(ids).mean(dim=1))
+        return out
+
+
+MEANWHILE: list[Callable[[], object]] = []  # what happens once, while a network runs
+
+
+class Slow(nn.Module):
+    """While it is wrapped, something else happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        while MEANWHILE:
+            MEANWHILE.pop()()
+        out: Tensor = self.net(x)
+        return out
+
+
+class Named(nn.Module):
+    """Takes inputs by name, in an order that is not that of the letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.dropout, self.linear = nn.Embedding(9, 4), nn.Dropout(0.3), nn.Linear(4, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.dropout(self.embed(input_ids)) * attention_mask[..., None]
+        out: Tensor = self.linear(h.mean(1))
         return out
 
 

@@ -112,7 +112,7 @@ FLOORS = [
     ["mcdrop.wrapping"],
     ["mcdrop.graphs", "mcdrop.factory", "mcdrop.convert"],
     ["mcdrop.formats"],
-    ["mcdrop.sampling"],
+    ["mcdrop.beside", "mcdrop.sampling"],
     ["mcdrop.artifact"],
     ["mcdrop.predict"],
     ["mcdrop.fitting", "mcdrop.posterior"],

@@ -1,13 +1,14 @@
 """Model folders: what comes back is what was saved, and a save that is stopped leaves nothing."""
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import FACTORIES, X, plain, saved, trained
+from factories import FACTORIES, IDS, MEANWHILE, Named, Slow, X, plain, saved, trained
 from torch import nn
 
 import mcdrop
@@ -95,6 +96,44 @@ def test_screen_names_and_defaults_come_back(tmp_path: Path) -> None:
     assert theirs.is_anomaly is not None
     np.testing.assert_array_equal(ours.p_value, theirs.p_value)
     np.testing.assert_array_equal(theirs.is_anomaly, theirs.p_value <= 0.05)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_folder_that_is_written_anew_while_it_is_read_gives_no_mixed_model(tmp_path: Path, gone: bool) -> None:
+    """The network would be of the old folder, and its screen of the new one."""
+    model, made = trained(Slow, X), "factories:Slow"
+    y = np.zeros((len(X), 2))
+    calibration = mcdrop.calibrate(model, X, y, passes=20)
+    screens = [mcdrop.fit_screen(model, x, fpr=0.05, passes=20) for x in (X, X * 20)]
+    old, new = (
+        mcdrop.save(model, tmp_path / name / "1", factory=made, screen=screen, calibration=calibration)
+        for name, screen in zip(("net", "other"), screens, strict=True)
+    )
+    MEANWHILE.append((lambda: shutil.rmtree(old)) if gone else (lambda: shutil.copytree(new, old, dirs_exist_ok=True)))
+    loaded = mcdrop.load(old)
+    assert not MEANWHILE
+    assert loaded.screen is not None
+    assert loaded.calibration is not None
+    np.testing.assert_array_equal(loaded.screen.scores, screens[0].scores)
+    np.testing.assert_array_equal(loaded.screen.rows.leaves[0], X)
+
+
+def test_inputs_by_name_keep_the_order_that_they_were_given_in(tmp_path: Path) -> None:
+    """A file of tensors is in the order of the letters, which is not that of a tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Named().eval()
+    both = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
+    for names in (["input_ids", "attention_mask"], ["attention_mask", "input_ids"]):
+        model = mcdrop.wrap(net, example={name: both[name] for name in names})
+        screen = mcdrop.fit_screen(model, both, fpr=0.05, passes=20)
+        loaded = mcdrop.load(mcdrop.save(model, tmp_path / names[0] / "1", factory="factories:Named", screen=screen))
+        assert [spec.name for spec in loaded.inputs] == [*loaded.example.kwargs] == names
+        assert loaded.screen is not None
+        assert [*loaded.screen.rows.kwargs] == names
+        ours, theirs = (mcdrop.predict(one, both, passes=20, seed=1) for one in (model, loaded))
+        np.testing.assert_array_equal(ours.variance, theirs.variance)
+        assert theirs.p_value is not None
 
 
 def test_the_newest_version_is_the_one_that_is_loaded(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 import tomli_w
 import torch
 from factories import X, saved
+from safetensors.numpy import save
 
 import mcdrop
 import mcdrop.factory
-from mcdrop.errors import ArtifactError, MCDropError, ModelNotFound
+from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelNotFound
 from mcdrop.store import MANIFEST, sha256
 
 
@@ -125,6 +126,48 @@ def test_a_manifest_without_what_every_manifest_has_is_refused_by_name(tmp_path:
     change(folder, (key,), KeyError)
     with pytest.raises(ArtifactError, match=key):
         mcdrop.load(folder)
+
+
+def rehashed(folder: Path, name: str, content: bytes) -> None:
+    """Another file under the same name, with its hash in the manifest."""
+    (folder / name).write_bytes(content)
+    change(folder, ("sha256", name), sha256(folder / name))
+
+
+def test_a_screen_that_could_flag_nothing_or_that_is_of_another_network_is_refused(tmp_path: Path) -> None:
+    """It would be asked for the first time by a request."""
+    model, folder = saved(tmp_path)
+    screen = mcdrop.fit_screen(model, X, fpr=0.05, passes=4)
+    folder = mcdrop.save(model, folder, factory="factories:plain", screen=screen, overwrite=True)
+    scores = screen.scores
+    for rows, values, said in (
+        (X, np.full(len(X), np.nan), r"a score for each of its 30 rows, got .* 30 of them NaN"),
+        (X, scores[:-1], r"a score for each of its 30 rows, got an array of shape \(29,\)"),
+        (X[:, :3], scores, r"rows of another network: .* must have the shape \(N, 4\), got \(N, 3\)"),
+    ):
+        rehashed(folder, "screen.safetensors", save({"input.0": rows.copy(), "scores": values}))
+        with pytest.raises(ArtifactError, match=said):
+            mcdrop.load(folder)
+    lost = np.where(np.arange(len(X)) == 1, np.nan, scores)  # stranger than all numbers, which is no harm
+    rehashed(folder, "screen.safetensors", save({"input.0": X, "scores": lost}))
+    assert mcdrop.load(folder).screen is not None
+
+
+def test_a_calibration_of_brackets_without_end_is_refused(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path)
+    calibration = mcdrop.calibrate(model, X, np.zeros((len(X), 2)), passes=4)
+    mcdrop.save(model, folder, factory="factories:plain", calibration=calibration, overwrite=True)
+    for content in (b"[" * 100_000, b"\xff", b"{"):
+        rehashed(folder, "calibration.json", content)
+        with pytest.raises(ArtifactError, match=r"calibration\.json is not JSON"):
+            mcdrop.load(folder)
+
+
+def test_a_pin_is_a_text(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    for path in (folder, folder / "weights.safetensors"):
+        with pytest.raises(InputError, match=r"sha256 must be a text of 64 hexadecimal digits.*, got 5"):
+            mcdrop.load(path, sha256=5)  # type: ignore[arg-type]
 
 
 ELSEWHERE = [
