@@ -5,6 +5,7 @@ or attention in eval mode has lost is named.
 """
 
 import io
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from mcdrop.backends import Backend
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ArtifactError, MCDropError, ModelRefused, NoStochasticSite
 from mcdrop.forward import to_tensors, using
+from mcdrop.intercept import Given, Interception
 from mcdrop.preflight import preflight
 from mcdrop.quiet import quiet
 from mcdrop.rows import Rows
-from mcdrop.trace import repeat_rows
+from mcdrop.rules import RULES
+from mcdrop.trace import Trace, repeat_rows
 from mcdrop.volatile import from_start
 
 __all__ = ["exported", "lost_attention", "read_program"]
@@ -84,6 +87,8 @@ _RECIPE = (
 def exported(backend: Backend, rows: Rows) -> bytes:
     """Gives a backend's network, its draws on, as the bytes of a ``.pt2`` file that takes any number of rows.
 
+    Whoever reads it puts every dropout on, so what passes leave off is a dropout at a rate of 0 there.
+
     Raises:
         ModelRefused: torch cannot export it, or it is no torch network.
     """
@@ -94,7 +99,7 @@ def exported(backend: Backend, rows: Rows) -> bytes:
     buffer, count = io.BytesIO(), torch.export.Dim("rows", min=1)
     try:
         with quiet(), torch.no_grad():
-            shapes, module = tuple({0: count} for _ in leaves), _Positional(backend, few)
+            shapes, module = tuple({0: count} for _ in leaves), _Positional(backend, few, backend.plan(rows).trace)
             program = torch.export.export(module, leaves, dynamic_shapes=(shapes,), strict=False)
             torch.export.save(program, buffer)
     except Exception as error:  # whatever an exporter makes of somebody's network
@@ -105,19 +110,69 @@ def exported(backend: Backend, rows: Rows) -> bytes:
 class _Positional(nn.Module):
     """A network under the names of its own weights, which takes its inputs by position and gives the picked output."""
 
-    def __init__(self, backend: TorchBackend, rows: Rows) -> None:
+    def __init__(self, backend: TorchBackend, rows: Rows, found: Trace) -> None:
         super().__init__()
         own = ("_buffers", "_modules", "_non_persistent_buffers_set", "_parameters")
         self.__dict__.update({name: backend.live.__dict__[name] for name in own})
-        self.__dict__["backend"], self.__dict__["rows"] = backend, rows
+        self.__dict__.update(backend=backend, rows=rows, found=found)
 
     def forward(self, *leaves: Tensor) -> Tensor:
         """Runs the network."""
         backend, rows, left = self.__dict__["backend"], self.__dict__["rows"], iter(leaves)
         args = [next(left) for _ in rows.args]
-        with from_start(backend.live):
+        with _leaving_off(self.__dict__["found"], backend.excluded, leaves[0].device), from_start(backend.live):
             output: Tensor = backend.pick(backend.live(*args, **{name: next(left) for name in rows.kwargs}))
         return output
+
+
+class _Drawing(Given):
+    """A source whose values are torch's own draws; one that is left off keeps its number, at a rate of 0."""
+
+    def __init__(self, found: Trace, off: frozenset[str], device: torch.device) -> None:
+        super().__init__([], found.layouts, found.forced)
+        self._off_here, self._device = [site.name in off for site in found.sites], device
+
+    def draw(self, kind: str, shape: tuple[int, ...], p: float) -> Tensor | None:
+        """Draws as the program will."""
+        ones = torch.ones(shape, device=self._device)
+        if self.left_off():
+            F.dropout(ones, 0.0)
+            return None
+        if kind == "bernoulli":
+            return F.dropout(ones, p) * (1 - p)
+        return torch.rand_like(ones) if kind == "uniform" else torch.randn_like(ones)
+
+    def left_off(self) -> bool:
+        """Whether the next draw is left off."""
+        index, self._next = self._next, self._next + 1
+        return self._off_here[index]
+
+
+class _Exporting(Interception):
+    """Dropout stays torch's own, at a rate of 0 where it is left off."""
+
+    source: _Drawing
+
+    def drop(self, x: Tensor, p: float, leading: int | None = None) -> Tensor:
+        """Inverted dropout of the first ``leading`` axes."""
+        p = 0.0 if self.source.left_off() else p
+        if leading is None or leading == x.dim() or not p:
+            return F.dropout(x, p)
+        keep = F.dropout(x.new_ones(x.shape[:leading]), p)
+        return x * keep.reshape(*keep.shape, *(1,) * (x.dim() - leading))
+
+    def alpha_drop(self, x: Tensor, p: float, leading: int | None = None) -> Tensor:
+        """The same for alpha dropout, of all axes or of channels."""
+        p = 0.0 if self.source.left_off() else p
+        return F.feature_alpha_dropout(x, p, True) if leading == 2 < x.dim() else F.alpha_dropout(x, p, True)
+
+
+def _leaving_off(found: Trace, excluded: frozenset[str], device: torch.device) -> AbstractContextManager[Any]:
+    """Leaves draws off while a network is exported; where none are, it is exported as it is."""
+    switched_off = any(path is not None and i not in found.forced for i, path in enumerate(found.off))
+    if not switched_off and not any(site.path in excluded for site in found.sites):
+        return nullcontext()
+    return _Exporting(_Drawing(found, found.left_off(excluded), device), RULES)
 
 
 def read_program(data: bytes, name: str, device: str = "cpu") -> nn.Module:

@@ -1,6 +1,7 @@
 """Model folders in every format: the same answers, the same audit, and what was fitted is still bound."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,53 @@ def test_a_network_whose_draws_off_are_not_its_eval_is_not_for_a_graph(tmp_path:
         mcdrop.save(model, tmp_path / "onnx" / "1", format="onnx")
     loaded = mcdrop.load(mcdrop.save(model, tmp_path / "pt2" / "1", format="pt2"))
     assert np.array_equal(mcdrop.predict(model, example).variance, mcdrop.predict(loaded, example).variance)
+
+
+class _Off(torch.nn.Module):
+    """Draws that are left off in front of and between others: by a literal, by ``exclude``, of dropout and of noise."""
+
+    def __init__(self, left_off: str) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+        self.drop, self.inner = torch.nn.Dropout(0.2), _Inner(left_off)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.drop(self.inner(self.first(x))))
+        y: torch.Tensor = self.last(torch.nn.functional.alpha_dropout(x, 0.2, True))
+        return y
+
+
+class _Inner(torch.nn.Module):
+    def __init__(self, left_off: str) -> None:
+        super().__init__()
+        self.left_off, self.drop = left_off, torch.nn.Dropout(0.4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropout = torch.nn.functional.dropout
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "literal": lambda: dropout(x, 0.4, False),
+            "module": lambda: self.drop(x),
+            "always": lambda: dropout(x, 0.4, True),
+            "channels": lambda: torch.nn.functional.dropout2d(x[..., None], 0.4, True)[..., 0],
+            "noise": lambda: x + torch.randn_like(x),
+        }
+        return ways[self.left_off]()
+
+
+@pytest.mark.parametrize("left_off", ["literal", "module", "always", "channels", "noise"])
+def test_what_is_left_off_stays_off_in_a_program(left_off: str, tmp_path: Path) -> None:
+    """Whoever reads a program puts all of its dropout on."""
+    torch.manual_seed(0)
+    excluded: dict[str, Any] = {} if left_off == "literal" else {"exclude": ["inner", "inner.drop"]}
+    x = torch.randn(6, 4)
+    model = mcdrop.wrap(_Off(left_off).eval(), example=x, tuning={}, **excluded)
+    assert [site.p for site in model.audit.live] == [0.2, 0.2]
+    loaded = mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1"))
+    assert _live(loaded) == _live(model)
+    for rows in (x, torch.cat([x, x + 1])):
+        ours, theirs = (mcdrop.predict(one, rows, passes=20, seed=3) for one in (model, loaded))
+        np.testing.assert_allclose(theirs.std, ours.std, atol=1e-6)
+        np.testing.assert_allclose(theirs.mean, ours.mean, atol=1e-6)
 
 
 def test_every_format_has_a_file_of_its_own() -> None:
