@@ -5,6 +5,7 @@ not packages, because the rest of a package can do more than build networks: tra
 """
 
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +28,7 @@ _WEIGHTS_FROM_ELSEWHERE = {
     "checkpoint_path", "pretrained", "pretrained_backbone", "pretrained_cfg", "pretrained_cfg_overlay", "weights",
     "weights_backbone",
 }  # fmt: skip
-_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+_ELSEWHERE = {"hf-hub", "local-dir"}  # what stands before the ":" of a name, however it is written
 _FACTORY = re.compile(r"([a-z_][\w.]*):([A-Za-z_]\w*)", re.ASCII)
 
 
@@ -42,11 +43,11 @@ def network(weights: Mapping[str, Any]) -> nn.Module:
     factory, arguments = str(weights["factory"]), weights.get("arguments", {})
     function = _function(factory)
     fetching = sorted(name for name in arguments if name in _WEIGHTS_FROM_ELSEWHERE and arguments[name])
-    fetching += [repr(value) for value in arguments.values() if str(value).startswith(_ELSEWHERE)]
+    fetching += [repr(value) for value in arguments.values() if _is_elsewhere(str(value))]
     if fetching:
         raise ArtifactError(f"factory {factory!r} must not read weights from elsewhere ({', '.join(fetching)})")
     try:
-        module = _made(function, arguments)
+        module = _made(function, {**_nothing_fetched(function, arguments), **arguments})
     except Exception as error:  # whatever a factory does with arguments that it cannot take
         raise ArtifactError(f"factory {factory!r} failed: {type(error).__name__}: {str(error)[:500]}") from error
     if not isinstance(module, nn.Module):
@@ -64,12 +65,28 @@ def _function(factory: str) -> Any:
         )
     try:
         function = getattr(importlib.import_module(named), match[2])
-    except (ImportError, AttributeError) as error:
-        raise ArtifactError(f"factory {factory!r} cannot be imported: {error}") from error
+    except Exception as error:  # of a broken library anything, such as a RuntimeError for a missing operator
+        said = f"{type(error).__name__}: {str(error)[:500]}"
+        raise ArtifactError(f"factory {factory!r} cannot be imported: {said}") from error
     home = str(getattr(function, "__module__", None))
     if not callable(function) or not _builds(home):
         raise ArtifactError(f"factory {factory!r} is defined in {home}, not in one of: {', '.join(FACTORY_MODULES)}")
     return function
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Whether a name says that weights lie elsewhere: timm reads its beginning in any case, blanks aside."""
+    source, colon, _ = name.partition(":")
+    return bool(colon) and source.strip().casefold().replace("_", "-") in _ELSEWHERE
+
+
+def _nothing_fetched(function: Any, arguments: Mapping[str, Any]) -> dict[str, None]:
+    """None for what a factory would fetch unless told otherwise, such as the backbone of torchvision's detectors."""
+    with suppress(TypeError, ValueError):  # it shows no signature
+        parameters = inspect.signature(function).parameters.values()
+        wanted = [one for one in parameters if one.name in _WEIGHTS_FROM_ELSEWHERE and one.name not in arguments]
+        return {one.name: None for one in wanted if one.default is not one.empty and one.default}
+    return {}
 
 
 def _builds(module: str) -> bool:

@@ -93,6 +93,13 @@ class Named(nn.Module):
         return out
 
 
+def backboned(weights_backbone: str | None = "from the net", *, weights: str | None = None) -> nn.Module:
+    """As torchvision's detectors, whose backbone is fetched unless one says None."""
+    if weights_backbone is not None or weights is not None:
+        raise ConnectionError("weights would be fetched")
+    return plain()
+
+
 def not_a_network() -> str:
     return "hello"
 

@@ -210,8 +210,28 @@ def test_a_builder_may_not_read_weights_from_elsewhere(tmp_path: Path, name: str
     change(folder, ("weights", "arguments"), {name: "evil.pth"})
     with pytest.raises(ArtifactError, match=rf"must not read weights from elsewhere \({name}\)"):
         mcdrop.load(folder)
-    change(folder, ("weights", "arguments"), {"model_name": "hf-hub:stranger/net"})
-    with pytest.raises(ArtifactError, match="must not read weights from elsewhere"):
+    for source in ("hf-hub", "HF-Hub", " hf_hub", "HF_HUB ", "local-dir", "Local-Dir"):  # timm reads it in any case
+        change(folder, ("weights", "arguments"), {"model_name": f"{source}:stranger/net"})
+        with pytest.raises(ArtifactError, match="must not read weights from elsewhere"):
+            mcdrop.load(folder)
+
+
+def test_a_builder_that_would_fetch_a_backbone_is_told_not_to(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path)
+    mcdrop.save(model, folder, factory="factories:backboned", overwrite=True)
+    np.testing.assert_array_equal(
+        mcdrop.predict(mcdrop.load(folder), X, passes=5).mean, mcdrop.predict(model, X, passes=5).mean
+    )
+
+
+def test_a_library_that_breaks_while_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As timm, where torchvision does not fit torch: operator torchvision::nms does not exist."""
+    _, folder = saved(tmp_path)
+    (tmp_path / "broken_nets.py").write_text("raise RuntimeError('operator does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(mcdrop.factory, "FACTORY_MODULES", ("broken_nets",))
+    change(folder, ("weights", "factory"), "broken_nets:net")
+    with pytest.raises(ArtifactError, match=r"'broken_nets:net' cannot be imported: RuntimeError: operator does not"):
         mcdrop.load(folder)
 
 
