@@ -50,7 +50,7 @@ def masks_as_inputs(model: "onnx.ModelProto", inject: Mapping[str, float] | None
         UncontrolledDraw: a random operator, or a rate, that masks cannot stand for.
         ModelRefused: a value has a name that is kept for masks.
         ArtifactError: a constant that is a rate is damaged.
-        InputError: ``inject`` names a node that is not there, or one that draws itself.
+        InputError: ``inject`` names a node that is not there, one that draws itself, or one of whole numbers.
     """
     inject = drop_rates(inject)
     distinct_names(model)
@@ -147,11 +147,16 @@ def _dropout(change: Change, place: Place) -> None:
 def _inject(change: Change, place: Place, p: float) -> None:
     new: list[Any] = []
     value = place.node.output[0]
+    kind = change.types.get(value, 0)
+    if kind and kind not in REAL:  # 1 / (1 - p) is none of its numbers
+        raise InputError(
+            f"inject cannot put a dropout after {place.path!r}, whose numbers are {TensorProto.DataType.Name(kind)}: "
+            "what it keeps is scaled; name a node that makes real numbers, such as a Cast to FLOAT after it"
+        )
     raw = f"{change.next_mask}.undropped"
-    place.node.output[0] = raw
-    if value in change.types:
-        change.types[raw] = change.types[value]
+    change.types[raw] = kind
     mask = change.add(place, new, at=raw, **_drop_facts(p))
+    place.node.output[0] = raw  # not before: a node without a name has its path from it
     new.append(helper.make_node("Mul", [raw, change.typed(mask, raw, new)], [value]))
     _replace(place, new, after=True)
 

@@ -47,6 +47,22 @@ def test_nothing_is_injected_after_what_draws_itself(nodes: list[Any], name: str
         wrap_graph(by_hand(nodes, initial=(P,)), example=X, inject={name: 0.25})
 
 
+@pytest.mark.parametrize(("kind", "said"), [(TensorProto.INT64, "INT64"), (TensorProto.BOOL, "BOOL")])
+def test_nothing_is_injected_after_whole_numbers(kind: int, said: str) -> None:
+    """A mask of 1 / (1 - p) in their type is 1: what was kept would not be scaled, and the mean too small."""
+    nodes = [_node("Cast", "x", "ids", name="ids", to=kind), _node("Cast", "ids", "y", name="back", to=FLOAT)]
+    with pytest.raises(InputError, match=rf"after 'ids', whose numbers are {said}.*a Cast to FLOAT after it"):
+        wrap_graph(by_hand(nodes), example=X, inject={"ids": 0.25})
+    passes = passes_of(wrap_graph(by_hand(nodes), example=X, inject={"back": 0.25}), X)
+    whole = X.astype(helper.tensor_dtype_to_np_dtype(kind))
+    assert np.abs(passes - dropped(whole)).max() <= 1e-6
+
+
+def test_a_dropout_after_a_node_without_a_name_is_named_by_what_that_makes() -> None:
+    model = wrap_graph(by_hand([_node("Relu", "x", "y")]), example=X, inject={"Relu:y": 0.25})
+    assert [site.path for site in model.audit.live] == ["Relu:y"]
+
+
 def test_an_injected_dropout_takes_no_name_that_is_there() -> None:
     nodes = [
         _node("Relu", "x", "h", name="here"),
