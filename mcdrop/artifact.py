@@ -12,7 +12,7 @@ from typing import Any
 from mcdrop.beside import CALIBRATION, check_screen, read_beside, screen_head, write_beside
 from mcdrop.calibration import Calibration
 from mcdrop.engine import PassPlan
-from mcdrop.errors import ArtifactError, InputError, MCDropError, UnknownName
+from mcdrop.errors import ArtifactError, InputError, MCDropError, ModelRefused, UnknownName
 from mcdrop.formats import FORMATS, Source, check_features, default_format, load_file, same_numbers
 from mcdrop.model import Model, Options, check_columns, check_fitted, check_model
 from mcdrop.placing import anew, check_replaceable
@@ -85,7 +85,11 @@ def save(
         head = {"name": name, "version": version, "description": description, "features": named}
         _write_manifest(model, beside, screen, head, weights, by_name)
         there = model.audit.devices[:1] if FORMATS[format].movable else ()
-        _check_same(model, load(beside, devices=there), calibration or model.calibration, format)
+        try:
+            loaded = load(beside, devices=there)
+        except ModelRefused as error:  # such as onnxruntime, which multiplies no bfloat16
+            raise ModelRefused(f"{error}{_instead(model, format)}") from error
+        _check_same(model, loaded, calibration or model.calibration, format)
     return target
 
 
@@ -124,6 +128,11 @@ def _write_manifest(
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
+def _instead(model: Model, form: str) -> str:
+    """What keeps a torch network as it is, its precision and its few digits, where a graph does not."""
+    return "; save it with format='pt2'" if form == "onnx" and default_format(model, None) == "pt2" else ""
+
+
 def _check_same(model: Model, loaded: Model, calibration: Calibration | None, form: str) -> None:
     """The loaded model must answer as the saved one does, from the same sites, and be the one that was calibrated."""
     both, sampler = (model, loaded), PassPlan().sampler
@@ -136,6 +145,7 @@ def _check_same(model: Model, loaded: Model, calibration: Calibration | None, fo
             "only by their expectation, which is another output here; save it with factory="
             if form != "safetensors" and not apart[0]
             else "the saved folder answers differently from the model: the factory or the format is wrong"
+            + _instead(model, form)
         )
     if calibration is not None and fingerprint(loaded, calibration.plan) != calibration.fingerprint:
         raise ArtifactError("the calibration belongs to another model, or the weights have changed since; fit it again")

@@ -73,8 +73,9 @@ def attempted(one: Any, names: list[str], feeds: Feeds, *, loops: bool) -> list[
             ) from error
         if OF_STEP in str(error):
             raise InputError(
-                "a loop with draws takes more steps on these rows than on those that it was first seen with; wrap the "
-                "graph with example rows that take the most steps"
+                "a loop with draws takes more steps than where it was first seen, on the example with its draws off; "
+                "wrap the graph with example rows that take the most, or, where the draws themselves say how many, "
+                "with a loop of a fixed number of steps"
             ) from error
         raise InputError(f"the graph cannot take these rows: {first_line(error)}") from error
     return values

@@ -4,7 +4,7 @@ The masks of all passes are constants in it. It runs wherever the format runs, o
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,12 @@ __all__ = ["export_onnx", "export_torch"]
 Array = NDArray[Any]
 
 _TOLERANCE = 1e-5
-_TOLERANCE_HALF = 1e-2  # of a network in float16, which other kernels round otherwise
+# of a network in few digits, which other kernels round otherwise; and of passes in a precision of their own
+_FEW_DIGITS = {"float16": 1e-2, "tf32": 1e-2, "bfloat16": 2e-2, "bf16": 2e-2}
 # How much of the mean counts in a difference of values, and how much in one of spreads, which must be right beside it.
 # In float64 a value loses what the factor of a mask does, which is in float32, and a spread loses nothing.
 _SHARES = {False: (1.0, 0.1), True: (0.01, 1e-8)}
-_FLOAT16 = 10  # as ONNX counts types
+_TYPES = {10: "float16", 16: "bfloat16"}  # as ONNX counts them
 _BYTES = 2**31 - 1
 
 
@@ -80,7 +81,9 @@ def export_onnx(
         raise ArtifactError(f"the graph has {len(data)} bytes, more than one ONNX file can hold; ask for fewer passes")
     from mcdrop.onnx_sessions import run_plain
 
-    _check(lambda leaves: run_plain(data, leaves), model, options, _tolerance(backend, model))
+    types = {_TYPES.get(tensor.data_type, "") for tensor in backend.model.graph.initializer}
+    types.add(backend.plan(model.example).trace.dtype)
+    _check(lambda leaves: run_plain(data, leaves), model, options, _tolerance(model, types))
     return _written(data, path)
 
 
@@ -110,7 +113,8 @@ def export_torch(
     data = posterior_program(
         model.backend, model.example, plan, task=model.task, level=options.level, interval=interval
     )
-    _check(lambda leaves: run_program(data, leaves), model, options)
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in model.module.state_dict().values()}
+    _check(lambda leaves: run_program(data, leaves), model, options, _tolerance(model, types))
     return _written(data, path)
 
 
@@ -164,15 +168,13 @@ def _posterior(backend: "OnnxBackend", model: Model, plan: PassPlan, options: Op
     return builder.model
 
 
-def _tolerance(backend: "OnnxBackend", model: Model) -> float:
-    """How far two runs of a graph may differ."""
-    half = any(tensor.data_type == _FLOAT16 for tensor in backend.model.graph.initializer)
-    return _TOLERANCE_HALF if half or backend.plan(model.example).trace.dtype == "float16" else _TOLERANCE
+def _tolerance(model: Model, types: Collection[str]) -> float:
+    """How far two runs may differ, where the network's numbers are of these types."""
+    asked = str(model.asked.get("precision", ""))
+    return max(_FEW_DIGITS.get(one, _TOLERANCE) for one in (asked, *types))
 
 
-def _check(
-    run: Callable[[list[Array]], dict[str, Array]], model: Model, options: Options, tolerance: float = _TOLERANCE
-) -> None:
+def _check(run: Callable[[list[Array]], dict[str, Array]], model: Model, options: Options, tolerance: float) -> None:
     """Runs what is to be written, on the example's rows and on one of them, against ``predict``."""
     bare = replace(model, screen=None, calibration=None)
     for rows in (model.example, model.example.take(slice(0, 1))):

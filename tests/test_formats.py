@@ -1,5 +1,6 @@
 """Model folders in every format: the same answers, the same audit, and what was fitted is still bound."""
 
+import copy
 import re
 from collections.abc import Callable
 from functools import cache
@@ -170,6 +171,19 @@ def test_a_network_whose_draws_off_are_not_its_eval_is_not_for_a_graph(tmp_path:
         mcdrop.save(model, tmp_path / "onnx" / "1", format="onnx")
     loaded = mcdrop.load(mcdrop.save(model, tmp_path / "pt2" / "1", format="pt2"))
     assert np.array_equal(mcdrop.predict(model, example).variance, mcdrop.predict(loaded, example).variance)
+
+
+def test_a_graph_that_rounds_otherwise_names_the_format_that_does_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Dropout(0.25), torch.nn.Linear(16, 2))
+    x = torch.randn(5, 6)
+    for model in (
+        mcdrop.wrap(copy.deepcopy(net).eval(), example=x, precision="bf16", tuning={}),
+        mcdrop.wrap(copy.deepcopy(net).bfloat16().eval(), example=x.bfloat16(), tuning={}),
+    ):
+        with pytest.raises(MCDropError, match=r"save it with format='pt2'$"):
+            mcdrop.save(model, tmp_path / "net" / "1", format="onnx")
+    assert mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2"))
 
 
 class _Off(torch.nn.Module):

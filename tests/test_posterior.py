@@ -1,5 +1,6 @@
 """The exported posterior: one plain graph that equals ``predict`` and needs nothing but a runtime."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -269,6 +270,26 @@ def test_a_network_of_another_precision_is_written_too(dtype: torch.dtype, tmp_p
     if dtype != torch.bfloat16:  # which onnxruntime does not multiply
         found = _run(mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=20), x.astype(str(dtype)[6:]))
         np.testing.assert_allclose(found["mean"], expected.mean, atol=1e-2)
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, "bf16"])
+def test_few_digits_are_no_difference(given: Any, tmp_path: Path) -> None:
+    """A program rounds otherwise than the passes do; both are near the same network in float32."""
+    torch.manual_seed(0)
+    wide = [torch.nn.Linear(6, 128), torch.nn.Tanh(), torch.nn.Dropout(0.25)]
+    deep = [torch.nn.Linear(128, 128), torch.nn.Tanh(), torch.nn.Dropout(0.25), torch.nn.Linear(128, 2)]
+    net, x = torch.nn.Sequential(*wide, *deep).eval(), torch.randn(9, 6)
+    expected = mcdrop.predict(mcdrop.wrap(copy.deepcopy(net), example=x, tuning={}), x, passes=20)
+    options: dict[str, Any] = {"precision": given} if given == "bf16" else {}
+    here = x if options else x.to(given)
+    model = mcdrop.wrap(net if options else net.to(given), example=here, tuning={}, **options)
+    path = mcdrop.export_torch(model, tmp_path / "posterior.pt2", passes=20)
+    with quiet(), torch.no_grad():
+        found = torch.export.load(path).module()(here)
+    np.testing.assert_allclose(found["mean"], expected.mean, atol=0.02 * np.abs(expected.mean).max())
+    np.testing.assert_allclose(found["variance"].sqrt(), expected.std, rtol=0.1)
+    if given == "bf16":
+        mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=20)
 
 
 class _Far(torch.nn.Module):
