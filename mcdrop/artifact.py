@@ -66,7 +66,8 @@ def save(
     Raises:
         ArtifactError: the folder is there, or holds more than a model, or cannot be written, or what was written does
             not load, answer and screen as the model does.
-        InputError: no path, a screen or calibration that is none, or features that are not one name for each column.
+        InputError: no path, a screen or calibration that is none, features that are not one name for each column, or
+            defaults that the format cannot give.
     """
     check_model(model)
     check_fitted(screen, calibration)
@@ -150,6 +151,13 @@ def _check_same(model: Model, loaded: Model, calibration: Calibration | None, fo
     if calibration is not None and fingerprint(loaded, calibration.plan) != calibration.fingerprint:
         raise ArtifactError("the calibration belongs to another model, or the weights have changed since; fit it again")
     check_features(loaded, form, loaded.screen, fitted=model)
+    if loaded.defaults.exact_last:  # a server would refuse it, and with it all the models beside it
+        model.backend.block(model.example, exact_last=True)
+        try:
+            loaded.backend.block(loaded.example, exact_last=True)
+        except InputError as error:
+            said = f"the model's defaults ask for exact_last=True, which the format {form!r} cannot give: {error}"
+            raise InputError(said + _instead(model, form)) from None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

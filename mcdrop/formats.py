@@ -116,7 +116,16 @@ def _read_graph(source: Source, example: Any, task: str) -> Model:
     _check_stays(source.devices)
     data, said = read_plain(source.path, sha256=source.sha256), source.said
     inject = {str(node): float(p) for node, p in said.get("inject", {}).items()}
-    return wrap_graph(data, example=example, task=task, output=said.get("output"), inject=inject, digest=said["digest"])
+    asked = {"task": task, "output": said.get("output"), "inject": inject, "digest": said["digest"]}
+    return _wrap_graph(data, source.path, example=example, **asked)
+
+
+def _wrap_graph(data: bytes, path: Path, **asked: Any) -> Model:
+    """Wraps a graph; one that is damaged is named by its file."""
+    try:
+        return wrap_graph(data, **asked)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
 def _check_stays(devices: Sequence[str]) -> None:
@@ -237,7 +246,7 @@ def load_file(
     data = read_plain(path, sha256=sha256)
     if kind_of(data, str(path)) == "onnx":
         _check_stays(devices)
-        model = wrap_graph(data, example=example, task=task, output=output, inject=inject)
+        model = _wrap_graph(data, path, example=example, task=task, output=output, inject=inject)
         return replace(model, name=path.stem)
     if inject:
         raise InputError("inject is for ONNX graphs; a .pt2 file keeps its dropout")

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,17 @@ def test_a_graph_that_rounds_otherwise_names_the_format_that_does_not(tmp_path: 
         with pytest.raises(MCDropError, match=r"save it with format='pt2'$"):
             mcdrop.save(model, tmp_path / "net" / "1", format="onnx")
     assert mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2"))
+
+
+def test_defaults_that_a_format_cannot_give_are_refused(tmp_path: Path) -> None:
+    """The folder would load, and then be refused by the service, with the whole store that it lies in."""
+    layers = torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)
+    net = torch.nn.Sequential(*layers).eval()
+    model = replace(mcdrop.wrap(net, example=torch.randn(4, 4), tuning={}), defaults=mcdrop.Options(exact_last=True))
+    with pytest.raises(InputError, match=r"exact_last=True, which the format 'onnx' cannot.*format='pt2'$"):
+        mcdrop.save(model, tmp_path / "net" / "1", format="onnx")
+    assert not [*(tmp_path / "net").iterdir()]
+    assert mcdrop.load(mcdrop.save(model, tmp_path / "net" / "1", format="pt2")).defaults.exact_last
 
 
 class _Off(torch.nn.Module):

@@ -290,7 +290,9 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_other_files(name: str, tmp_path: Path, child: _Child) -> None:
     make, said = FILES[name]
     (tmp_path / name).write_bytes(make())
-    assert re.search(said, child.load(tmp_path / name))
+    found = child.load(tmp_path / name)
+    assert re.search(said, found)
+    assert name in found or not found.startswith("ArtifactError")  # which one, of many
 
 
 def test_pickles_are_converted_without_running_them(tmp_path: Path) -> None:
