@@ -106,25 +106,23 @@ def widened(
     Raises:
         UncontrolledDraw: they differ otherwise, or for the number of rows, not for what these hold.
     """
-
-    def shapes(rows: Rows) -> tuple[list[tuple[int, ...]], Spy]:
-        source, spy = record(module, rows, pick, seed=0, force=force)
-        return _shapes(found, source.draws, rows.count), spy
-
-    own, spy = shapes(rows)
+    once = record(module, rows, pick, seed=0, force=force)
+    own = _shapes(found, once[0].draws, rows.count)
     sites = tuple(replace(a, shape=tuple(map(max, a.shape, b))) for a, b in zip(found.sites, own, strict=True))
     told = [i for i, site in enumerate(found.sites) if site.name not in found.unclear]
-    if any(sites[i] != found.sites[i] for i in told):
-        twice = shapes(repeat_rows(rows, 2 * rows.count))[0]
-        for i in told:
-            if own[i] != twice[i]:
-                raise UncontrolledDraw(
-                    f"the network draws numbers of the shape {own[i]} for {rows.count} rows and of {twice[i]} for "
-                    f"twice as many, where it drew {found.sites[i].shape} of its example: which are whose cannot be "
-                    "told; give it fewer rows at a time"
-                )
-    sizes = {name: max(getattr(found, name), size) for name, size in _memory(spy, None, rows.count).items()}
-    return replace(found, sites=sites, **sizes)
+    if all(sites[i] == found.sites[i] for i in told):
+        return replace(found, sites=sites)
+    twice = record(module, repeat_rows(rows, 2 * rows.count), pick, seed=0, force=force)
+    more = _shapes(found, twice[0].draws, 2 * rows.count)
+    for i in told:
+        if own[i] != more[i]:
+            raise UncontrolledDraw(
+                f"the network draws numbers of the shape {own[i]} for {rows.count} rows and of {more[i]} for twice as "
+                f"many, where it drew {found.sites[i].shape} of its example: which are whose cannot be told; give it "
+                "fewer rows at a time"
+            )
+    sizes = _memory(once[1], twice, rows.count, rows.count)
+    return replace(found, sites=sites, **{name: max(getattr(found, name), size) for name, size in sizes.items()})
 
 
 def _shapes(found: Trace, draws: Sequence[Draw], rows: int) -> list[tuple[int, ...]]:
@@ -184,7 +182,7 @@ def trace(
         written=tuple(sorted(spy.written)),
         swapped=frozenset(spy.swapped),
         united=_united(spy, larger, partial(on, rows=repeat_rows(given, 2 * given.count))),
-        **_memory(spy, larger, given.count),
+        **_memory(spy, larger, given.count, MORE),
     )
     with may_break_off(module):  # further rows may be longer
         found = widened(found, module, rows.take(slice(0, _SOME)), pick, force)
@@ -281,7 +279,7 @@ def _united(few: Spy, more: _Pass | None, again: Callable[[], _Pass]) -> str:
         return f"it does not take more rows: {first_line(error)}"
 
 
-def _memory(spy: Spy, larger: _Pass | None, rows: int) -> dict[str, int]:
+def _memory(spy: Spy, larger: _Pass | None, rows: int, further: int) -> dict[str, int]:
     """The largest results by row, by row after the first draw, and of all rows together there.
 
     What does not grow from some rows to more is shared; where there are none to tell, all belongs to the rows.
@@ -289,7 +287,7 @@ def _memory(spy: Spy, larger: _Pass | None, rows: int) -> dict[str, int]:
     found = dict.fromkeys(_SIZES, 1)
     more = larger[1].results if larger is not None and len(larger[1].results) == len(spy.results) else None
     for i, one in enumerate(spy.results):
-        own = one.size / rows if more is None else (more[i].size - one.size) / MORE
+        own = one.size / rows if more is None else (more[i].size - one.size) / further
         later = bool(one.drawn)
         each = {"row_bytes": own, "pass_bytes": own * later, "shared_bytes": (one.size - own * rows) * later}
         found = {name: max(most, math.ceil(each[name])) for name, most in found.items()}
