@@ -1,43 +1,22 @@
-"""Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits.
-
-Sums that threads add up in no fixed order, as by ``scatter_add`` on a GPU or ``index_put(accumulate=True)`` on a CPU,
-differ in their last digits from call to call. So where two computations hardly differ, each is run again: how far it is
-from itself tells noise from an effect. A usual network repeats to the bit, and there the least difference is an effect.
-"""
+"""Whether two outputs agree: an infinity equals itself here, and so does NaN, such as in masked logits."""
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "NOISE",
-    "Runs",
-    "apart",
-    "difference",
-    "distance",
-    "identical",
-    "largest",
-    "others_than_outputs",
-    "repeats",
-    "told_orders",
-    "uneven",
-]
+    "difference", "distance", "identical", "largest", "others_than_outputs", "told_orders", "uneven",
+]  # fmt: skip
 
 _ROUNDING = {2: 2e-2, 4: 4e-6, 8: 8e-15}  # of a number of so many bytes, after other operations on one as large
 _FEWEST_TELLING, _MOST_TELLING = 3, 64  # rows
 _TRIES = 64  # orders of several draws at once
 
-NOISE = 1e-5  # of the last digits of sums at the most; a draw out of sight that moves less passes for noise
-_FEW_RUNS, _RUNS = 3, 9
-_ABOVE = 3  # times the noise
-
 _Draw = TypeVar("_Draw")
-_Output = TypeVar("_Output")
-_Values = Sequence[Any]
 _Differs = Callable[[Mapping[_Draw, int], frozenset[_Draw], Sequence[int]], bool | None]
 
 
@@ -88,61 +67,7 @@ def identical(one: Any, other: Any) -> bool:
     return np.array_equal(_array(one), _array(other), equal_nan=True)
 
 
-class Runs(Generic[_Output]):
-    """What one computation gives, run as often as that is asked for."""
-
-    def __init__(self, run: Callable[[], _Output], *seen: _Output) -> None:
-        """Takes what it has given before, too."""
-        self._run, self._seen = run, [*seen]
-
-    def first(self, count: int) -> list[_Output]:
-        """Gives what so many runs gave."""
-        while len(self._seen) < count:
-            self._seen.append(self._run())
-        return self._seen[:count]
-
-
-def apart(one: Runs[_Output], other: Runs[_Output], values: Callable[[_Output], _Values], *, within: float) -> bool:
-    """Whether two computations give other ``values``, and not by noise: the last digits of sums in no fixed order.
-
-    Differences of more than ``within``, relative to the largest of an output's values that differ, are no noise.
-    """
-    off = distance(values(one.first(1)[0]), values(other.first(1)[0]))
-    if not 0 < off <= within:
-        return off > 0
-    ones, others = ([values(seen) for seen in runs.first(count)] for runs, count in ((one, _RUNS), (other, _FEW_RUNS)))
-    if _noise(ones, others):
-        others = [values(seen) for seen in other.first(_RUNS)]
-    least = min(distance(a, b) for a, b in itertools.product(ones, others))
-    return least > _ABOVE * _noise(ones, others) or (least > 0 and (_wavers(ones, others) or _wavers(others, ones)))
-
-
-def repeats(
-    one: Runs[_Output], plain: Callable[[], Runs[_Output]], values: Callable[[_Output], _Values], *,
-    looks: int, within: float,
-) -> bool:  # fmt: skip
-    """Whether so many looks more at a computation give the same ``values``, but for noise as in ``apart``.
-
-    It is no noise where a ``plain`` computation of the same network repeats to the bit, and this one hardly ever.
-    """
-    worst = _noise([values(seen) for seen in one.first(1 + looks)])
-    if not 0 < worst <= within:
-        return worst == 0
-    return not _wavers(*([values(seen) for seen in runs.first(_RUNS)] for runs in (one, plain())))
-
-
-def _wavers(ones: Sequence[_Values], others: Sequence[_Values]) -> bool:
-    """Whether one computation hardly ever gives the same, and another one always does."""
-    alike = max(sum(distance(one, other) == 0 for other in ones) for one in ones)
-    return 3 * alike <= len(ones) and not _noise(others)
-
-
-def _noise(*several: Sequence[_Values]) -> float:
-    """How far the runs of a computation, or of one of several, are from one another."""
-    return max(distance(a, b) for runs in several for a, b in itertools.combinations(runs, 2))
-
-
-def distance(ones: _Values, others: _Values) -> float:
+def distance(ones: Sequence[Any], others: Sequence[Any]) -> float:
     """How far apart the values of some outputs are, relative to the largest of the same output that are not the same.
 
     So what does not move, such as masked logits, does not count, nor do outputs in other units.

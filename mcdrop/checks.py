@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mcdrop.agreement import NOISE, Runs, apart, difference, distance, identical
+from mcdrop.agreement import difference
 from mcdrop.breaking import may_break_off
 from mcdrop.digits import tolerance
 from mcdrop.errors import UncontrolledDraw
@@ -19,6 +19,7 @@ from mcdrop.holders import inside
 from mcdrop.intercept import EachRow
 from mcdrop.layouts import FEW
 from mcdrop.masks import sample_masks
+from mcdrop.one_order import apart, repeats
 from mcdrop.outputs import Pick
 from mcdrop.quiet import first_line
 from mcdrop.record import Spy, record
@@ -31,7 +32,6 @@ from mcdrop.volatile import Left, alike
 __all__ = ["Alone", "alone", "changing", "mean_preserving", "same_again", "seeded_anew", "unrepeatable"]
 
 _SAME = 1e-6  # a GPU adds up in no order
-_NEAR = 1e-3  # a small output of large sums has fewer digits than others; a look too many does no harm
 _SO = "so a row's answer depends on its batch, all rows of which share the masks of a pass"
 _BETWEEN = (
     ": rows are compared with one another, or picked, by this draw: with one mask for all rows of a pass its spread is "
@@ -64,12 +64,13 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
     def output(masks: Sequence[Tensor | None], count: int = rows.count) -> Tensor:
         return one_pass(live, rows.take(slice(0, count)), pick, found, masks)
 
-    base = cache(lambda seed, count: Runs(lambda: output(drawn(seed), count)))
+    base = cache(lambda seed, count: output(drawn(seed), count))
 
     def differs(index: int, seed: int, count: int, other: Tensor) -> bool:
         masks = [*drawn(seed)]
         masks[index] = other
-        return _moved(base(seed, count), Runs(partial(output, masks, count)))
+        runs = partial(output, drawn(seed), count), partial(output, masks, count)
+        return _moved(base(seed, count), runs[1](), runs)
 
     before = Left(live)
     tries = [(0, 1)] * by_one + [(seed, rows.count) for seed in range(_TRIES)]
@@ -89,16 +90,19 @@ def changing(live: nn.Module, rows: Rows, pick: Pick, found: Trace, *, by_one: b
         with may_break_off(live, before):
             kept = [i == index or site.constant for i, site in enumerate(found.sites)]
             each = ([mask if kept[i] else None for i, mask in enumerate(others(seed))] for seed in (0, 1))
-            return _moved(*(Runs(partial(output, masks)) for masks in each))
+            one, other = (partial(output, masks) for masks in each)
+            return _moved(one(), other(), (one, other))
         return False
 
     return changes
 
 
-def _moved(one: Runs[Tensor], other: Runs[Tensor]) -> bool:
-    """Whether outputs differ; those that hardly differ are looked at again."""
-    near = max(_NEAR, tolerance(one.first(1)[0].dtype))
-    return apart(one, other, lambda output: [output], within=near)
+def _moved(one: Tensor, other: Tensor, again: tuple[Callable[[], Tensor], Callable[[], Tensor]]) -> bool:
+    return apart(one, other, again, _as_list)
+
+
+def _as_list(output: Tensor) -> list[Tensor]:
+    return [output]
 
 
 def _told(found: Trace, rows: Rows, *, seed: int) -> list[Tensor]:
@@ -131,12 +135,13 @@ def unrepeatable(live: nn.Module, rows: Rows, pick: Pick, found: Trace) -> list[
 
 def _other_again(live: nn.Module, rows: Rows, pick: Pick, found: Trace, masks: list[Tensor]) -> list[str]:
     before = inside(live)
-    with torch.no_grad():
-        first, again = (one_pass(live, rows, pick, found, masks) for _ in range(2))
-        other = first if identical(first, again) else one_pass(live, rows, pick, found, _masks(found, rows, seed=1))
-    # masks that hardly move the output do not measure the noise of its sums
-    noise = distance([again], [first]) <= min(NOISE, tolerance(first.dtype))
-    if noise or same_again(first, again, other):
+
+    @torch.no_grad()
+    def again(given: list[Tensor] = masks) -> Tensor:
+        return one_pass(live, rows, pick, found, given)
+
+    first = again()
+    if repeats(first, again, _as_list, looks=1) or same_again(first, again(), again(_masks(found, rows, seed=1))):
         return []
     said = "a generator out of sight, such as numpy's Generator, gives other numbers at each call"
     left = [name for name, held in inside(live).items() if not alike(held, before.get(name))]

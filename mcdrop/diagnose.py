@@ -33,6 +33,7 @@ _ROWS, _PASSES = 4, 32
 _FEWEST_PASSES = 16  # where these take long enough
 _NORM_ROWS = 256  # so few as above say little about a variance
 _LOOKS = (None, ALL_LOW, ALL_HIGH)  # passes that show whether anything changes: as drawn, and the extremes
+_ROUNDING = 4e-6  # of an output in float32
 _SECONDS = 5.0  # longer than this the shares are not worth waiting for
 _SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
 _PREDICTED_AT = 100
@@ -103,8 +104,8 @@ def _precision_warnings(backend: TorchBackend) -> list[str]:
 def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> float | None:
     """What a lower precision changes in passes of the same masks, in standard deviations: a root mean square.
 
-    It is that of the output, or channel, where it is largest, since their units may differ. What never varies, such as
-    masked logits, has no say in it.
+    It is that of the output, or channel, where it is largest, since their units may differ. What does not vary beyond
+    rounding, such as masked logits, has no say in it.
     """
     if backend.precision == "fp32":
         return None
@@ -112,12 +113,13 @@ def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> f
     found = _moments(exact)
     others, squares = others_than_outputs(found.variance.ndim), 0.0
     with np.errstate(invalid="ignore"):
+        varies = found.variance > np.square(_ROUNDING * found.mean)
         for low, full in zip(map(as_numpy, everything), map(as_numpy, exact), strict=True):
             square = np.square(low - full, dtype=np.float64)
-            squares += np.nansum(square, axis=others, where=found.variance > 0)
-    spread = np.nansum(found.variance, axis=others)
+            squares += np.nansum(square, axis=others, where=varies)
+    spread = np.nansum(found.variance, axis=others, where=varies)
     shares = np.divide(squares, len(everything) * spread, out=np.zeros_like(spread), where=spread > 0)
-    error = math.sqrt(np.max(shares, initial=0.0))
+    error = math.sqrt(np.max(shares, initial=0.0)) if varies.any() else math.inf
     if not error <= LARGEST_ERROR:
         where = f" of output {np.argmax(shares)}" if shares.size > 1 else ""
         raise ModelRefused(

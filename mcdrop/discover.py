@@ -96,21 +96,21 @@ def discover(
     few = to_tensors(rows.take(slice(0, _FEW_ROWS)), live)
     spy = _first_look(live, few, pick, rows)
     # where each pass begins as the first one did, what a pass makes is not there for the later looks
-    made, warnings = spy.escaped if spy.written else [], _own_written((live, plain), spy)
+    made, warnings = spy.escaped if spy.written else [], _own_written((live, plain), spy.written, spy.tied)
     _own_swapped((live, plain), spy.swapped)
     check_reach(module, live, few, pick)
     verdicts = _overruled(live, _probed(live, few, pick), overrules.include, overrules.exclude)
     flags = Flags.of(live, few, pick, verdicts, strict=overrules.strict)
     if not front and (telling := flags.telling(to_tensors(rows.take(slice(0, _MANY_ROWS)), live))):
         return discover(module, in_front(rows, telling), pick, overrules, front=(*telling,))
-    warnings += _own_written((live, plain), spy := _look(live, few, pick)[1])
+    warnings += _own_written((live, plain), (spy := _look(live, few, pick)[1]).written, spy.tied)
     refused = frozenset(path for path, verdict in verdicts.items() if verdict.kind == "refused")
 
     def force(path: str) -> bool:
         return overrules.force_literal or path in refused
 
     found = trace(live, few, pick, force)
-    _own_swapped((live,), found.swapped)
+    warnings += _own_forced((live, plain), spy, found)
     seeded = seeded_anew(live, few, pick, spy)
     lost = lost_draws(found, verdicts, [*made, *spy.escaped]) + unrepeatable(live, few, pick, found) + seeded
     if lost and overrules.strict:
@@ -229,23 +229,27 @@ def matching(module: nn.Module, which: str | type) -> list[str]:
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _own_written(shadows: tuple[nn.Module, ...], spy: Spy) -> list[str]:
+def _own_written(shadows: tuple[nn.Module, ...], written: Collection[str], tied: Collection[str]) -> list[str]:
     """Makes shadows start every forward from the same of what the network writes to even in eval; says from what.
 
     Raises:
         ModelRefused: it writes to a parameter, or to memory that two share.
     """
-    own(shadows, starts(shadows[0], spy.written, spy.tied))
+    own(shadows, starts(shadows[0], written, tied))
     said = "is written to even in eval mode: every pass starts from mcdrop's own copy of it"
-    return [f"{name} {said}" for name in sorted(spy.written)]
+    return [f"{name} {said}" for name in sorted(written)]
+
+
+def _own_forced(shadows: tuple[nn.Module, ...], spy: Spy, found: Trace) -> list[str]:
+    """Does the same with what is written to, and swapped, where draws that are off are forced to drop."""
+    _own_swapped(shadows[:1], found.swapped)
+    return _own_written(shadows, {*found.written} - spy.written, ())
 
 
 def _own_swapped(shadows: tuple[nn.Module, ...], paths: Collection[str]) -> None:
     """Gives shadows their own dicts of tensors where a forward swaps some for a while, as ``functional_call`` does."""
-    for shadow in shadows:
-        for path in paths:
-            owner = shadow.get_submodule(path)
-            owner.__dict__.update(_parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
+    for owner in [shadow.get_submodule(path) for shadow in shadows for path in paths]:
+        owner.__dict__.update(_parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
 
 
 def _audit(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mcdrop.forward import out_of_memory
-from mcdrop.observed import Observation, Observer, altered, same
+from mcdrop.observed import Observation, Observer, altered, same, steady
 from mcdrop.record import ALL_HIGH, ALL_LOW
 
 __all__ = ["EXTREMES", "LOOKS", "OUT_OF_SIGHT", "SEEDS", "Verdict", "Verdicts", "effects"]
@@ -43,7 +43,7 @@ def effects(look: Observer, several: Mapping[str, nn.Module], base: Observation,
         return dict.fromkeys(several, like)
     verdicts = {first: like} | {path: _effect(look, child, base, on) for path, child in rest}
     silent = seen and not any(one.draws for one in seen) and all(one.kind == "inert" for one in verdicts.values())
-    if silent and not look.repeats(seen[0], seed=SEEDS[0], looks=LOOKS):
+    if silent and not steady(seen[0], looks=LOOKS):
         return dict.fromkeys(several, Verdict("refused", OUT_OF_SIGHT, 1))  # by chance, and not when it is looked at
     return verdicts
 
@@ -106,7 +106,7 @@ def _effect_on_draws(
     if all(same(one, other) for one, other in zip(seen, without, strict=False)):
         return Verdict("inert", "no effect on this input")
     first = seen[0]
-    repeated = look.repeats(first, seed=SEEDS[0], looks=1)
+    repeated = steady(first, looks=1)
     if repeated and all(same(first, other) for other in seen[1:]):
         return Verdict("refused", "computes something else in training mode, without a draw")
     # a rate that is 0 in eval; draws in eval would hide what else the flag does, and without any no seed has a say

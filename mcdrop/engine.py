@@ -28,6 +28,7 @@ MOST_PASSES = 1_000_000
 ROUNDING = 1e-5  # relative: in batches of other sizes the scores of float32 networks came out up to 4e-6 apart
 _CHECKED_AT = 0.975
 _ROUND = 64  # passes between two looks at the error of an adaptive run
+_RARE = 0.005  # a rate
 _SEEN = 5  # drops, after which the chance that none is seen is exp(-5)
 
 Array = NDArray[np.float64]
@@ -242,11 +243,16 @@ def _gather(
 
 
 def _telling_passes(sites: Sequence[Site]) -> int:
-    """From how many passes on each draw has dropped a unit, and kept one, but for a chance of exp(-5)."""
-    changing = [site for site in sites if site.kind == "bernoulli" and not site.constant]
-    return max(
-        (math.ceil(_SEEN / (min(one.p, 1 - one.p) * max(1, math.prod(one.shape)))) for one in changing), default=1
+    """From how many passes on each draw has dropped a unit, and kept one, but for a chance of exp(-5).
+
+    What uniform or normal numbers are compared with is not known: they are taken to drop as rarely as drops mostly do.
+    """
+    dropped = (
+        (min(site.p, 1 - site.p) if site.kind == "bernoulli" else _RARE) * max(1, math.prod(site.shape))
+        for site in sites
+        if not site.constant
     )
+    return max((math.ceil(_SEEN / units) for units in dropped), default=1)
 
 
 def _adaptive(backend: Backend, rows: Rows, plan: PassPlan, statistics: Statistics, deterministic: bool) -> PassResult:

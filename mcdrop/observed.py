@@ -4,21 +4,21 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from mcdrop.agreement import NOISE, Runs, apart, repeats
 from mcdrop.forward import out_of_memory
+from mcdrop.one_order import apart, repeats
 from mcdrop.outputs import Pick
 from mcdrop.record import Draw, record
 from mcdrop.rows import Rows
 from mcdrop.shadow import takes_masks
 from mcdrop.volatile import Left
 
-__all__ = ["Observation", "Observer", "Readers", "altered", "same", "unwatched", "watched"]
+__all__ = ["Observation", "Observer", "Readers", "altered", "same", "steady", "unwatched", "watched"]
 
 _LOOKS_UP = nn.Module.__getattr__.__code__
 
@@ -107,18 +107,18 @@ class Observation:
     by_values: bool
     again: Callable[[], "Observation"]
 
-    @cached_property
-    def runs(self) -> "Runs[Observation]":
-        """Such passes, of which this is the first."""
-        return Runs(self.again, self)
-
 
 _Read = Callable[[Observation], list[Tensor]]
 
 
 def same(one: Observation, other: Observation, values: _Read | None = None) -> bool:
-    """Whether two passes gave the same numbers, or ``values`` of them, but for the noise of sums in no fixed order."""
-    return not apart(one.runs, other.runs, values or _values, within=NOISE)
+    """Whether two passes gave the same numbers, or ``values`` of them, but for the order of sums."""
+    return not apart(one, other, (one.again, other.again), values or _values)
+
+
+def steady(first: Observation, *, looks: int) -> bool:
+    """Whether passes like a first one give the same numbers each time, but for the order of sums."""
+    return repeats(first, first.again, _values, looks=looks)
 
 
 def _values(seen: Observation) -> list[Tensor]:
@@ -164,10 +164,6 @@ class Observer:
         again = partial(self.observe, (*on,), seed=seed, low=low)
         with self._started(on):
             return self._seen(again, seed, drawn, low)
-
-    def repeats(self, first: Observation, *, seed: int, looks: int) -> bool:
-        """Whether passes like a first one give the same numbers, but for noise that is there without any flag too."""
-        return repeats(first.runs, lambda: self.observe((), seed=seed).runs, _values, looks=looks, within=NOISE)
 
     def goes_on(self, on: Collection[nn.Module], *, seed: int) -> bool:
         """Whether a pass that goes on from what one before it left gives other numbers under the same draws."""

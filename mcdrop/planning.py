@@ -104,14 +104,17 @@ def _of_real_numbers(captured: Captured, dtype: torch.dtype | None) -> Captured:
         NotCaptured: it does; they could be others.
     """
     few: set[fx.Node] = set()
-    for node in captured.graph.nodes:
+    for node in captured.graph.nodes if dtype is not None else ():
         made, follows = node.meta.get("val"), not few.isdisjoint(node.all_input_nodes)
-        if not isinstance(made, Tensor) or dtype is None:
+        if not isinstance(made, Tensor):
             continue
         if made.dtype == dtype or (made.is_floating_point() and follows):
             few.add(node)
         elif follows and made.dtype != torch.bool and "_to_copy" in str(node.target):
-            raise NotCaptured(f"it makes whole numbers of real ones, and {dtype} holds those up to 256 alone")
+            raise NotCaptured(
+                f"it makes whole numbers of real ones, and {dtype} holds those up to 256 alone; give them as whole "
+                "numbers, in an input of their own"
+            )
     return captured
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mcdrop.effects import EXTREMES, LOOKS, OUT_OF_SIGHT, SEEDS, Verdict, Verdicts, effects
 from mcdrop.forward import out_of_memory
-from mcdrop.observed import Observation, Observer, same
+from mcdrop.observed import Observation, Observer, same, steady
 from mcdrop.outputs import Pick
 from mcdrop.record import Draw
 from mcdrop.rows import Rows
@@ -109,7 +109,7 @@ def _needed(look: Observer, verdicts: Verdicts, base: Observation) -> Verdicts:
             return {**verdicts, **dict.fromkeys(needed, Verdict("stochastic", "lets others draw", 1))}
         seen = passes(needed)[0]
         draws = seen.draws - passes([])[0].draws
-        if not draws and not look.repeats(seen, seed=SEEDS[0], looks=LOOKS):
+        if not draws and not steady(seen, looks=LOOKS):
             return {**verdicts, **dict.fromkeys(needed, Verdict("refused", OUT_OF_SIGHT, 1))}
         if not hidden and draws > 0:
             lost = Verdict("refused", "computes something else in training mode together with others", draws)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -38,9 +39,13 @@ class _Setting(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func == _SETS_DATA and id(args[0]) in self._names:
+        if func != _SETS_DATA or id(args[0]) not in self._names:
+            return func(*args, **(kwargs or {}))
+        before = _place(args[0])
+        func(*args)
+        if _place(args[0]) != before:
             self._written.add(self._names[id(args[0])])
-        return func(*args, **(kwargs or {}))
+        return None
 
 
 @contextmanager
@@ -80,6 +85,10 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
             written |= {_full(path, name) for name in changed}
             if any(_full(path, name) not in written | tied for name in own.touched):  # ``x += 1`` writes, and sets it
                 swapped.add(path)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return _address(tensor), tensor.shape, tensor.layout == torch.strided and tensor.stride(), tensor.dtype
 
 
 def _address(tensor: Tensor) -> int | None:

@@ -1,6 +1,5 @@
 """Outputs that are infinite or NaN: what agrees, and networks whose logits are masked run every way like others."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,10 @@ from torch import Tensor, nn
 
 import mcdrop
 from mcdrop.agreement import (
-    NOISE,
-    Runs,
-    apart,
     difference,
     distance,
     identical,
     largest,
-    repeats,
     told_orders,
     uneven,
 )
@@ -280,72 +275,6 @@ def test_such_a_network_is_exported_as_a_posterior(tmp_path: Path) -> None:
     path = mcdrop.export_onnx(model, tmp_path / "posterior.onnx", passes=50)
     (mean,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["mean"], {"x": X.numpy()})
     np.testing.assert_allclose(mean, predicted(model).mean, rtol=1e-4, atol=1e-6)
-
-
-# -- sums in no fixed order --------------------------------------------------------------------------------------------
-
-
-def _runs(*values: float) -> Runs[float]:
-    """Gives these in turn, again and again."""
-    turn = itertools.cycle(values)
-    return Runs(lambda: next(turn))
-
-
-def _tensors(value: float) -> list[Tensor]:
-    return [torch.tensor([value], dtype=torch.float64)]
-
-
-EPS = 1e-7
-PAIRS: dict[str, tuple[Runs[float], Runs[float], bool]] = {
-    "the same": (_runs(1), _runs(1), False),
-    "far": (_runs(1), _runs(1, 1, 1.1), False),  # the first one is the same: there is no reason to look again
-    "steady": (_runs(1), _runs(1 + EPS), True),
-    "once": (_runs(1), _runs(1 + EPS, 1, 1, 1), False),
-    "once, the other one": (_runs(1 + EPS, *[1.0] * 8), _runs(1), False),
-    "noise": (_runs(1, 1 + EPS, 1 + 2 * EPS), _runs(1 + EPS, 1 + 3 * EPS, 1), False),
-    "above the noise": (_runs(1, 1 + EPS), _runs(1 + 9 * EPS, 1 + 10 * EPS), True),
-    "too much for noise": (_runs(1, 1.1), _runs(1.1, 1), True),
-    "of one alone": (_runs(1), _runs(*(1 + n * EPS for n in range(1, 10))), True),
-}
-
-
-@pytest.mark.parametrize(("one", "other", "expected"), PAIRS.values(), ids=PAIRS)
-def test_computations_are_apart_where_they_differ_by_more_than_from_themselves(
-    one: Runs[float], other: Runs[float], *, expected: bool
-) -> None:
-    assert apart(one, other, _tensors, within=NOISE) is expected
-    assert apart(other, one, _tensors, within=NOISE) is expected
-
-
-def test_a_computation_that_repeats_is_run_no_more_than_it_takes() -> None:
-    ran = list[int]()
-
-    def run(which: int) -> Callable[[], float]:
-        def once() -> float:
-            ran.append(which)
-            return 1.0 + which
-
-        return once
-
-    assert not apart(Runs(run(0)), Runs(run(0)), _tensors, within=NOISE)
-    assert apart(Runs(run(0)), Runs(run(1)), _tensors, within=NOISE)
-    assert ran == [0, 0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("one", "plain", "expected"),
-    [
-        (_runs(1), _runs(1), True),
-        (_runs(1, 1.1), _runs(1, 1.1), False),
-        (_runs(1, 1 + EPS), _runs(1, 1 + EPS), True),
-        (_runs(*(1 + n * EPS for n in range(9))), _runs(1), False),
-    ],
-    ids=["steady", "moves", "noise", "noise of its own"],
-)
-def test_a_computation_repeats_but_for_noise_of_the_whole_network(
-    one: Runs[float], plain: Runs[float], *, expected: bool
-) -> None:
-    assert repeats(one, lambda: plain, _tensors, looks=2, within=NOISE) is expected
 
 
 def test_the_distance_is_by_output_and_by_what_differs_alone() -> None:

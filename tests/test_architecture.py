@@ -50,7 +50,7 @@ FLOORS = [
         "mcdrop.recurrent",
         "mcdrop.rewound",
     ],
-    ["mcdrop.holders", "mcdrop.placing", "mcdrop.written", "mcdrop.reach", "mcdrop.telling"],
+    ["mcdrop.holders", "mcdrop.placing", "mcdrop.written", "mcdrop.reach", "mcdrop.telling", "mcdrop.one_order"],
     [
         "mcdrop.shadow",
         "mcdrop.volatile",
@@ -159,6 +159,7 @@ HOMES = {
         "mcdrop.rules",
         "mcdrop.features",
         "mcdrop.breaking",
+        "mcdrop.one_order",
         "mcdrop.rarely",
         "mcdrop.entries",
         "mcdrop.forward",

@@ -11,7 +11,7 @@ import torch
 from captures import Operations
 from numpy.typing import NDArray
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 import mcdrop
 from mcdrop.engine import MOST_PASSES, PassPlan, PassResult, run_passes
@@ -189,6 +189,28 @@ def test_no_row_stops_before_a_rare_drop_can_have_been_seen() -> None:
     exact = mcdrop.sample(model_of_a_last_layer(0.01), x, PassPlan(600, 0, tolerance=1e-9, exact_last=True))
     assert (exact.passes == 64).all()  # known without a drop
     assert (exact.variance > 0).all()
+
+
+@pytest.mark.parametrize("draw", ["uniform", "normal"])
+def test_numbers_that_hardly_ever_pass_a_threshold_are_waited_for_too(draw: str) -> None:
+    """At a rate of 0.005, which no draw of numbers tells: 5 / 0.005 passes."""
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    found = mcdrop.sample(mcdrop.wrap(Gate(draw), example=x), x, PassPlan(1000, 0, "iid", tolerance=1e-9))
+    assert (found.passes == 1000).all()
+
+
+class Gate(nn.Module):
+    """Drops all by hand, at a rate of 0.005."""
+
+    def __init__(self, draw: str) -> None:
+        super().__init__()
+        self.draw, self.last = draw, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(x)
+        if self.training:
+            out = out * (torch.rand(1) >= 0.005 if self.draw == "uniform" else torch.randn(1) <= 2.5758)
+        return out
 
 
 def model_of_a_last_layer(p: float) -> mcdrop.Model:

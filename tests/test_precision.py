@@ -53,6 +53,36 @@ def test_an_output_of_small_units_is_not_hidden_by_one_of_large_ones(device: str
         mcdrop.wrap(net, example=torch.randn(8, 6, device=device), precision="bf16")
 
 
+class Summed(nn.Module):
+    """Gives probabilities, and their sum, which is 1 but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chances = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 4), nn.Softmax(-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chances = self.chances(x)
+        return torch.cat([chances, chances.sum(-1, keepdim=True)], -1)
+
+
+@on_each_device
+def test_an_output_that_varies_by_rounding_alone_has_no_say(device: str) -> None:
+    x = torch.randn(8, 8, device=device)
+    whole, chances = (mcdrop.wrap(net, example=x, precision="bf16") for net in (summed(device), alone(device)))
+    assert whole.audit.precision_error is not None
+    assert chances.audit.precision_error is not None
+    assert abs(whole.audit.precision_error - chances.audit.precision_error) < 0.1 * chances.audit.precision_error
+
+
+def summed(device: str) -> Summed:
+    torch.manual_seed(0)
+    return Summed().to(device)
+
+
+def alone(device: str) -> nn.Module:
+    return summed(device).get_submodule("chances")
+
+
 @on_each_device
 def test_ids_among_real_numbers_need_all_digits(device: str) -> None:
     """In bf16 257 is 256: a table's column of ids would look up another row, silently."""

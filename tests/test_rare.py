@@ -170,6 +170,22 @@ def test_a_weight_whose_numbers_are_others_for_a_while_is_refused_by_name(always
     assert torch.equal(net.first.weight, before)
 
 
+def test_a_weight_that_is_set_to_what_it_is_stays_allowed() -> None:
+    """As by a forward that moves its weights to where the rows are."""
+
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last.weight.data = self.last.weight.data.to(x.device)
+            out: Tensor = self.last(self.drop(x))
+            return out
+
+    assert [site.verdict for site in mcdrop.wrap(Moves().eval(), example=X).audit.sites] == ["live"]
+
+
 def test_a_forward_that_draws_until_a_number_is_low_is_told_what_works() -> None:
     """Where all numbers are high it would go on for ever."""
 
