@@ -1,7 +1,7 @@
 """Hidden features of a torch module, from one deterministic pass, and a digest of its weights."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,20 @@ from mcdrop.forward import draws_off
 from mcdrop.outputs import Pick
 from mcdrop.rows import Rows
 from mcdrop.shadow import live_shadow
-from mcdrop.standing import kept_tensors
+from mcdrop.standing import attributes, kept_tensors, mapped
 from mcdrop.volatile import volatile
 
 __all__ = ["beside_weights", "hidden_features", "is_perceptron", "tensors_digest", "weights_digest"]
+
+_BY_ROW = ("crow_indices", "col_indices", "values")
+_BY_COLUMN = ("ccol_indices", "row_indices", "values")
+_PARTS = {  # what a sparse tensor is made of, by its layout
+    torch.sparse_coo: ("indices", "values"),
+    torch.sparse_csr: _BY_ROW,
+    torch.sparse_bsr: _BY_ROW,
+    torch.sparse_csc: _BY_COLUMN,
+    torch.sparse_bsc: _BY_COLUMN,
+}
 
 
 def hidden_features(plain: nn.Module, rows: Rows, pick: Pick, layer: str | None) -> Tensor:
@@ -98,11 +108,22 @@ def weights_digest(module: nn.Module) -> str:
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Gives a sha256 over the names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    for whole, tensor in sorted(tensors.items()):
+        for name, part in _parts(whole, tensor.detach()):
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)};".encode())
+            plain = part.cpu().resolve_conj().resolve_neg().contiguous()
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Walks over (name, part) of the dense tensors that a tensor is made of; a dense one is its own."""
+    if tensor.layout not in _PARTS:
+        yield name, tensor
+        return
+    whole = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
+    for part in _PARTS[tensor.layout]:
+        yield f"{name} {tensor.layout} {tuple(tensor.shape)} {part}", getattr(whole, part)()
 
 
 def beside_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -110,8 +131,16 @@ def beside_weights(module: nn.Module) -> dict[str, Tensor]:
 
     What forwards of a shadow write to is not among them.
     """
-    found = dict(kept_tensors(module))
+    found = dict(_sparse_ones(module)) | dict(kept_tensors(module))
     for path, child in module.named_modules():
         names = child._non_persistent_buffers_set & {name for name, one in child._buffers.items() if one is not None}
         found |= {f"{path}.{name}".removeprefix("."): child.get_buffer(name) for name in names}
     return {name: tensor for name, tensor in found.items() if name not in volatile(module)}
+
+
+def _sparse_ones(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Walks over (name, tensor) of the sparse tensors that modules keep as plain attributes; no graph holds them."""
+    for name, owner, key in attributes(module):
+        found: list[Any] = []
+        mapped(vars(owner)[key], found.append)
+        yield from ((name, one) for one in found if isinstance(one, Tensor) and one.layout in _PARTS)

@@ -1,5 +1,6 @@
 """What a network keeps beside its weights and buffers: tensors that passes read."""
 
+import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import mcdrop
 from mcdrop.errors import InputError
+from mcdrop.features import tensors_digest
 
 
 class Keeping(nn.Module):
@@ -233,28 +235,89 @@ def test_what_was_fitted_sees_tensors_that_no_state_dict_holds(buffer: bool, tmp
     assert again.digest == loaded.digest == model.digest
 
 
+class Around(nn.Module):
+    """Multiplies rows, after a dropout of 0.3, by a tensor that is kept in one of several ways."""
+
+    around: Tensor
+
+    def __init__(self, around: Tensor, kept: str, outputs: int = 0) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+        if kept == "parameter":
+            self.around = nn.Parameter(around, requires_grad=False)
+        elif kept == "attribute":
+            self.around = around
+        else:
+            self.register_buffer("around", around, persistent=kept == "buffer")
+        self.head = nn.Linear(around.shape[0], outputs) if outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head((self.around @ self.drop(x).T).T)
+        return out
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("layout", ["coo", "csr"])
 @pytest.mark.parametrize("kept", ["buffer", "parameter", "attribute"])
 def test_sparse_tensors_have_no_memory_of_their_own_and_do_no_harm(layout: str, kept: str) -> None:
     """Of y = A m(x) with inverted dropout the variance is p / (1 - p) (A * A) (x * x), whatever A is kept as."""
 
-    class Graph(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = nn.Dropout(0.3)
-            if kept == "buffer":
-                self.register_buffer("around", around)
-            else:
-                self.around = nn.Parameter(around, requires_grad=False) if kept == "parameter" else around
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = (self.around @ self.drop(x).T).T
-            return out
-
     dense, x = torch.randn(7, 7).relu(), torch.randn(4, 7)
     around = dense.to_sparse_csr() if layout == "csr" else dense.to_sparse()
-    found = mcdrop.predict(Graph(), x, passes=4000, sampler="iid")
+    found = mcdrop.predict(Around(around, kept), x, passes=4000, sampler="iid")
     variance = 0.3 / 0.7 * x.square() @ dense.square().T
     np.testing.assert_allclose(found.mean, x @ dense.T, atol=5 * float(variance.max() / 4000) ** 0.5)
     np.testing.assert_allclose(found.variance, variance, rtol=0.15, atol=1e-6)  # 5 standard errors: kurtosis below 3
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support is in beta")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize("kept", ["buffer", "unsaved buffer", "parameter", "attribute"])
+def test_what_was_fitted_sees_the_numbers_of_sparse_tensors(layout: str, kept: str) -> None:
+    torch.manual_seed(0)
+    x, dense = torch.randn(60, 4), torch.randn(4, 4).relu()
+    net = Around(dense.to_sparse_csr() if layout == "csr" else dense.to_sparse(), kept, 1)
+    model = mcdrop.wrap(net, example=x[:4])
+    first, screen = model.digest, mcdrop.fit_screen(model, x, fpr=0.05)
+    calibration = mcdrop.calibrate(model, x, torch.randn(60, 1))
+    assert mcdrop.predict(model, x, screen=screen, calibration=calibration).lower is not None
+    with torch.no_grad():
+        net.around.mul_(2)
+    assert model.digest != first
+    with pytest.raises(InputError, match="calibrate again"):
+        mcdrop.predict(model, x, calibration=calibration)
+    with torch.no_grad():
+        net.around.mul_(0.5)
+    assert model.digest == first
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support is in beta")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+def test_a_digest_names_sparse_tensors_by_their_layout_indices_and_values(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1]]).to(dtype)
+    other, less = tensor.clone(), tensor.clone()
+    other[0, 1], other[0, 2], less[1, 3] = 0, 1, 0
+    kinds = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
+    found = {tensors_digest({"a": sparse(kind, one)}) for kind in kinds for one in (tensor, other, less)}
+    assert len(found) == 3 * len(kinds)
+    assert tensors_digest({"a": sparse("sparse_csr", tensor)}) in found
+
+
+def sparse(kind: str, tensor: Tensor) -> Tensor:
+    """The same numbers in another layout."""
+    if kind == "strided":
+        return tensor
+    return tensor.to_sparse(
+        layout=getattr(torch, kind), blocksize=(1, 2) if kind in ("sparse_bsr", "sparse_bsc") else None
+    )
+
+
+def test_a_digest_of_dense_tensors_is_the_one_that_saved_folders_hold() -> None:
+    """Of one header for each tensor, in the order of names, and of its bytes."""
+    said = (
+        b"a torch.float32 (2,);" + np.array([1, 2], np.float32).tobytes() + b"b torch.int64 ();" + np.int64(7).tobytes()
+    )
+    found = tensors_digest({"b": torch.tensor(7), "a": torch.tensor([1.0, 2.0])})
+    assert found == hashlib.sha256(said).hexdigest()
+    entries = torch.sparse_coo_tensor(torch.tensor([[0, 0, 1]]), torch.ones(3), (3,), check_invariants=True)
+    assert tensors_digest({"a": entries}) == tensors_digest({"a": entries.coalesce()})
