@@ -252,8 +252,9 @@ def _fit_tensor(leaf: Any, spec: InputSpec) -> Any:
     real = leaf.is_floating_point()
     kind = np.dtype(spec.dtype)
     if is_whole(kind):
-        if real or not np.can_cast(str(leaf.dtype).removeprefix("torch."), kind):
-            check_whole((leaf.double() if real else leaf).cpu().numpy(), kind, spec.name)
+        given = str(leaf.dtype).removeprefix("torch.")
+        if real or not np.can_cast(given, kind):
+            check_whole((leaf.double() if real else leaf).cpu().numpy(), kind, spec.name, given)
         same = str(leaf.dtype) == f"torch.{spec.dtype}"
         return leaf if same else getattr(leaf, _CASTS.get(spec.dtype, "long"))()
     if not real:

@@ -111,8 +111,24 @@ def test_real_numbers_that_may_stand_for_several_whole_ones_are_refused() -> Non
         assert given("int64", x) == [[-last, last]]
     for number in (float(2**53), -float(2**53), float(2**63 - 1024), -(2.0**63)):
         for x in forms(0.0, number):
-            with pytest.raises(InputError, match=r"got -?9\S+ as a float, which from 2\*\*53 on may be rounded"):
+            with pytest.raises(InputError, match=r"got -?9\S+ as a float64, which from 2\*\*53 on may be rounded"):
                 given("int64", x)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8), ("float32", 24), ("float64", 53)])
+def test_real_numbers_of_few_bits_may_be_rounded_sooner(dtype: str, bits: int) -> None:
+    """From 2**bits on, the next whole number is none of the type."""
+    kind = getattr(torch, dtype)
+    last, first = 2**bits - 1, torch.tensor(2**bits + 1).to(kind)
+    assert first == 2**bits
+    below, beyond = torch.tensor([[-last, last]]).to(kind), torch.stack([first, -first])[None]
+    arrays = () if dtype == "bfloat16" else (below.numpy(),)
+    for x in (below, *arrays):
+        assert given("int64", x) == [[-last, last]]
+    for x in (beyond, -beyond, *(number.numpy() for number in (beyond, -beyond) if dtype != "bfloat16")):
+        said = rf"got -?\d+\.0 as a {dtype}, which from 2\*\*{bits} on may be rounded"
+        with pytest.raises(InputError, match=said):
+            given("int64", x)
 
 
 def test_whole_numbers_of_64_bits_are_taken_as_they_are_but_not_beside_a_real_one() -> None:
