@@ -29,6 +29,7 @@ _WEIGHTS_FROM_ELSEWHERE = {
     "weights_backbone",
 }  # fmt: skip
 _ELSEWHERE = {"hf-hub", "local-dir"}  # what stands before the ":" of a name, however it is written
+_BLANKS = re.compile(r"[\x00-\x20]")  # timm may ask urlsplit, which skips these before a name, and some within it
 _FACTORY = re.compile(r"([a-z_][\w.]*):([A-Za-z_]\w*)", re.ASCII)
 
 
@@ -77,7 +78,7 @@ def _function(factory: str) -> Any:
 def _is_elsewhere(name: str) -> bool:
     """Whether a name says that weights lie elsewhere: timm reads its beginning in any case, blanks aside."""
     source, colon, _ = name.partition(":")
-    return bool(colon) and source.strip().casefold().replace("_", "-") in _ELSEWHERE
+    return bool(colon) and _BLANKS.sub("", source).casefold().replace("_", "-") in _ELSEWHERE
 
 
 def _nothing_fetched(function: Any, arguments: Mapping[str, Any]) -> dict[str, None]:

@@ -210,7 +210,8 @@ def test_a_builder_may_not_read_weights_from_elsewhere(tmp_path: Path, name: str
     change(folder, ("weights", "arguments"), {name: "evil.pth"})
     with pytest.raises(ArtifactError, match=rf"must not read weights from elsewhere \({name}\)"):
         mcdrop.load(folder)
-    for source in ("hf-hub", "HF-Hub", " hf_hub", "HF_HUB ", "local-dir", "Local-Dir"):  # timm reads it in any case
+    odd = ("hf-\thub", "\x01hf-hub", "\x00 HF-HUB", "local-\rdir", "h\nf_hub")  # the same to urlsplit
+    for source in ("hf-hub", "HF-Hub", " hf_hub", "HF_HUB ", "local-dir", "Local-Dir", *odd):  # in any case to timm
         change(folder, ("weights", "arguments"), {"model_name": f"{source}:stranger/net"})
         with pytest.raises(ArtifactError, match="must not read weights from elsewhere"):
             mcdrop.load(folder)
