@@ -130,9 +130,9 @@ def stochastic_graph(backend: TorchBackend, rows: Rows, names: Sequence[str], ou
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                _Pass(backend, found, few), leaves, dynamo=True, opset_version=_OPSET, verbose=False, optimize=optimize,
-                input_names=list(names), output_names=[output], custom_translation_table=translations,
-                dynamic_shapes=(tuple({0: count} for _ in leaves),),
+                _Pass(backend.apart(), found, few), leaves, dynamo=True, opset_version=_OPSET, verbose=False,
+                optimize=optimize, input_names=list(names), output_names=[output],
+                custom_translation_table=translations, dynamic_shapes=(tuple({0: count} for _ in leaves),),
             )  # fmt: skip
         except Exception as error:  # whatever an exporter makes of somebody's network
             raise ModelRefused(f"torch cannot export this network to ONNX: {_reason(error)}") from error

@@ -130,6 +130,7 @@ def posterior_program(backend: Backend, rows: Rows, plan: PassPlan, *, task: str
         module(*leaves)  # what it cannot hold is said in our own words
     try:
         with quiet(), torch.no_grad():
+            module.live = backend.apart().live
             shapes = (tuple({0: count} for _ in leaves),)
             program = torch.export.export(module, leaves, dynamic_shapes=shapes, strict=False)
             for name, weight in program.named_parameters():  # of the program alone: the network's own may be trained

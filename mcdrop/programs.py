@@ -99,7 +99,8 @@ def exported(backend: Backend, rows: Rows) -> bytes:
     buffer, count = io.BytesIO(), torch.export.Dim("rows", min=1)
     try:
         with quiet(), torch.no_grad():
-            shapes, module = tuple({0: count} for _ in leaves), _Positional(backend, few, backend.plan(rows).trace)
+            found = backend.plan(rows).trace
+            shapes, module = tuple({0: count} for _ in leaves), _Positional(backend.apart(), few, found)
             program = torch.export.export(module, leaves, dynamic_shapes=(shapes,), strict=False)
             torch.export.save(program, buffer)
     except Exception as error:  # whatever an exporter makes of somebody's network

@@ -310,6 +310,37 @@ def test_a_program_whose_only_draw_no_mask_reaches_says_which(tmp_path: Path) ->
         mcdrop.load(tmp_path / "net.pt2", example=x)
 
 
+_WEIGHTS: list[dict[str, Any]] = []  # of the user's own network, its own dict
+_SEEN: set[type] = set()
+
+
+class _Watched(torch.nn.Module):
+    """Notes what stands in the user's own network while another one runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.drop = torch.nn.Linear(4, 2), torch.nn.Dropout(0.4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _SEEN.update(type(weight) for weights in _WEIGHTS for weight in weights.values())
+        found: torch.Tensor = self.line(self.drop(x))
+        return found
+
+
+@pytest.mark.parametrize("form", ["pt2", "onnx", "export_torch"])
+def test_a_network_keeps_its_weights_while_it_is_exported(form: str, tmp_path: Path) -> None:
+    """Torch puts stand-ins without numbers in their places, and other threads would predict with these."""
+    net = _Watched().eval()
+    model = mcdrop.wrap(net, example=torch.randn(5, 4), tuning={})
+    _SEEN.clear()
+    _WEIGHTS[:] = [vars(net.line)["_parameters"]]
+    if form == "export_torch":
+        mcdrop.export_torch(model, tmp_path / "net.pt2")
+    else:
+        mcdrop.save(model, tmp_path / "net" / "1", format=form)
+    assert {torch.nn.Parameter} == _SEEN
+
+
 def test_outputs_are_the_same_when_they_differ_by_the_rounding_of_their_usual_numbers() -> None:
     """A logit near 0 has the rounding of its class in other rows, but not that of a larger output beside it."""
     ours = np.array([[4.3, 1e6, -2.0], [1e-7, -3e6, -1e9], [-2.1, 2e6, 0.5]])

@@ -172,6 +172,13 @@ class TorchBackend:
             other.chunk_bytes = self.chunk_bytes
         return other
 
+    def apart(self) -> "TorchBackend":
+        """Gives the same over the same tensors in dicts of its own, where torch puts others while it exports."""
+        module = live_shadow(self.plain)
+        for child in module.modules():
+            child.__dict__.update({name: {**vars(child)[name]} for name in ("_parameters", "_buffers")})
+        return self.over(module)
+
     def each_row(
         self, rows: Rows, *, seed: int, start: int, watching: AbstractContextManager[object] | None = None
     ) -> None:
