@@ -161,7 +161,8 @@ def choose_tier(
                 got, seconds[tier] = _timed(TIERS[tier], module, rows, pick, found, stacks)
                 worst = difference(got, expected, passes=expected)
                 for given, masks, right in wanted:
-                    worst = max(worst, difference(_run(tier, module, given, pick, found, masks), right, passes=right))
+                    moved = right if masks is told else expected  # one row alone may hardly be moved
+                    worst = max(worst, difference(_run(tier, module, given, pick, found, masks), right, passes=moved))
             except Exception as error:  # whatever a network does there, the loop is right
                 before.put_back()  # a forward that is broken off may leave the network half changed
                 reasons.append(f"{tier} does not take this network: {first_line(error)}")
