@@ -28,7 +28,7 @@ MOST_PASSES = 1_000_000
 ROUNDING = 1e-5  # relative: in batches of other sizes the scores of float32 networks came out up to 4e-6 apart
 _CHECKED_AT = 0.975
 _ROUND = 64  # passes between two looks at the error of an adaptive run
-_RARE = 0.005  # a rate
+_RARE = 0.005  # about the least drop rate in use
 _SEEN = 5  # drops, after which the chance that none is seen is exp(-5)
 
 Array = NDArray[np.float64]
@@ -245,7 +245,7 @@ def _gather(
 def _telling_passes(sites: Sequence[Site]) -> int:
     """From how many passes on each draw has dropped a unit, and kept one, but for a chance of exp(-5).
 
-    What uniform or normal numbers are compared with is not known: they are taken to drop as rarely as drops mostly do.
+    What uniform or normal numbers are compared with is not known: they are taken to drop at the least rate in use.
     """
     dropped = (
         (min(site.p, 1 - site.p) if site.kind == "bernoulli" else _RARE) * max(1, math.prod(site.shape))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, MissingExtra
-from mcdrop.wholes import INEXACT
+from mcdrop.wholes import digits_of
 
 __all__ = ["batches", "open_parquet", "picked"]
 
@@ -85,11 +85,13 @@ def _column(batch: Any, name: str, dtype: np.dtype[Any], source: str | Path, sta
     with np.errstate(over="ignore", invalid="ignore"):
         found: NDArray[Any] = wide.astype(dtype)
     wrong = ~np.isfinite(found) | (~np.isfinite(wide) if real else found != wide)
-    rounded = ~wrong & (not real) & (np.abs(wide) >= INEXACT)
+    floats = pyarrow.types.is_floating(values.type)
+    digits = digits_of(np.dtype(values.type.to_pandas_dtype()).name if floats else "float64")
+    rounded = ~wrong & (not real) & (np.abs(wide) >= 2.0**digits)
     for rows, problem in (
         (wrong & ~np.isfinite(wide), "is empty or not a finite number"),
         (wrong, f"holds {{}}, but the model takes {dtype}"),
-        (rounded, f"holds {{}} as a float, which from 2**53 on may be rounded; store the column as {dtype}"),
+        (rounded, f"holds {{}} as a float, which from 2**{digits} on may be rounded; store the column as {dtype}"),
     ):
         if rows.any():
             row = int(np.flatnonzero(rows)[0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Standing", "State", "as_views", "attributes", "constants_of", "facts_of", "holding", "is_dead", "is_shared",
-    "kept_tensors", "mapped", "memory_of", "state_of",
+    "kept_tensors", "mapped", "memory_of", "stamp", "state_of",
 ]  # fmt: skip
 
 _TORCHS = frozenset(vars(nn.Module()))
@@ -101,7 +101,7 @@ def memory_of(tensor: Tensor) -> int | None:
     """Where the memory begins that a tensor lies in; None of one without a memory of its own, such as a sparse one."""
     try:
         return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else None
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return None
 
 
@@ -154,13 +154,16 @@ def is_dead(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
 
 
+def stamp(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in memory, and how: ``.data`` gives it other memory without making it another tensor."""
+    try:
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    except RuntimeError:  # a sparse one has no memory of its own
+        return id(tensor), tensor.shape, tensor.dtype, tensor.device
+
+
 def _stamps(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Where each lies in memory, and how: ``.data`` gives a tensor other memory without making it another tensor."""
-    return [None if t is None else (_place(t), t.shape, t.dtype, t.device) for t in tensors]
-
-
-def _place(tensor: Tensor) -> Any:
-    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else id(tensor)
+    return [None if t is None else stamp(t) for t in tensors]
 
 
 def facts_of(tensors: Sequence[Tensor | None]) -> list[Any]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 
-__all__ = ["INEXACT", "cell_problem", "check_whole", "is_whole", "read_whole"]
+__all__ = ["INEXACT", "cell_problem", "check_whole", "digits_of", "is_whole", "read_whole"]
 
 INEXACT = 2**53  # from here on a float of 64 bits may stand for several whole numbers
 
@@ -39,14 +39,14 @@ def check_whole(values: NDArray[Any], kind: np.dtype[Any], name: str, given: str
     outside = values[(values < low) | (values >= high + 1)]
     if outside.size:
         raise InputError(f"input {name!r} must be whole numbers from {low} to {high} ({kind}), got {outside[0].item()}")
-    if real and (rounded := values[np.abs(values) >= 2 ** (bits := _bits(given))]).size:
+    if real and (rounded := values[np.abs(values) >= 2 ** (bits := digits_of(given))]).size:
         raise InputError(
             f"input {name!r} must be whole numbers, got {rounded[0]!s} as a {given}, which from 2**{bits} on may be "
             "rounded; give whole numbers alone"
         )
 
 
-def _bits(kind: str) -> int:
+def digits_of(kind: str) -> int:
     """How many bits of a whole number a type of real numbers holds."""
     return 8 if kind == "bfloat16" else int(np.finfo(kind).nmant) + 1  # numpy has no bfloat16
 

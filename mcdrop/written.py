@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from mcdrop.standing import stamp
 
 __all__ = ["own_tensor_dicts"]
 
@@ -41,9 +42,9 @@ class _Setting(TorchFunctionMode):
     ) -> Any:
         if func != _SETS_DATA or id(args[0]) not in self._names:
             return func(*args, **(kwargs or {}))
-        before = _place(args[0])
+        before = stamp(args[0])
         func(*args)
-        if _place(args[0]) != before:
+        if stamp(args[0]) != before:
             self._written.add(self._names[id(args[0])])
         return None
 
@@ -61,7 +62,7 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
         for kind in ("_parameters", "_buffers")
     ]
     memory = [
-        (_full(path, name), tensor, tensor.data, _address(tensor))
+        (_full(path, name), tensor, tensor.data, stamp(tensor))
         for path, _, _, tensors in shared
         for name, tensor in tensors.items()
         if tensor is not None
@@ -73,7 +74,7 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
             yield
     finally:
         for name, tensor, data, place in memory:
-            if _address(tensor) != place:
+            if stamp(tensor) != place:
                 tensor.data = data
                 written.add(name)
         for path, child, kind, tensors in shared:
@@ -85,18 +86,6 @@ def own_tensor_dicts(module: nn.Module, written: set[str], swapped: set[str], ti
             written |= {_full(path, name) for name in changed}
             if any(_full(path, name) not in written | tied for name in own.touched):  # ``x += 1`` writes, and sets it
                 swapped.add(path)
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return _address(tensor), tensor.shape, tensor.layout == torch.strided and tensor.stride(), tensor.dtype
-
-
-def _address(tensor: Tensor) -> int | None:
-    """Where a tensor's numbers lie; None of one without a memory of its own, such as a sparse one."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return None
 
 
 def _others(tensors: Mapping[str, Any], name: str) -> set[str]:

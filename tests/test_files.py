@@ -96,6 +96,16 @@ def test_whole_numbers_of_64_bits_are_read_to_the_last_digit(tmp_path: Path) -> 
     assert found[:, 0].tolist() == numbers
 
 
+@pytest.mark.parametrize(("kind", "digits"), [(pyarrow.float32(), 24), (pyarrow.float16(), 11)])
+def test_real_numbers_of_few_digits_are_refused_from_there_on(tmp_path: Path, kind: Any, digits: int) -> None:
+    """In float32 2^24 + 1 is 2^24."""
+    whole, below = (pyarrow.array([1.0, 2.0**digits - off], pyarrow.float64()).cast(kind) for off in (0, 1))
+    said = message(taking("int64"), write(tmp_path / "rows.parquet", [[1, 2], whole]))
+    assert f"as a float, which from 2**{digits} on may be rounded" in said
+    (found,) = read_inputs(taking("int64"), write(tmp_path / "rows.parquet", [[1, 2], below]))
+    assert found[:, 1].tolist() == [1, 2**digits - 1]
+
+
 @pytest.mark.parametrize("given", [float(2**53), -1e18, pyarrow.scalar(1e18).cast(pyarrow.float32()).as_py()])
 def test_real_numbers_that_may_be_rounded_are_refused_where_whole_ones_are_read(tmp_path: Path, given: float) -> None:
     for column in ([1.0, given], pyarrow.array([1.0, given]).dictionary_encode(), ["1.0", repr(given)]):
