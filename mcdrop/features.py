@@ -131,7 +131,13 @@ def beside_weights(module: nn.Module) -> dict[str, Tensor]:
 
     What forwards of a shadow write to is not among them.
     """
-    found = dict(_sparse_ones(module)) | dict(kept_tensors(module))
+    found: dict[str, Tensor] = {}
+    for name, tensor in (*_sparse_ones(module), *kept_tensors(module)):
+        if name not in volatile(module):
+            key, place = name, 1
+            while key in found:  # of a list each has its place
+                key, place = f"{name}.{place}", place + 1
+            found[key] = tensor
     for path, child in module.named_modules():
         names = child._non_persistent_buffers_set & {name for name, one in child._buffers.items() if one is not None}
         found |= {f"{path}.{name}".removeprefix("."): child.get_buffer(name) for name in names}

@@ -321,3 +321,23 @@ def test_a_digest_of_dense_tensors_is_the_one_that_saved_folders_hold() -> None:
     assert found == hashlib.sha256(said).hexdigest()
     entries = torch.sparse_coo_tensor(torch.tensor([[0, 0, 1]]), torch.ones(3), (3,), check_invariants=True)
     assert tensors_digest({"a": entries}) == tensors_digest({"a": entries.coalesce()})
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_each_tensor_of_a_list_counts_in_the_digest(place: int) -> None:
+    class Listing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.several = nn.Dropout(0.3), [torch.ones(4), torch.ones(4)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.drop(x * self.several[0] + self.several[1])
+            return out
+
+    net = Listing()
+    model = mcdrop.wrap(net, example=torch.randn(5, 4))
+    before = model.digest
+    net.several[place].mul_(2)
+    assert model.digest != before
+    net.several[place].div_(2)
+    assert model.digest == before
