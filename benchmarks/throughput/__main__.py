@@ -23,7 +23,7 @@ from benchmarks.throughput.cases import CASES, MEMORY_CASES, MEMORY_WAYS, Case
 from benchmarks.throughput.check import ANSWER
 from benchmarks.throughput.measure import Effort, measure
 from benchmarks.throughput.networks import NETWORKS
-from benchmarks.throughput.peak import copied_per_second, peaks
+from benchmarks.throughput.peak import copied_per_second, products
 from benchmarks.throughput.peers import versions
 
 __all__ = ["main", "summary"]
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for every way, and tf32 one of its own
     effort = Effort(2, 0.02, 0.5) if given.quick else Effort(given.rounds, given.sample, given.each)
     found: list[Result] = []
-    fastest = peaks(given.device)
+    largest = products(given.device)
+    fastest = {name: product.operations / product.seconds for name, product in largest.items()}
     print("  ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in fastest.items()), flush=True)
     device = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
     about: Result = {"environment": environment(), "peers": versions(), "device": device, "peaks": fastest}
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.quick and any(one["network"] == case.network for one in found):
             continue
         case = replace(case, compiled=case.compiled and "compiled" not in left_out)
-        found.append(measure(case, device=given.device, effort=effort, peaks=fastest))
+        found.append(measure(case, device=given.device, effort=effort, products=largest))
         print(told(found[-1]), flush=True)
         _keep(given.json, about, found)  # what was measured before an interruption is measured
     if not given.quick and "memory" not in left_out:

@@ -10,7 +10,7 @@ from benchmarks.throughput.cases import Case
 from benchmarks.throughput.check import ANSWER, ZERO, reference
 from benchmarks.throughput.clock import CLEAN, clean, median_ms, ratio, sampled
 from benchmarks.throughput.networks import NETWORKS
-from benchmarks.throughput.peak import limit_ms
+from benchmarks.throughput.peak import Product, operations
 from benchmarks.throughput.peers import PEERS
 from benchmarks.throughput.prepare import Ready, prepared
 from benchmarks.throughput.setting import Setting
@@ -38,23 +38,31 @@ class Effort:
     fewest: int = 2
 
 
-def measure(case: Case, *, device: str, effort: Effort, peaks: dict[str, float]) -> Result:
-    """Gives the figures of one case; a way that gives no answer is named with the reason."""
+def measure(case: Case, *, device: str, effort: Effort, products: dict[str, Product]) -> Result:
+    """Gives the figures of one case; a way that gives no answer is named with the reason.
+
+    The products that are its limit take their turns too: how fast a machine is changes while others use it.
+    """
     network = NETWORKS[case.network]
     net, x = _made(case.network, device), network.rows(case.rows).to(device)
     setting = Setting(network, net, x, case.passes, case.compiled)
     ways, ready = _ready(setting)
-    take_turns(ready, effort)
+    limits = {
+        name: _limit(name, products[name]) for name in sorted({"fp32", *(precision_of(way.name) for way in ready)})
+    }
+    take_turns([*ready, *limits.values()], effort)
     ours = next((way for way in ready if way.name == "mcdrop"), None)
+    work = operations(network, case.rows, case.passes)
     for way in ready:
-        least = limit_ms(network, case.rows, case.passes, peaks[precision_of(way.name)])
-        ways[way.name] |= _figures(way, ours, case.rows * case.passes, least)
+        precision = precision_of(way.name)
+        share = ratio(limits[precision].samples, way.samples) * work / products[precision].operations
+        ways[way.name] |= _figures(way, ours, case.rows * case.passes, share)
     peer = best_peer(ways)
     return {
         "network": case.network,
         "rows": case.rows,
         "passes": case.passes,
-        "limit_ms": limit_ms(network, case.rows, case.passes, peaks["fp32"]),
+        "limit_ms": median_ms(limits["fp32"].samples) * work / products["fp32"].operations,
         "best_peer": peer,
         "peer_ratio": ways[peer]["times_mcdrop"] if peer else None,
         "loop_ratio": ways["loop"].get("times_mcdrop"),
@@ -82,6 +90,10 @@ def _ready(setting: Setting) -> tuple[Result, list[Ready]]:
     return ways, ready
 
 
+def _limit(name: str, product: Product) -> Ready:
+    return Ready(name, "", lambda _: product.run(), 0.0, 0.0, product.seconds)
+
+
 def take_turns(ready: list[Ready], effort: Effort) -> None:
     """Takes the samples, each round from another way on, so that none always runs after the same neighbour."""
     for k in range(effort.rounds):
@@ -93,7 +105,7 @@ def take_turns(ready: list[Ready], effort: Effort) -> None:
                 way.samples.append(sampled(lambda run=way.run: run(0), repeats))  # type: ignore[misc]
 
 
-def _figures(way: Ready, ours: Ready | None, row_passes: int, least_ms: float) -> Result:
+def _figures(way: Ready, ours: Ready | None, row_passes: int, share: float) -> Result:
     milliseconds = median_ms(way.samples)
     used = [sample.seconds * 1e3 for sample in clean(way.samples)]
     return {
@@ -102,7 +114,7 @@ def _figures(way: Ready, ours: Ready | None, row_passes: int, least_ms: float) -
         "range_ms": [min(used), max(used)],
         "times_mcdrop": ratio(way.samples, ours.samples) if ours else None,
         "row_passes_per_second": row_passes / milliseconds * 1e3,
-        "share_of_limit": least_ms / milliseconds,
+        "share_of_limit": share,
         "rounds": len(way.samples),
         "clean_rounds": sum(sample.busy < CLEAN for sample in way.samples),
         "busy": [round(sample.busy, 3) for sample in way.samples],

@@ -2,11 +2,12 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from benchmarks.throughput.check import ANSWER, Reference, pooled, verdict
 from benchmarks.throughput.clock import Sample, sampled
-from benchmarks.throughput.setting import Moments, Run, Setting, Skipped
+from benchmarks.throughput.setting import Moments, Setting, Skipped
 from benchmarks.throughput.ways import WAYS, Way, precision_of
 from mcdrop.errors import MCDropError
 
@@ -23,7 +24,7 @@ class Ready:
 
     name: str
     mode: str
-    run: Run
+    run: Callable[[int], object]
     prepare_ms: float
     first_ms: float
     seconds: float
