@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mcdrop.active import active_linear
+from mcdrop.active import Active, active_linear
 from mcdrop.each_pass import EACH_PASS
 from mcdrop.kernels import BATCH_NORM, CONV, LINEAR, RECURRENT, RUN
 from mcdrop.masking import after_conv, masked, summed
-from mcdrop.onednn import IN_PLACE, NARROW, ONEDNN, available, channels_put_last, narrow
+from mcdrop.onednn import IN_PLACE, NARROW, ONEDNN, Packed, available, channels_put_last, narrow
 from mcdrop.products import factors, times, times_
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
 
 aten = torch.ops.aten
 
+_HOLD = (Active, Packed, channels_put_last)  # what they are given, or its memory, is read later
 _WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
 _SHAPED = (aten.permute.default, aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor)
@@ -193,10 +194,7 @@ def write_in_place(graph: fx.Graph) -> None:
     """Lets elementwise operations write over an input that nothing reads after them: no fresh memory to fault in."""
     kept = {node for end in graph.nodes if end.op == "output" for node in end.all_input_nodes}
     turn = {node: place for place, node in enumerate(graph.nodes)}
-    for node in [*graph.nodes]:
-        other = _in_place(node.target)
-        if other is None:
-            continue
+    for node in [node for node in graph.nodes if _in_place(node.target)]:
         for index in (0, 1) if node.target in (aten.add.Tensor, aten.mul.Tensor) and not node.kwargs else (0,):
             source = node.args[index] if index < len(node.args) else None
             if not isinstance(source, fx.Node) or source in kept or not alike(source, node):
@@ -204,8 +202,9 @@ def write_in_place(graph: fx.Graph) -> None:
             rest = [argument for place, argument in enumerate(node.args) if place != index]
             twice = source in rest and node.target in IN_PLACE  # a convolution reads more of it than where it writes
             others = [reader for reader in source.users if reader is not node]
-            if not twice and _owned(source) and all(turn[one] < turn[node] and not is_view(one) for one in others):
-                node.target, node.args = other, (source, *rest)
+            done = all(turn[one] < turn[node] and not is_view(one) and one.target not in _HOLD for one in others)
+            if not twice and _owned(source) and done:
+                node.target, node.args = _in_place(node.target), (source, *rest)
                 break
 
 

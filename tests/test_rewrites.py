@@ -240,6 +240,53 @@ def test_a_convolution_does_not_write_over_the_image_that_it_reads(
     assert not any(one.data_ptr() == other.data_ptr() for one, other, *_ in written)
 
 
+class Beside(nn.Module):
+    """A wide layer, and its clipped input around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(8, 256), nn.Linear(256, 256), nn.Linear(256, 2)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        out: Tensor = self.head(self.body(self.drop(h)) + h.clamp(max=6))
+        return out
+
+
+class TwoOfAWeight(nn.Module):
+    """Two convolutions with one computed weight, clipped for one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(6, 2, 3, 3) * 0.2), nn.Parameter(torch.ones(6, 1, 1, 1))
+        self.drop, self.head = nn.Dropout2d(0.3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.gain
+        h = F.conv2d(x, weight).relu() + F.conv2d(x, weight.clamp(-2, 2))
+        out: Tensor = self.head(self.drop(h).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("large", ["input", "weight"])
+def test_what_is_read_late_is_not_written_over(large: str, dtype: torch.dtype) -> None:
+    """The example lies within the bounds, where what writes over it changes nothing; what comes later does not."""
+    torch.manual_seed(0)
+    net = Beside() if large == "input" else TwoOfAWeight()
+    x = torch.randn(4, *((8,) if large == "input" else (2, 6, 6)), dtype=dtype)
+    model = mcdrop.wrap(net.to(dtype).eval(), example=x)
+    assert model.audit.tier == "captured", model.audit.tier_reason
+    if isinstance(net, TwoOfAWeight):
+        net.gain.data.mul_(10)
+    else:
+        x = x * 30
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert apart(passes(model, x, 40), loop(model, x, 40)) < close
+    assert apart(mcdrop.predict(model, x, passes=16).deterministic, net(x).detach().float().numpy()) < close
+
+
 # -- layout ------------------------------------------------------------------------------------------------------------
 
 
