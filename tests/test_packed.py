@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from captures import apart, backend_of, loop, passes
+from captures import Operations, apart, backend_of, loop, passes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -122,3 +122,23 @@ def test_answers_of_packed_rows_do_not_follow_what_was_asked_before() -> None:
     assert apart(passes(later, even, 5), two) < 1e-5
     assert apart(passes(later, mixed, 5), one) < 1e-5
     assert apart(passes(later, (X[3:4], mixed[1][3:4]), 5), one[:, 3:4]) < 1e-5
+
+
+def test_one_longer_row_of_many_keeps_its_masks() -> None:
+    x, lengths = torch.randn(50, 7, UNITS), torch.full((50,), 3)
+    lengths[20] = 7
+    rows = of([7] * 9, X)
+    expected = torch.cat(
+        [passes(rows, (one[None], length[None]), 5) for one, length in zip(x, lengths, strict=True)], 1
+    )
+    assert apart(passes(of(SHORT, X), (x, lengths), 5), expected) < 1e-5
+
+
+def test_rows_of_a_new_shape_take_no_look_at_each() -> None:
+    """Before the first passes of a shape, and for these."""
+    model = of([5] * 9, X[:, :5])
+    for rows, steps in ((100, 6), (500, 7), (1000, 4)):
+        x, lengths = torch.randn(rows, steps, UNITS), torch.randint(1, steps + 1, (rows,))
+        with Operations() as ran:
+            passes(model, (x, lengths), 2)
+        assert 0 < len(ran.named("aten._pack_padded_sequence")) < 100
