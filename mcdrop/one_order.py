@@ -29,14 +29,19 @@ _Values = Sequence[Tensor]
 @contextmanager
 def _one_order() -> Iterator[None]:
     """In which torch adds up in one order, as far as it can; a switch of the whole process."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = _switch()
     with ALONE, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of what it cannot add up so
         torch._C._set_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
-            torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+            if _switch() == (True, True):  # else another thread has set it meanwhile
+                torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _switch() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def apart(

@@ -68,3 +68,19 @@ def test_the_switch_stands_as_before(enabled: bool, warns: bool) -> None:
         assert torch.is_deterministic_algorithms_warn_only_enabled() == warns
     finally:
         torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def test_what_is_set_meanwhile_stays() -> None:
+    """As by another thread; here by the computation itself."""
+
+    def setting() -> Tensor:
+        torch.use_deterministic_algorithms(True)
+        return 2 * summed()
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        assert apart(summed(), summed() * (1 + 1e-6), (summed, setting), listed)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
