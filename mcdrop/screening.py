@@ -221,13 +221,15 @@ def _combined(evidence: Evidence) -> Array:
 def _surprise(values: Array, typical: Array) -> Array:
     """Minus the logarithm of the share of typical values (ascending) that are as large.
 
-    The largest tenth follows a fitted exponential tail, so that values beyond the largest are still told apart.
+    The largest tenth follows a fitted exponential tail, so that values beyond the largest are still told apart. A NaN
+    stays one: it is stranger than all numbers, and larger than none.
     """
     start, least = typical[int(0.9 * len(typical))], _but_for_rounding(values)
     slope = max(float((typical[typical >= start] - start).mean()), float(np.finfo(np.float64).tiny))
     share = (1 + len(typical) - np.searchsorted(typical, least, side="left")) / (len(typical) + 1)
     beyond = np.maximum(least - start, 0) / slope - math.log(0.1)
-    return np.where(least > start, beyond, np.minimum(-np.log(share), -math.log(0.1)))
+    found = np.where(least > start, beyond, np.minimum(-np.log(share), -math.log(0.1)))
+    return np.where(np.isnan(values), np.nan, found)
 
 
 SCORES: dict[str, Score] = {

@@ -35,6 +35,26 @@ def test_a_screen_flags_them() -> None:
     assert found.is_anomaly[2]
 
 
+def test_two_looks_at_a_row_see_it_too() -> None:
+    """In a typical direction of features only the passes tell: a NaN was taken for an ordinary entropy."""
+    torch.manual_seed(0)
+    last = nn.Linear(32, 3)
+    network = nn.Sequential(nn.Linear(4, 32, bias=False), nn.ReLU(), nn.Dropout(0.2), last)
+    with torch.no_grad():
+        last.weight.mul_(20)
+    x = torch.randn(300, 4)
+    model = mcdrop.wrap(network, example=x[:8], task="classification")
+    screen = mcdrop.fit_screen(model, x[50:], score="combined", fpr=0.05)
+    far = x[:50] / x[:50].abs().amax(1, keepdim=True) * 2e38  # the same directions
+    found = mcdrop.predict(model, far, screen=screen)
+    assert found.score is not None
+    assert found.p_value is not None
+    lost = np.isnan(found.mean).any(axis=1)
+    assert lost.sum() > 40
+    assert np.isnan(found.score[lost]).all()
+    np.testing.assert_allclose(found.p_value[lost], 1 / (len(screen.scores) + 1))
+
+
 def test_a_posterior_graph_says_the_same_of_them() -> None:
     logits = np.random.default_rng(0).normal(size=(16, 3, 4)).astype(np.float32)
     logits[5, 1, 2] = np.inf
