@@ -227,7 +227,8 @@ def _surprise(values: Array, typical: Array) -> Array:
     start, least = typical[int(0.9 * len(typical))], _but_for_rounding(values)
     slope = max(float((typical[typical >= start] - start).mean()), float(np.finfo(np.float64).tiny))
     share = (1 + len(typical) - np.searchsorted(typical, least, side="left")) / (len(typical) + 1)
-    beyond = np.maximum(least - start, 0) / slope - math.log(0.1)
+    with np.errstate(over="ignore"):  # a tail of one value has no spread: all beyond it is infinitely strange
+        beyond = np.maximum(least - start, 0) / slope - math.log(0.1)
     found = np.where(least > start, beyond, np.minimum(-np.log(share), -math.log(0.1)))
     return np.where(np.isnan(values), np.nan, found)
 

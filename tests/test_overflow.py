@@ -5,6 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from made import net
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -53,6 +54,15 @@ def test_two_looks_at_a_row_see_it_too() -> None:
     assert lost.sum() > 40
     assert np.isnan(found.score[lost]).all()
     np.testing.assert_allclose(found.p_value[lost], 1 / (len(screen.scores) + 1))
+
+
+def test_rows_far_beyond_few_typical_ones_are_the_strangest_without_a_warning() -> None:
+    """Of 10 typical rows the largest is the whole tail: its spread is 0, and what lies beyond it infinitely strange."""
+    x = np.random.default_rng(0).normal(size=(99, 2)).astype(np.float32)
+    model = mcdrop.wrap(net(), example=x)
+    screen = mcdrop.fit_screen(model, x, score="combined", distance="euclidean", fpr=0.05)
+    far = mcdrop.screen(model, 1000 * x, screen=screen).score
+    assert np.isposinf(far).all()
 
 
 def test_a_posterior_graph_says_the_same_of_them() -> None:
