@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError, UnknownName
 
-__all__ = ["BANK_ROWS", "DISTANCES", "Bank", "Distance", "build_bank"]
+__all__ = ["BANK_ROWS", "DISTANCES", "Bank", "Distance", "build_bank", "check_typical"]
 
 Array = NDArray[np.float64]
 Features = NDArray[np.float32]
 State = dict[str, Features]
+Named = Callable[[int], str]
 
 BANK_ROWS = 10_000
 
@@ -72,16 +73,31 @@ class Bank:
         return DISTANCES[self.distance].ready(self.state)
 
 
-def build_bank(features: Features, *, distance: str, layer: str | None) -> Bank:
-    """Fits a bank on the features of typical rows (B, F).
+def build_bank(features: Features, *, distance: str, layer: str | None, named: Named = "typical row {}".format) -> Bank:
+    """Fits a bank on the features of typical rows (B, F), whose places are ``named`` in errors.
 
     Raises:
-        InputError: an unknown distance, or fewer rows than a distance needs.
+        InputError: an unknown distance, fewer rows than a distance needs, or features without finite squares.
     """
     UnknownName.check("distance", distance, DISTANCES)
     if len(features) <= _NEIGHBOURS:
         raise InputError(f"a feature distance needs more than {_NEIGHBOURS} typical rows, got {len(features)}")
+    check_typical(features, named)
     return Bank(distance, layer, DISTANCES[distance].fit(features.astype(np.float32)))
+
+
+def check_typical(features: Features, named: Named) -> None:
+    """Refuses features (N, F) whose squares no float32 holds: one such row would be in the spread of all.
+
+    Raises:
+        InputError: a row has some; it is ``named`` by its place.
+    """
+    bad = ~(_squared_lengths(features) <= np.finfo(np.float32).max)  # true of a NaN
+    if bad.any():
+        raise InputError(
+            f"hidden features of {named(int(bad.argmax()))} are not finite, or too large to be squared; leave out such "
+            f"rows ({bad.sum()} of the {len(bad)} typical ones)"
+        )
 
 
 def _squared_lengths(features: Features) -> Array:

@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mcdrop.bank import BANK_ROWS, Bank, build_bank
+from mcdrop.bank import BANK_ROWS, Bank, build_bank, check_typical
 from mcdrop.calibration import LEVELS, Calibration, fit_calibration
 from mcdrop.conformal import CONFORMAL
 from mcdrop.engine import PassPlan, run_passes
-from mcdrop.errors import UnknownName
+from mcdrop.errors import InputError, UnknownName
 from mcdrop.model import Model, check_model
 from mcdrop.rows import Rows
 from mcdrop.sampling import features_of, fingerprint, rows_of, sample, scores_under
@@ -18,6 +19,8 @@ from mcdrop.screening import SCORES, Evidence, Screen, check_fpr, parts_of
 from mcdrop.summaries import TASKS
 
 __all__ = ["calibrate", "fit_screen"]
+
+Places = NDArray[np.int64]
 
 _SPENT_STEP = 5
 
@@ -95,28 +98,44 @@ def fit_screen(
     UnknownName.check("score", score, SCORES)
     plan, rows, bank = _plan(model, passes, seed), rows_of(model, x_reference), None
     if SCORES[score].needs_features:
+        left = np.arange(rows.count)
         if x_train is None:
-            typical, rows = rows.take(np.arange(0, rows.count, 2)), rows.take(np.arange(1, rows.count, 2))
+            bank = _bank(model, rows, left[::2], "the reference", layer, distance)
+            left = left[1::2]
         else:
             typical = rows_of(model, x_train)
-        step = -(-typical.count // BANK_ROWS)
-        typical = typical.take(np.arange(0, typical.count, step))
-        bank = build_bank(features_of(model, typical, layer), distance=distance, layer=layer)
-    if score == "combined" and bank is not None:
-        spent = np.arange(rows.count) % _SPENT_STEP == 0
-        bank = _with_typical(model, rows.take(np.flatnonzero(spent)), plan, bank)
-        rows = rows.take(np.flatnonzero(~spent))
+            bank = _bank(model, typical, np.arange(typical.count), "x_train", layer, distance)
+        if score == "combined":
+            spent = np.arange(len(left)) % _SPENT_STEP == 0
+            bank = _with_typical(model, rows, left[spent], plan, bank)
+            left = left[~spent]
+        rows = rows.take(left)
     check_fpr(fpr, rows.count)
     scores = scores_under(model, rows, plan, score, bank)
     # rows of its own, as they may be scored anew when the user's tensor holds something else
     return Screen(score, rows.copy(), scores, plan, fpr, bank, model.digest)
 
 
-def _with_typical(model: Model, rows: Rows, plan: PassPlan, bank: Bank) -> Bank:
+def _bank(model: Model, rows: Rows, places: Places, given_as: str, layer: str | None, distance: str) -> Bank:
+    """Fits a bank on the rows at these places, or on as many of them as a bank holds."""
+    places = places[:: -(-len(places) // BANK_ROWS)]
+    features = features_of(model, rows.take(places), layer)
+    return build_bank(features, distance=distance, layer=layer, named=lambda at: f"row {places[at]} of {given_as}")
+
+
+def _with_typical(model: Model, rows: Rows, places: Places, plan: PassPlan, bank: Bank) -> Bank:
     """Gives the bank with the parts of the combined score of some typical rows, that others are ranked among."""
+    rows = rows.take(places)
+    features = features_of(model, rows, bank.layer)
+    check_typical(features, lambda at: f"row {places[at]} of the reference")
     summary = TASKS[model.task].read(run_passes(model.backend, rows, plan, statistics=TASKS[model.task].statistics))
-    distance = bank.measure(features_of(model, rows, bank.layer))
-    parts = parts_of(Evidence(summary, distance, bank))
+    parts = parts_of(Evidence(summary, bank.measure(features), bank))
+    bad = ~np.logical_and.reduce([np.isfinite(values) for values in parts.values()])
+    if bad.any():  # it would set the tail that all others are ranked by
+        raise InputError(
+            f"the network's output for row {places[bad.argmax()]} of the reference is not finite; leave out such rows "
+            f"({bad.sum()} of the {len(bad)} typical ones), or mend the network"
+        )
     return replace(bank, typical={name: np.sort(values) for name, values in parts.items()})
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made import net, summary
@@ -281,6 +282,48 @@ def test_the_farther_of_two_rows_is_never_the_nearer_one(distance: str) -> None:
         np.testing.assert_allclose(found / found[0], [1, 1e6, 1e15, 1e21, 1e34], rtol=1e-3)
     with np.errstate(over="ignore"):
         assert not (bank.measure(np.array([[np.inf, 1, 1], [np.nan, 1, 1]], np.float32)) < np.inf).any()
+
+
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -3.4e38])
+def test_typical_rows_without_finite_squares_are_named(distance: str, bad: float) -> None:
+    """One of them was in the centre or the spread of all: every row then had the same p-value, or p = 1."""
+    rows = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    rows[[7, 9]] = bad
+    with pytest.raises(InputError, match=r"hidden features of typical row 7 are not finite.*\(2 of the 50 typical"):
+        build_bank(rows, distance=distance, layer=None)
+
+
+@pytest.mark.parametrize("width", [3, 32])
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+def test_rows_of_no_data_among_the_typical_ones_are_named_by_their_place(distance: str, width: int) -> None:
+    """Hidden features of the narrow network stay finite, their squares do not; other reference rows may be so."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1))
+    model = mcdrop.wrap(module, example=X)
+    options: dict[str, Any] = {"score": "combined", "distance": distance, "fpr": 0.1}
+    for place in (4, 11):  # in the bank, and among those that the two looks are ranked by
+        rows = X.copy()
+        rows[place] = -3.4e38
+        with pytest.raises(InputError, match=f"hidden features of row {place} of the reference are not finite"):
+            mcdrop.fit_screen(model, rows, **options)
+    with pytest.raises(InputError, match="hidden features of row 11 of x_train are not finite"):
+        mcdrop.fit_screen(model, X, x_train=rows, **options)
+    rows = X.copy()
+    rows[13] = -3.4e38
+    found = mcdrop.screen(model, rows, screen=mcdrop.fit_screen(model, rows, **options))
+    assert found.is_anomaly[13]
+
+
+def test_a_typical_row_whose_output_overflows_is_named() -> None:
+    last = nn.Linear(8, 1)
+    module = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Dropout(0.3), last)
+    with torch.no_grad():
+        last.weight.fill_(1e30)
+    model, rows = mcdrop.wrap(module, example=X), X.copy()
+    rows[11] = 1e15
+    with pytest.raises(InputError, match=r"output for row 11 of the reference is not finite.*\(1 of the 10 typical"):
+        mcdrop.fit_screen(model, rows, score="combined", fpr=0.1)
 
 
 def test_the_variance_is_summed_over_outputs() -> None:
