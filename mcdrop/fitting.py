@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcdrop.bank import BANK_ROWS, Bank, build_bank, check_typical
+from mcdrop.bank import BANK_ROWS, DISTANCES, Bank, build_bank, check_typical
 from mcdrop.calibration import LEVELS, Calibration, fit_calibration
 from mcdrop.conformal import CONFORMAL
 from mcdrop.engine import PassPlan, run_passes
@@ -88,14 +88,15 @@ def fit_screen(
         seed: of the masks.
         x_train: for the scores that read hidden features, the typical rows that others are compared with, such as
             those of the training; without them every second reference row is spent on that.
-        layer: where features are read: a submodule's output; None is the first hidden layer of a plain multilayer
+        layer: where those features are read: a submodule's output; None is the first hidden layer of a plain multilayer
             perceptron, otherwise what enters the last linear layer.
         distance: one of ``DISTANCES``.
 
     Raises:
-        InputError: unusable rows, an unknown name, or too few rows for the rate.
+        InputError: unusable rows, an unknown name, ``x_train`` or ``layer`` for a score that reads no hidden features,
+            or too few rows for the rate.
     """
-    UnknownName.check("score", score, SCORES)
+    _check_choices(score, x_train, layer, distance)
     plan, rows, bank = _plan(model, passes, seed), rows_of(model, x_reference), None
     if SCORES[score].needs_features:
         left = np.arange(rows.count)
@@ -114,6 +115,17 @@ def fit_screen(
     scores = scores_under(model, rows, plan, score, bank)
     # rows of its own, as they may be scored anew when the user's tensor holds something else
     return Screen(score, rows.copy(), scores, plan, fpr, bank, model.digest)
+
+
+def _check_choices(score: str, x_train: Any, layer: str | None, distance: str) -> None:
+    UnknownName.check("score", score, SCORES)
+    UnknownName.check("distance", distance, DISTANCES)
+    for name, given in {"x_train": x_train, "layer": layer}.items():
+        if given is not None and not SCORES[score].needs_features:
+            reading = ", ".join(sorted(known for known, other in SCORES.items() if other.needs_features))
+            raise InputError(
+                f"{name} has no use: score {score!r} reads no hidden features; leave it out or choose one of: {reading}"
+            )
 
 
 def _bank(model: Model, rows: Rows, places: Places, given_as: str, layer: str | None, distance: str) -> Bank:

@@ -215,9 +215,9 @@ def test_columns_of_a_frame_are_read_by_name_wherever_rows_are(model: mcdrop.Mod
     np.testing.assert_array_equal(mcdrop.predict(named, turned).mean, mcdrop.predict(model, rows).mean)
     plain, framed = mcdrop.calibrate(model, rows, rows[:, 0]), mcdrop.calibrate(named, turned, rows[:, 0])
     np.testing.assert_array_equal(plain.scores, framed.scores)
-    for score in ("variance", "feature_distance"):
-        by_place = mcdrop.fit_screen(model, rows, score=score, fpr=0.1, x_train=rows)
-        by_name = mcdrop.fit_screen(named, turned, score=score, fpr=0.1, x_train=turned)
+    for score, typical in (("variance", (None, None)), ("feature_distance", (rows, turned))):
+        by_place = mcdrop.fit_screen(model, rows, score=score, fpr=0.1, x_train=typical[0])
+        by_name = mcdrop.fit_screen(named, turned, score=score, fpr=0.1, x_train=typical[1])
         np.testing.assert_array_equal(by_place.scores, by_name.scores)
         found = mcdrop.screen(named, turned, screen=by_place)
         np.testing.assert_array_equal(found.score, mcdrop.screen(model, rows, screen=by_place).score)

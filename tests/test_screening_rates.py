@@ -190,6 +190,20 @@ def test_a_screen_of_features_may_compare_with_rows_of_the_training() -> None:
     assert len(mcdrop.fit_screen(model, X, score="feature_distance", fpr=0.1).scores) == 150
 
 
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_options_of_hidden_features_are_refused_where_none_are_read(score: str) -> None:
+    model = mcdrop.wrap(net(outputs=3), example=X, task="classification")
+    with pytest.raises(InputError, match="unknown distance 'nope'; choose one of: cosine, euclidean, mahalanobis"):
+        mcdrop.fit_screen(model, X, score=score, fpr=0.1, distance="nope")
+    if SCORES[score].needs_features:
+        return
+    given: dict[str, Any] = {"x_train": X, "layer": "0"}
+    for name, value in given.items():
+        said = f"{name} has no use: score '{score}' reads no hidden features.* combined, feature_distance$"
+        with pytest.raises(InputError, match=said):
+            mcdrop.fit_screen(model, X, score=score, fpr=0.1, **{name: value})
+
+
 @pytest.mark.statistical
 @pytest.mark.parametrize("score", ["variance", "feature_distance", "combined"])
 def test_flagged_inliers_are_as_few_as_promised(score: str) -> None:

@@ -72,8 +72,9 @@ def _one_split(inliers: Table, anomalies: Table, seed: int) -> dict[str, dict[st
     found = {}
     for score in SCORES:
         screen = mcdrop.fit_screen(
-            model, reference, score=score, fpr=FPR, passes=PASSES, seed=seed, x_train=train, distance="euclidean"
-        )
+            model, reference, score=score, fpr=FPR, passes=PASSES, seed=seed, distance="euclidean",
+            x_train=None if score == "variance" else train,
+        )  # fmt: skip
         single = mcdrop.screen(model, rows, screen=screen)
         flagged = mcdrop.screen(model, rows, screen=screen, fdr=FDR).is_anomaly
         found[score] = {
