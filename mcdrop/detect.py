@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mcdrop.errors import InputError
 from mcdrop.fitting import fit_screen
-from mcdrop.model import Model, check_model
+from mcdrop.model import Model, check_fitted, check_model
 from mcdrop.sampling import inputs_of, is_batches, reference_scores, scores_under
 from mcdrop.screening import Screen, benjamini_hochberg, check_fdr, check_fpr, fewest_discoveries, p_values
 
@@ -67,8 +67,7 @@ def screen(
     """
     check_model(model)
     screen = model.screen if screen is None else screen
-    if not isinstance(screen, Screen | None):
-        raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
+    check_fitted(screen, None)
     if screen is None:
         raise InputError("screening needs a fitted screen; fit one with mcdrop.fit_screen(model, reference_rows)")
     if fdr is not None and fpr is not None:

@@ -194,9 +194,9 @@ def check_fitted(screen: object, calibration: object) -> None:
         InputError: it is something else.
     """
     if not isinstance(screen, Screen | None):
-        raise InputError(f"screen must be what mcdrop.fit_screen gave, got {screen!r}")
+        raise InputError(f"screen must be what mcdrop.fit_screen gave, got {type(screen).__name__}")
     if not isinstance(calibration, Calibration | None):
-        raise InputError(f"calibration must be what mcdrop.calibrate gave, got {calibration!r}")
+        raise InputError(f"calibration must be what mcdrop.calibrate gave, got {type(calibration).__name__}")
 
 
 def check_columns(names: Any, inputs: Sequence[InputSpec]) -> None:

@@ -262,7 +262,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"tolerance": 0}, "tolerance must be above 0, got 0"),
     ({"max_passes": 100}, "max_passes goes with tolerance"),
     ({"tolerance": 0.1, "passes": 50}, "each row has its own number of passes; give max_passes=50 instead of passes"),
-    ({"calibration": "x"}, "calibration must be what mcdrop.calibrate gave, got 'x'"),
+    ({"calibration": "x"}, "calibration must be what mcdrop.calibrate gave, got str"),
     ({"tolerance": 0.1, "max_passes": 1}, "passes must be a whole number from 2 to"),
     ({"tolerance": 0.1, "interval": "quantile"}, "an interval that needs them all ('quantile') cannot be read"),
     ({"passes": 38, "interval": "quantile"}, "needs at least 39 passes, got 38"),
