@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from mcdrop.errors import InputError, MissingExtra
+from mcdrop.intervals import check_level
 from mcdrop.masks import is_whole
 from mcdrop.rows import numbers
 
@@ -79,6 +80,7 @@ def band(
 
 def reliability(expected: ArrayLike, observed: ArrayLike, *, label: str = "model", ax: "Axes | None" = None) -> "Axes":
     """Draws what ``calibration_curve`` gives: the share of y below each predicted quantile, and the diagonal."""
+    _check_as_many("expected and observed shares", expected, observed)
     ax = _diagonal(ax)
     ax.plot(np.asarray(expected), np.asarray(observed), color=_LINE, label=label)
     ax.set(xlabel="predicted share", ylabel="observed share")
@@ -91,6 +93,7 @@ def coverage(
     ax: "Axes | None" = None,
 ) -> "Axes":  # fmt: skip
     """Draws measured coverage over the nominal level; with ``rows`` plus or minus two standard errors of a share."""
+    _check_as_many("levels and measured shares", levels, measured)
     nominal, found = np.asarray(levels, np.float64), np.asarray(measured, np.float64)
     ax = _diagonal(ax)
     if rows is not None:
@@ -128,14 +131,22 @@ def scores(found: _Scored, *, reference: ArrayLike | None = None, bins: int = 50
 
 
 def gallery(images: ArrayLike, found: _Scored, axes: "Sequence[Axes] | NDArray[Any]") -> "NDArray[Any]":
-    """Draws the strangest images (N, H, W) or (N, H, W, 3), strangest first, one on each of the axes."""
+    """Draws the strangest images (N, H, W) or (N, H, W, 3), strangest first, one on each of the axes.
+
+    A score that is NaN is the strangest, as it is to the p-values.
+    """
     pictures, score = np.asarray(images), _of_screen(found)[0]
+    if pictures.ndim != 3 and (pictures.ndim != 4 or pictures.shape[-1] not in (1, 3, 4)):
+        raise InputError(
+            f"images must be (N, H, W), or (N, H, W, 3) with channels last, got the shape {pictures.shape}"
+        )
     if len(pictures) != len(score):
         raise InputError(f"there are {len(pictures)} images for {len(score)} scores")
     flat = np.asarray(axes, dtype=object).ravel()
     for ax in flat:
         ax.set_axis_off()
-    for ax, row in zip(flat, np.argsort(-score, kind="stable"), strict=False):
+    strangest = np.lexsort((-score, ~np.isnan(score)))
+    for ax, row in zip(flat, strangest, strict=False):
         ax.imshow(pictures[row], cmap="gray" if pictures.ndim == 3 else None)
         colour = _ALARM if found.is_anomaly[row] else "black"
         ax.set_title(f"row {row}, p = {found.p_value[row]:.2g}", fontsize=8, color=colour)
@@ -150,7 +161,7 @@ def convergence(
     The band is the interval of the mean (Monte Carlo error only, for independent passes), the thin lines are the
     quantiles of the passes themselves, which do not shrink.
     """
-    ax = _axes(ax)
+    level = check_level(level)
     if samples is None:
         raise InputError("there are no samples: predict with keep_samples=True and give its samples")
     kept = numbers(samples, "samples", finite=False).astype(np.float64)
@@ -159,6 +170,7 @@ def convergence(
     kept = kept.reshape(len(kept), kept.shape[1], -1)
     _check_place("row", row, kept.shape[1])
     _check_place("output", output, kept.shape[2])
+    ax = _axes(ax)
     draws = kept[:, row, output]
     passes = np.arange(2, len(draws) + 1)
     mean = np.cumsum(draws)[1:] / passes
@@ -195,6 +207,12 @@ def _diagonal(ax: "Axes | None") -> "Axes":
 def _check_place(name: str, index: int, count: int) -> None:
     if not is_whole(index) or not -count <= index < count:
         raise InputError(f"{name} must be a whole number from 0 to {count - 1}, got {index!r}")
+
+
+def _check_as_many(names: str, first: ArrayLike, second: ArrayLike) -> None:
+    shapes = np.shape(first), np.shape(second)
+    if shapes[0][:1] != shapes[1][:1]:
+        raise InputError(f"{names} must be as many, got the shapes {shapes[0]} and {shapes[1]}")
 
 
 def _column(values: ArrayLike) -> Array:

@@ -1,3 +1,4 @@
+import re
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -76,6 +77,23 @@ def test_the_gallery_begins_with_the_strangest(model: mcdrop.Model) -> None:
         plotting.gallery(np.zeros((3, 4, 4)), found, axes)
 
 
+def test_a_score_that_is_nan_is_the_strangest_in_the_gallery() -> None:
+    import matplotlib.pyplot as plt
+
+    score = np.array([1.0, np.nan, np.inf, 2.0, np.nan])
+    found = SimpleNamespace(score=score, p_value=np.full(5, 0.1), is_anomaly=np.zeros(5, np.bool_))
+    axes = plt.subplots(1, 5)[1]
+    plotting.gallery(np.zeros((5, 2, 2)), found, axes)
+    assert [int(ax.get_title().split()[1].strip(",")) for ax in axes] == [1, 4, 2, 3, 0]
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 8, 8), (5, 2, 2, 2, 3)])
+def test_images_of_another_shape_are_named(shape: tuple[int, ...]) -> None:
+    found = SimpleNamespace(score=np.arange(5.0), p_value=np.full(5, 0.1), is_anomaly=np.zeros(5, np.bool_))
+    with pytest.raises(InputError, match=f"images must be .* channels last, got the shape {re.escape(str(shape))}"):
+        plotting.gallery(np.zeros(shape), found, [])
+
+
 def test_what_cannot_be_drawn_is_said(model: mcdrop.Model) -> None:
     prediction = mcdrop.predict(model, X)
     with pytest.raises(InputError, match="x must have 60 rows"):
@@ -84,6 +102,11 @@ def test_what_cannot_be_drawn_is_said(model: mcdrop.Model) -> None:
         plotting.band(np.zeros((60, 2)), prediction)
     with pytest.raises(InputError, match="no scores"):
         plotting.scores(prediction)
+    with pytest.raises(InputError, match=r"for 95 % give 0\.95"):
+        plotting.convergence(np.zeros((5, 3, 1)), level=95)
+    for draw in (plotting.reliability, plotting.coverage):
+        with pytest.raises(InputError, match=r"must be as many, got the shapes \(2,\) and \(1,\)"):
+            draw([0.1, 0.5], [0.2])
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
