@@ -18,17 +18,11 @@ from mcdrop.engine import PassPlan
 from mcdrop.errors import ArtifactError, InputError, UnknownName
 from mcdrop.fits import fit_noise, fit_scale, fit_temperature, tempered
 from mcdrop.intervals import check_level, predictive_cdf
+from mcdrop.masks import is_whole
 from mcdrop.rows import numbers
 from mcdrop.summaries import Summary
 
-__all__ = [
-    "LEVELS",
-    "Calibration",
-    "calibration_curve",
-    "fit_calibration",
-    "labels_of",
-    "targets_of",
-]
+__all__ = ["LEVELS", "Calibration", "calibration_curve", "fit_calibration", "labels_of", "targets_of"]
 
 Array = NDArray[np.float64]
 
@@ -170,9 +164,7 @@ def fit_calibration(
     UnknownName.check("calibration method", method, CONFORMAL)
     entry = CONFORMAL[method]
     if (entry.members is not None) != (summary.classes is not None):
-        fitting = sorted(
-            name for name, other in CONFORMAL.items() if (other.members is None) != (entry.members is None)
-        )
+        fitting = sorted(name for name, one in CONFORMAL.items() if (one.members is None) != (entry.members is None))
         raise InputError(f"method {method!r} does not suit the task {task!r}; choose one of: {', '.join(fitting)}")
     _check_finite(summary)
     known = _known(noise, summary)
@@ -293,8 +285,10 @@ def calibration_curve(summary: Summary, y: Any, points: int = 99) -> tuple[Array
     Ermon (2018, algorithm 1) would fit, and its mean squared distance from the first their calibration error.
 
     Raises:
-        InputError: the noise is not known; apply a calibration to the summary first.
+        InputError: no whole number of points, or the noise is not known; apply a calibration to the summary first.
     """
+    if not is_whole(points) or points < 1:
+        raise InputError(f"points must be a whole number of at least 1, got {points!r}")
     share = np.sort(predictive_cdf(summary, targets_of(y, summary.mean)).ravel())
     expected = np.arange(1, points + 1) / (points + 1)
     return expected, np.searchsorted(share, expected, side="right") / len(share)

@@ -120,6 +120,14 @@ def test_calibration_curve_is_the_diagonal_where_the_noise_is_right() -> None:
     assert narrow[0] > 0.15  # too many y below the first percentile
 
 
+@pytest.mark.parametrize("points", [0, -3, 1.5, "a", True, None])
+def test_a_curve_has_a_whole_number_of_points(points: Any) -> None:
+    made = summary(np.zeros((5, 1)), 1.0, aleatoric=np.ones((5, 1)))
+    with pytest.raises(InputError, match=f"points must be a whole number of at least 1, got {points!r}"):
+        calibration_curve(made, np.zeros((5, 1)), points)
+    assert [len(part) for part in calibration_curve(made, np.zeros((5, 1)), np.int64(1))] == [1, 1]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", ["absolute", "cqr", "standardised"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_held_out_row_without_a_finite_output_is_named(method: str, bad: float) -> None:
