@@ -104,8 +104,8 @@ def _given(place: Place, value: str) -> bool:
 
 
 def _shortest(value: Any) -> float:
-    """The decimal number that was meant by a number in float32: 0.3, not 0.30000001192."""
-    return float(str(np.float32(value)))
+    """The decimal number that was meant by a number in its own type: 0.3, not 0.30004883 or 0.30000001192."""
+    return float(str(np.float32(str(value))))
 
 
 def _drop_facts(p: float) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _drop_facts(p: float) -> dict[str, Any]:
 
 def _dropout(change: Change, place: Place) -> None:
     node = place.node
-    ratio = next((attribute.f for attribute in node.attribute if attribute.name == "ratio"), 0.5)
+    ratio: Any = next((attribute.f for attribute in node.attribute if attribute.name == "ratio"), 0.5)
     if len(node.input) > 1 and node.input[1]:
         rate = number(change.known, node.input[1], computed=True)
         if rate is None:
@@ -127,7 +127,7 @@ def _dropout(change: Change, place: Place) -> None:
             )
         if rate.size != 1 or rate.dtype.kind not in "fiu":
             raise UncontrolledDraw(f"the rate of {place.path} must be one number, got {rate.size} of {rate.dtype}")
-        ratio = float(rate.item())
+        ratio = rate.reshape(())[()]
     if not 0 <= ratio <= 1:
         raise UncontrolledDraw(f"the rate of {place.path} must be between 0 and 1, got {ratio:g}")
     new: list[Any] = []
@@ -237,7 +237,7 @@ def _share(node: Any, level: Any) -> float | None:
     low, high = given.get("low", 0.0), given.get("high", 1.0)
     if level.size != 1 or level.ndim > 1 or not low < high or math.isnan(level.item()):
         return None
-    return _shortest(min(max((_shortest(level.item()) - low) / (high - low), 0.0), 1.0))
+    return _shortest(min(max((_shortest(level.reshape(())[()]) - low) / (high - low), 0.0), 1.0))
 
 
 def _as_numbers(place: Place, value: str) -> tuple[list[Any], list[Any]]:

@@ -92,6 +92,18 @@ def test_a_rate_of_a_type_that_numpy_lacks_is_that_number() -> None:
     assert np.abs(passes_of(model, X) - dropped(X)).max() <= 1e-6
 
 
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, FLOAT, TensorProto.DOUBLE])
+def test_a_rate_is_the_number_that_was_meant_in_its_own_type(kind: int, p: float) -> None:
+    """So that a graph in float16 has the masks of its network: 0.3 is 0.30004883 there."""
+    rate = number("p", p, kind)
+    coin = [_node("CastLike", "x p", "like"), _node("RandomUniformLike", "like", "u"), _node("Less", "u p", "hit")]
+    coin += [_node("Cast", "hit", "kept", to=FLOAT), _node("Mul", "x kept", "y")]
+    for nodes, expected in (([_node("Dropout", "x p", "y")], p), (coin, round(1 - p, 1))):
+        model = mcdrop.wrap(parsed(by_hand(nodes, initial=(rate,))), example=X)
+        assert [(site.kind, site.p) for site in model.audit.live] == [("bernoulli", expected)]
+
+
 COMPUTED = {
     "what is kept": [_node("Sub", "one keep", "q")],
     "in another shape": [_node("Unsqueeze", "p first", "wide"), _node("Squeeze", "wide", "q")],
