@@ -18,7 +18,7 @@ from mcdrop.model import Model, Options, check_columns, check_fitted, check_mode
 from mcdrop.placing import anew, check_replaceable
 from mcdrop.sampling import fingerprint
 from mcdrop.screening import Screen
-from mcdrop.store import FORMAT, MANIFEST, name_and_version, read_manifest, resolve, verify
+from mcdrop.store import FORMAT, MANIFEST, is_plain_file, name_and_version, read_manifest, resolve, verify
 from mcdrop.store import sha256 as hash_of
 from mcdrop.streams import path_of
 from mcdrop.wrapping import devices_of
@@ -186,14 +186,15 @@ def load(
 
     Raises:
         ModelNotFound: no model lies there.
-        ArtifactError: a file differs from the manifest or the pin, could run code, or does not fit the network.
+        ArtifactError: a file differs from the manifest or the pin, could run code, does not fit the network, or cannot
+            be read.
         InputError: a device that cannot be used, no path, a pin that is no text, or what only a bare file is read with.
     """
     if not isinstance(sha256, str | None):
         raise InputError(f"sha256 must be a text of 64 hexadecimal digits, as sha256sum gives it, got {sha256!r}")
     devices = tuple(map(str, devices_of(devices)))
     folder = path_of(folder)
-    if folder.is_file():
+    if is_plain_file(folder):
         return load_file(
             folder, sha256=sha256, task="regression" if task is None else task, example=example, output=output,
             inject=inject, devices=devices,

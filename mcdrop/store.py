@@ -1,6 +1,7 @@
 """A store of model folders, ``STORE/NAME/VERSION``: manifests, hashes and what may lie in a folder. Needs no torch."""
 
 import hashlib
+import os
 import re
 import stat
 import tomllib
@@ -18,6 +19,7 @@ __all__ = [
     "MANIFEST",
     "Entry",
     "check_name",
+    "is_plain_file",
     "list_models",
     "name_and_version",
     "read_manifest",
@@ -31,6 +33,7 @@ FORMAT = 1
 FILE_BYTES = 16 * 2**30  # of a file of a model folder, at most
 
 _MANIFEST_BYTES = 2**20
+_LOST = "lost+found"  # which a file system has at its root, for nobody to read
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -76,14 +79,53 @@ def list_models(store: str | Path) -> list[Entry]:
 
     Raises:
         InputError: what was given is no path.
-        ArtifactError: the store is not a folder, or a manifest in it cannot be read.
+        ArtifactError: the store is not a folder, or a folder or a manifest in it cannot be read.
     """
     root = path_of(store)
-    if not root.is_dir():
+    status = _status(root)
+    if status is None or not stat.S_ISDIR(status.st_mode):
         raise ModelNotFound(f"{root} is not a folder of models")
-    manifests = sorted(root.glob(f"[!.]*/[!.]*/{MANIFEST}"))
-    entries = [_entry(path.parent) for path in manifests]
+    entries = [_entry(version) for name in _inside(root) for version in _models(name)]
     return sorted(entries, key=lambda entry: (entry.name, _version_key(entry.version)))
+
+
+def is_plain_file(path: Path) -> bool:
+    """Says whether a file lies there, and not a folder or nothing.
+
+    Raises:
+        ArtifactError: the system does not tell.
+    """
+    status = _status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def _models(folder: Path) -> list[Path]:
+    """The folders in a folder that have a manifest."""
+    return [path for path in _inside(folder) if _status(path / MANIFEST) is not None]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder, but for what is hidden; nothing where there is no such folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != _LOST)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a text that no path can be
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What the system tells of a path; None where nothing is there."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{path} cannot be read: {error.strerror or error}")
 
 
 def _version_key(version: str) -> list[tuple[int, int, str]]:
@@ -102,12 +144,13 @@ def resolve(folder: str | Path) -> Path:
 
     Raises:
         ModelNotFound: it is neither.
-        ArtifactError: one of several manifests cannot be read, so that it is not known which is the newest.
+        ArtifactError: a folder in it, or one of several manifests, cannot be read, so that it is not known which is the
+            newest.
     """
     place = Path(folder)
-    if (place / MANIFEST).is_file():
+    if is_plain_file(place / MANIFEST):
         return place
-    versions = sorted(path.parent for path in place.glob(f"[!.]*/{MANIFEST}"))
+    versions = _models(place)
     if not versions:
         raise ModelNotFound(f"there is no model at {place}: neither {MANIFEST} nor a version folder that has one")
     if len(versions) == 1:
@@ -145,7 +188,7 @@ def _check_plain(path: Path, most: int) -> None:
     try:
         status = path.lstat()
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from None
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise ArtifactError(f"{path} must be a plain file, not a link or a special file")
     if status.st_size > most:
@@ -162,13 +205,19 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Checks every file of a model folder against the manifest's sha256.
 
     Raises:
-        ArtifactError: a file is missing, changed, added, or not a plain file.
+        ArtifactError: a file is missing, changed, added, or not a plain file that can be read.
+        FileNotFoundError: one is gone since it was listed.
     """
     expected = manifest["sha256"]
-    names = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if not isinstance(expected, dict) or names != set(expected):
-        raise ArtifactError(f"{folder} holds {sorted(names)}, its manifest lists {sorted(expected)}")
-    for name in sorted(names):
-        _check_plain(folder / name, FILE_BYTES)
-        if sha256(folder / name) != expected[name]:
-            raise ArtifactError(f"{folder / name} is not the file that its manifest was written for (sha256 differs)")
+    try:
+        names = {path.name for path in folder.iterdir()} - {MANIFEST}
+        if not isinstance(expected, dict) or names != set(expected):
+            raise ArtifactError(f"{folder} holds {sorted(names)}, its manifest lists {sorted(expected)}")
+        for name in sorted(names):
+            _check_plain(path := folder / name, FILE_BYTES)
+            if sha256(path) != expected[name]:
+                raise ArtifactError(f"{path} is not the file that its manifest was written for (sha256 differs)")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(Path(error.filename or folder), error) from None

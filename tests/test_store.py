@@ -9,6 +9,7 @@ from folders import verified, written
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mcdrop
 from mcdrop.errors import ArtifactError, ModelNotFound
 from mcdrop.store import (
     MANIFEST,
@@ -130,6 +131,30 @@ def test_what_is_no_store_or_model_is_said_to_be_none(tmp_path: Path, place: str
     if place != "empty":
         with pytest.raises(ModelNotFound, match="is not a folder of models"):
             list_models(tmp_path / place)
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "net/" + "x" * 300, "x/" * 3000], ids=["name", "version", "path"])
+def test_a_place_that_the_system_does_not_take_is_named(tmp_path: Path, place: str) -> None:
+    written(tmp_path / "net" / "1")
+    for read in (list_models, resolve, mcdrop.load):
+        with pytest.raises(ArtifactError, match=r"x.* cannot be read: File name too long"):
+            read(tmp_path / place)
+
+
+@pytest.mark.parametrize("kind", ["a link to itself", "no right to enter"])
+def test_a_folder_that_cannot_be_entered_is_no_empty_one(tmp_path: Path, kind: str) -> None:
+    written(tmp_path / "good" / "1")
+    written(tmp_path / "lost+found" / "1")  # as at the root of a volume
+    assert names(tmp_path) == ["good/1"]
+    if kind == "a link to itself":
+        (tmp_path / "net").symlink_to(tmp_path / "net")
+    elif os.geteuid() == 0:
+        pytest.skip("root may enter every folder")
+    else:
+        written(tmp_path / "net" / "1").parent.chmod(0)
+    for read, place in ((list_models, tmp_path), (resolve, tmp_path / "net"), (mcdrop.load, tmp_path / "net" / "1")):
+        with pytest.raises(ArtifactError, match=r"net\S* cannot be read: "):
+            read(place)
 
 
 GOOD = ["a", "A1", "noisy-line", "1.2.3", "v2_final", "x" * 100]
