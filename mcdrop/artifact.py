@@ -66,11 +66,13 @@ def save(
     Raises:
         ArtifactError: the folder is there, or holds more than a model, or cannot be written, or what was written does
             not load, answer and screen as the model does.
-        InputError: no path, a screen or calibration that is none, features that are not one name for each column, or
-            defaults that the format cannot give.
+        InputError: no path, a screen or calibration that is none, features that are not one name for each column,
+            arguments without names, or defaults that the format cannot give.
     """
     check_model(model)
     check_fitted(screen, calibration)
+    if not isinstance(arguments, Mapping | None):
+        raise InputError(f"arguments must be those of the factory by name, as in {{'width': 64}}, got {arguments!r}")
     named = features if features is not None else model.features or []
     check_columns(named, model.inputs)
     target = _target(folder, overwrite)
@@ -123,10 +125,9 @@ def _write_manifest(
         manifest["screen"] = screen_head(screen)
     manifest["sha256"] = {path.name: hash_of(path) for path in sorted(folder.iterdir())}
     try:
-        text = tomli_w.dumps(manifest)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"the manifest cannot hold what was given for the factory: {error}") from None
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+        (folder / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
+    except (TypeError, ValueError) as error:  # no type of TOML, or half a character, which UTF-8 cannot say
+        raise ArtifactError(f"the manifest cannot hold what was given to save: {error}") from None
 
 
 def _instead(model: Model, form: str) -> str:

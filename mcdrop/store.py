@@ -51,8 +51,11 @@ def check_name(name: str, advice: str = "") -> None:
     """Refuses a name or version that could not be a folder, or a part of an address; ``advice`` ends what is said.
 
     Raises:
-        ArtifactError: it holds anything but letters, digits, '.', '_' and '-', or does not begin with the first two.
+        ArtifactError: it is no text, holds anything but letters, digits, '.', '_' and '-', or does not begin with the
+            first two.
     """
+    if not isinstance(name, str):
+        raise ArtifactError(f"a name or version must be a text, got {name!r}; give it as {str(name)!r}")
     if not _NAME.fullmatch(name):
         raise ArtifactError(f"{name!r} cannot be a name or version: use letters, digits, '.', '_' and '-'{advice}")
 

@@ -216,6 +216,14 @@ def test_names_that_are_not_one_for_each_column_are_refused_before_anything_is_w
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("arguments", ["abc", [1], [("width", 6)], 5])
+def test_arguments_without_names_are_refused_before_anything_is_written(tmp_path: Path, arguments: Any) -> None:
+    model = mcdrop.wrap(plain(), example=X[:4], tuning={})
+    with pytest.raises(InputError, match="arguments must be those of the factory by name"):
+        mcdrop.save(model, tmp_path / "net" / "1", factory="factories:plain", arguments=arguments)
+    assert not [*tmp_path.iterdir()]
+
+
 class Breaks(nn.Linear):
     """A layer whose weights cannot be written."""
 
@@ -285,6 +293,11 @@ def test_a_save_that_is_stopped_while_it_replaces_keeps_the_old(
         ({"factory": "factories:plain", "name": "a/b"}, "cannot be a name or version"),
         ({"factory": "factories:plain", "version": "../1"}, "cannot be a name or version"),
         ({"factory": "factories:plain", "version": ""}, "cannot be a name or version"),
+        ({"factory": "factories:plain", "version": 2}, "must be a text, got 2; give it as '2'"),
+        ({"factory": "factories:plain", "name": 3.5}, "must be a text, got 3.5; give it as '3.5'"),
+        ({"factory": "factories:plain", "arguments": {1: 2}}, "cannot hold what was given"),
+        ({"factory": "factories:plain", "description": "half \ud800"}, "cannot hold what was given"),
+        ({"factory": "factories:plain", "features": ["a", "b", "c", "\ud800"]}, "cannot hold what was given"),
     ],
 )
 def test_what_would_not_load_is_not_saved(tmp_path: Path, options: dict[str, Any], said: str) -> None:
