@@ -99,8 +99,8 @@ def discover_graph(
         )
     if rows is None or len(rows.leaves) + len(slots) < len(model.graph.input):
         drop_unread_inputs(model)  # which may be given, but need not
-    _free_rows(model, slots)
-    backend = OnnxBackend(model, slots, picked(model, output), digest=digest, layers=layers)
+    exported = _free_rows(model, slots)
+    backend = OnnxBackend(model, slots, picked(model, output), digest=digest, layers=layers, exported=exported)
     inputs = graph_inputs(backend.inputs)
     rows = made_up(inputs) if rows is None else placed(rows, inputs)
     audit = _audit(backend, rows, name, len(nodes))
@@ -115,15 +115,17 @@ def discover_graph(
 # -- the graph ---------------------------------------------------------------------------------------------------------
 
 
-def _free_rows(model: Any, slots: tuple[Slot, ...]) -> None:
+def _free_rows(model: Any, slots: tuple[Slot, ...]) -> int:
     """Leaves the first axis of every input open; whether the graph can follow is seen when it is traced.
 
+    Gives how many rows it was exported for, 1 where its inputs do not say one number.
     Of the shapes that its exporter inferred, those are left that have the rows as their first axis and sizes as others.
     """
-    masks, rows = {slot.mask for slot in slots}, set[str]()
+    masks, rows, counts = {slot.mask for slot in slots}, set[str](), set[int]()
     for info in model.graph.input:
         if info.name not in masks and info.type.tensor_type.shape.dim:
             rows.add(info.type.tensor_type.shape.dim[0].dim_param)
+            counts.add(info.type.tensor_type.shape.dim[0].dim_value)
             info.type.tensor_type.shape.dim[0].Clear()
             info.type.tensor_type.shape.dim[0].dim_param = "mcdrop.rows"
     inferred = [(info, [*info.type.tensor_type.shape.dim]) for info in model.graph.value_info]
@@ -134,6 +136,7 @@ def _free_rows(model: Any, slots: tuple[Slot, ...]) -> None:
     ]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
+    return max(counts.pop(), 1) if len(counts) == 1 else 1
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------

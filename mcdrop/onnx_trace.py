@@ -7,6 +7,7 @@ one row. Small whole numbers that differ, such as shapes, are linear in the numb
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -91,14 +92,14 @@ class Observer:
 
     def __init__(
         self, model: Any, slots: Sequence[Slot], session: Callable[[Any], Any],
-        run: Callable[[Any, list[str], Feeds], list[Any]],
+        run: Callable[[Any, list[str], Feeds], list[Any]], exported: int = 1,
     ) -> None:  # fmt: skip
-        """Takes a graph that ``masks_as_inputs`` changed, its slots, what makes a session, and what runs it.
+        """Takes a graph of ``masks_as_inputs``, its slots, what makes a session, what runs it, and its exporter's rows.
 
         Raises:
             UncontrolledDraw: how many numbers a draw takes follows from values.
         """
-        self._run = run
+        self._run, self._exported = run, exported
         self._model, graph = model, model.graph
         follows = moving(graph)
         for slot in slots:
@@ -138,11 +139,15 @@ class Observer:
         try:
             few, more = self._on(feeds, rows, _FEW), self._on(feeds, rows, _MORE)
         except InputError as error:
-            self._on(feeds, rows, rows.count)  # fails as well where the shape is to blame
-            raise ModelRefused(
-                "the graph takes one number of rows only, so its passes cannot be told from its rows; export it with "
-                f"a dynamic first axis (dynamic_shapes=({{0: torch.export.Dim('rows')}},)): {error}"
-            ) from error
+            for count in (rows.count, self._exported):  # these fail as well where the shape is to blame
+                with suppress(InputError):
+                    for row in range(min(rows.count, _MORE)):  # each alone: not only those that are no trouble
+                        self._on(feeds, rows.take([row]), count)
+                    raise ModelRefused(
+                        "the graph takes one number of rows only, so its passes cannot be told from its rows; export "
+                        f"it with a dynamic first axis (dynamic_shapes=({{0: torch.export.Dim('rows')}},)): {error}"
+                    ) from error
+            raise
         shapes, layouts, absent = {}, {}, set()
         for slot in self._slots:
             a, b = self._shape(slot, few), self._shape(slot, more)

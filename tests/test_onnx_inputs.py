@@ -115,6 +115,30 @@ def test_rows_that_would_be_too_large_are_not_made_up(shape: list[Any]) -> None:
         mcdrop.wrap(model, example=None)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("example", [None, X, X[:1], np.tile(X, (2, 1))], ids=["none", "4", "1", "8"])
+def test_a_graph_of_one_number_of_rows_is_refused_for_that_whatever_the_example(rows: int, example: Any) -> None:
+    shape = number("shape", [rows, 6], TensorProto.INT64)
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["h"]), helper.make_node("Dropout", ["h"], ["y"])]
+    model = parsed(by_hand(nodes, initial=(shape,)))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", FLOAT, [rows, 6]))
+    with pytest.raises(ModelRefused, match=r"takes one number of rows only.*export it with a dynamic first axis"):
+        mcdrop.wrap(model, example=example)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_a_row_that_a_graph_does_not_take_is_not_blamed_on_the_number_of_rows(rows: int, bad: int) -> None:
+    nodes = [helper.make_node("Gather", ["table", "x"], ["found"]), helper.make_node("Dropout", ["found", "p"], ["z"])]
+    model = parsed(by_hand(nodes, dtype=TensorProto.INT64, initial=(number("p", 0.25), number("table", [1.0] * 9))))
+    model.graph.output[0].name, model.graph.output[0].type.tensor_type.elem_type = "z", FLOAT
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = rows
+    example = np.zeros((4, 6), int)
+    example[bad] = 9
+    with pytest.raises(InputError, match="cannot take inputs of shape"):
+        mcdrop.wrap(model, example=example)
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

@@ -62,11 +62,13 @@ class OnnxBackend:
     chunk_bytes = CHUNK_BYTES
 
     def __init__(
-        self, model: "onnx.ModelProto", slots: Sequence[Slot], output: str, *, digest: str, layers: Mapping[str, str]
-    ) -> None:
+        self, model: "onnx.ModelProto", slots: Sequence[Slot], output: str, *, digest: str, layers: Mapping[str, str],
+        exported: int = 1,
+    ) -> None:  # fmt: skip
         """Takes a graph that ``masks_as_inputs`` changed, its slots and the output to read.
 
-        ``digest`` is the sha256 of the graph as it was, ``layers`` maps the names of nodes to their first outputs.
+        ``digest`` is the sha256 of the graph as it was, ``layers`` maps the names of nodes to their first outputs,
+        ``exported`` is the number of rows that it was exported for where that is one.
         """
         self.slots = tuple(slots)
         self.model, self.output = model, output
@@ -83,6 +85,7 @@ class OnnxBackend:
         given = [info for info in model.graph.input if info.name in {*self._border, *masks}]
         self._after = session(pruned(model, [output], [*given, *between]))
         self._takes = {info.name for info in self._after.get_inputs()}
+        self._exported = exported
         self._observer: Observer | None = None
         self._plans: dict[object, _Plan] = {}
         self._masks = LatestMasks(_MASK_BYTES)
@@ -218,14 +221,15 @@ class OnnxBackend:
         return border
 
     def _observe(self, feeds: Feeds) -> Feeds:
+        return self._observed()(feeds)
+
+    def _observed(self) -> Observer:
         if self._observer is None:
-            self._observer = Observer(self.model, self.slots, session, ended)
-        return self._observer(feeds)
+            self._observer = Observer(self.model, self.slots, session, ended, self._exported)
+        return self._observer
 
     def _make_plan(self, rows: Rows) -> _Plan:
-        if self._observer is None:
-            self._observer = Observer(self.model, self.slots, session, ended)
-        found = self._observer.trace(lambda few: self._feeds(few), rows, self._border, self.output)
+        found = self._observed().trace(lambda few: self._feeds(few), rows, self._border, self.output)
         trace = ordered(found, rows, self.run, _TOLERANCE.get(found.dtype, 3e-5))
         drawn = sample_masks(trace.sites, _CHECK_PASSES, seed=0)
         if trace.unfoldable:
