@@ -20,7 +20,7 @@ def read_graph(source: "bytes | str | Path | onnx.ModelProto") -> "onnx.ModelPro
     """Gives a checked model of one's own, its local functions put in line.
 
     Raises:
-        ArtifactError: it is no ONNX model, or keeps tensors in other files.
+        ArtifactError: it is no ONNX model, keeps tensors in other files, or is too large for one.
         ModelRefused: a local function cannot be put in line.
     """
     data, name = _bytes(getattr(source, "model_proto", source))  # which torch.onnx.export(dynamo=True) gives
@@ -102,7 +102,14 @@ def _bytes(source: Any) -> tuple[bytes, str]:
             raise ArtifactError(f"{source} is no ONNX graph; read it with mcdrop.load(path, task=..., example=rows)")
         return data, str(source)
     if hasattr(source, "SerializeToString"):
-        return source.SerializeToString(), source.graph.name or "the model"
+        name = source.graph.name or "the model"
+        try:
+            return source.SerializeToString(), name
+        except Exception as error:  # protobuf's EncodeError, whose module differs between its implementations
+            raise ArtifactError(
+                f"{name} cannot be written in one piece: one ONNX file holds 2 GiB at most, and larger graphs are not "
+                f"read; wrap the network that it was made of: {error}"
+            ) from error
     session = vars(source) if hasattr(source, "get_inputs") else {}  # onnxruntime keeps what it was made of
     if session.get("_model_bytes"):
         return session["_model_bytes"], "the session's model"
