@@ -132,10 +132,12 @@ class Calibration:
             read = cls(**fields | {"levels": levels, "plan": plan})
             UnknownName.check("calibration method", read.method, CONFORMAL)
             UnknownName.check("task", read.task, DEFAULTS)
-            others = (read.offset, read.noise, read.scale, read.temperature)
-            if not all(np.isfinite(values).all() for values in (scores, *others) if values is not None):
-                raise ValueError("some of its numbers are not finite")
-        except (KeyError, TypeError, ValueError) as error:
+            others = [one for one in (read.offset, read.noise, read.scale, read.temperature) if one is not None]
+            if not all(np.isfinite(one).all() for one in (scores, *others)) or any(np.min(one) <= 0 for one in others):
+                raise ValueError("some of its numbers are not finite, or a variance, scale or temperature not above 0")
+            if scores.ndim < 2 or len(scores) != max(len(levels), 1):
+                raise ValueError(f"its scores have the shape {scores.shape}, for {len(levels)} levels")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(f"this is not a calibration: {type(error).__name__}: {error}") from error
         return read
 

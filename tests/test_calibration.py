@@ -110,6 +110,29 @@ def test_what_is_not_a_calibration_is_refused() -> None:
         Calibration.from_dict(calibration.to_dict() | {"method": "nope"})
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"shape": -1}, "its scores have the shape"),
+        ({"shape": [-1]}, "its scores have the shape"),
+        ({"shape": [-1, 1]}, "its scores have the shape"),
+        ({"levels": [0.8, 0.9]}, "its scores have the shape"),
+        ({"scores": 10**400}, "OverflowError"),
+        ({"noise": [10**400]}, "OverflowError"),
+        ({"noise": [-1.0]}, "not above 0"),
+        ({"offset": [-1.0]}, "not above 0"),
+        ({"scale": [0.0]}, "not above 0"),
+        ({"temperature": 0.0}, "not above 0"),
+        ({"temperature": 10**400}, "TypeError"),
+    ],
+)
+def test_a_calibration_of_numbers_that_none_has_is_refused(changed: dict[str, Any], said: str) -> None:
+    """A variance below 0 would make bounds that are NaN."""
+    _, calibration = held()
+    with pytest.raises(ArtifactError, match=f"not a calibration: .*{said}"):
+        Calibration.from_dict(calibration.to_dict() | changed)
+
+
 @pytest.mark.statistical
 def test_calibration_curve_is_the_diagonal_where_the_noise_is_right() -> None:
     random = np.random.default_rng(3)
