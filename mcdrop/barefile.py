@@ -3,6 +3,7 @@
 What would run code when it is read is refused with a sentence that says how to convert it.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -48,7 +49,9 @@ def read_plain(path: Path, *, sha256: str | None = None, most: int = _MOST) -> b
     except FileNotFoundError:
         raise ModelNotFound(f"there is no file {path}") from None
     except OSError as error:
-        raise ArtifactError(f"{path} must be a plain file that can be read: {error.strerror}") from None
+        linked = error.errno == errno.ELOOP and path.is_symlink()
+        said = "it is a link; give the file that it leads to" if linked else error.strerror
+        raise ArtifactError(f"{path} must be a plain file that can be read: {said}") from None
     with opened as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
