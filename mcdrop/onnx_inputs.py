@@ -54,6 +54,12 @@ def graph_inputs(infos: Iterable[Any]) -> tuple[GraphInput, ...]:
 
 def _dtype(info: Any) -> np.dtype[Any]:
     """The numpy type of an input."""
+    kind = info.type.WhichOneof("value")
+    if kind not in ("tensor_type", None):
+        raise ModelRefused(
+            f"input {info.name!r} is a {kind.removesuffix('_type').replace('_', ' ')}, no tensor of numbers; let the "
+            "graph take its tensors as inputs of their own"
+        )
     code = info.type.tensor_type.elem_type
     try:
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(code))

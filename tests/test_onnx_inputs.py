@@ -98,6 +98,14 @@ def test_a_type_that_numpy_does_not_have_is_refused(kind: int) -> None:
         mcdrop.wrap(_of_type(kind), example=X)
 
 
+def test_an_input_that_is_no_tensor_is_refused_by_what_it_is() -> None:
+    nodes = [helper.make_node("SequenceAt", ["x", "i"], ["h"]), helper.make_node("Dropout", ["h"], ["y"])]
+    model = parsed(by_hand(nodes, initial=(number("i", 0, TensorProto.INT64),)))
+    model.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("x", FLOAT, ["n", 6]))
+    with pytest.raises(ModelRefused, match="input 'x' is a sequence, no tensor of numbers"):
+        mcdrop.wrap(model, example=X)
+
+
 def test_rows_that_the_runtime_does_not_take_are_an_error_of_ours() -> None:
     nodes = [helper.make_node("Gather", ["table", "x"], ["found"]), helper.make_node("Dropout", ["found", "p"], ["z"])]
     model = parsed(by_hand(nodes, dtype=TensorProto.INT64, initial=(number("p", 0.25), number("table", [1.0] * 9))))
