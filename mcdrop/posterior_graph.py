@@ -110,7 +110,7 @@ def all_passes(
         shape: of one row's output.
     """
     masks = {slot.mask for slot in slots}
-    whole = _own_names(_modern(model))
+    whole = _own_names(_modern(model, output))
     builder = Builder(onnx.ModelProto(ir_version=min(max(whole.ir_version, 8), _IR)))
     graph = builder.model.graph
     builder.model.opset_import.extend(whole.opset_import)
@@ -130,12 +130,13 @@ def all_passes(
     return builder, _written_out(builder, ours, slots, trace, values, output, passes, shape)
 
 
-def _modern(model: Any) -> Any:
-    """The same graph in operators that are new enough."""
+def _modern(model: Any, output: str) -> Any:
+    """The same graph, as far as its output needs it, in operators that are new enough."""
     if opset(model) >= _OLDEST:
         return model
+    part = pruned(model, [output], [*model.graph.input])
     try:
-        return version_converter.convert_version(model, OPSET)
+        return version_converter.convert_version(part, OPSET)
     except Exception as error:  # raised from C++ under several names
         raise ModelRefused(
             f"the graph's operators (opset {opset(model)}) cannot be brought up to opset {OPSET}: {error}"

@@ -226,6 +226,18 @@ def _of_any_length() -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def test_another_output_of_what_a_norm_layer_no_longer_gives_is_no_hindrance(tmp_path: Path) -> None:
+    model, x = _of_any_length(), np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
+    values = ("h", "scale", "bias", "m", "v")
+    norm = helper.make_node("BatchNormalization", values, ["y", "rm", "rv"], training_mode=1)
+    model.graph.node[1].output[0] = "h"
+    model.graph.node.extend([norm, helper.make_node("Identity", ["rm"], ["running"])])
+    model.graph.initializer.extend(number(name, [1.5] * 6) for name in values[1:])
+    model.graph.output.append(helper.make_tensor_value_info("running", TensorProto.FLOAT, [6]))
+    found = mcdrop.wrap(model, example=x, output="y")
+    _compare(_run(mcdrop.export_onnx(found, tmp_path / "p.onnx", passes=20), x), mcdrop.predict(found, x, passes=20))
+
+
 def test_it_takes_rows_of_the_size_that_its_masks_have_alone(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
     model = mcdrop.wrap(_of_any_length(), example=x)
