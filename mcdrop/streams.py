@@ -110,11 +110,13 @@ def whole(target: str | Path) -> Iterator[Path]:
 
 
 def check_place(target: str | Path) -> None:
-    """Tries whether a file can be written, before the work is done that it is to hold.
+    """Tries whether a file can be written, before the work is done that it is to hold; standard output is no file.
 
     Raises:
         InputError: it cannot.
     """
+    if str(target) == STANDARD_STREAM:
+        return
     with explained("write", target):
         if Path(target).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -11,7 +11,7 @@ import pytest
 
 from mcdrop.console import progress
 from mcdrop.errors import InputError
-from mcdrop.streams import STANDARD_STREAM, reading, writing
+from mcdrop.streams import STANDARD_STREAM, check_place, reading, writing
 
 
 @contextlib.contextmanager
@@ -89,3 +89,11 @@ def test_a_reader_that_leaves_a_pipe_with_a_name_is_told_as_what_it_is_too() -> 
     with pytest.raises(BrokenPipeError):
         write_when_it_has_left()
     os.close(writer)
+
+
+def test_standard_output_takes_no_place_in_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where that cannot be written: nobody makes a file in /proc."""
+    monkeypatch.chdir("/proc")
+    check_place(STANDARD_STREAM)
+    with pytest.raises(InputError, match=r"^cannot write \./-: "):
+        check_place("./-")  # a file of that name is a file
