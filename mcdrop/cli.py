@@ -263,14 +263,14 @@ def predicted(
     """Predicts a table block by block; tells ``advance`` how many bytes of it are done."""
     import numpy as np
 
-    from mcdrop.files import only_input
+    from mcdrop.files import only_input, rows_at_once
     from mcdrop.predict import in_words
     from mcdrop.predict import predict as predict_block
     from mcdrop.table import read_rows, with_prediction
 
     spec, kept, rows, lost = only_input(model), model.calibration, 0, 0
-    width = math.prod(spec.shape[1:])
-    for block in read_rows(source, width=width, features=model.features, dtype=spec.dtype, note=note):
+    width, chunk = math.prod(spec.shape[1:]), rows_at_once(model, options)
+    for block in read_rows(source, width=width, features=model.features, dtype=spec.dtype, chunk=chunk, note=note):
         inputs = {spec.name: block.values.reshape(-1, *spec.shape[1:])}
         found = predict_block(model, inputs, **options)
         if kept is not None and not rows and not found.audit.calibrated:

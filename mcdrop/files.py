@@ -1,7 +1,9 @@
 """Files of rows, CSV or Parquet by their suffix: read in blocks, and written again with new columns at the right."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from mcdrop.errors import InputError
 from mcdrop.parquet import batches, open_parquet, picked
 from mcdrop.rows import check_named
 from mcdrop.streams import check_place, explained, reading, whole
-from mcdrop.table import Block, Table, read_records, read_rows, write_rows
+from mcdrop.table import CELLS_PER_BLOCK, Block, Table, read_records, read_rows, write_rows
 
 if TYPE_CHECKING:
     from mcdrop.model import InputSpec, Model
@@ -26,6 +28,7 @@ __all__ = [
     "read_inputs",
     "read_pairs",
     "read_targets",
+    "rows_at_once",
     "size_of",
     "state_of",
 ]
@@ -35,6 +38,8 @@ Note = Callable[[str], None]
 State = tuple[int, int, int]
 
 _PARQUET = (".parquet", ".pq")
+_COLUMNS = 7  # at most: those that a table of predictions has for each output, and those besides
+_KEPT_PER_BLOCK = 1 << 22  # numbers of passes that are kept, and then sorted in double precision
 
 
 def read_inputs(
@@ -54,9 +59,11 @@ def read_inputs(
         InputError: the model takes several inputs, or the file does not hold what it reads.
     """
     shape = only_input(model).shape[1:]
-    blocks = (
-        _parquet_blocks(model, source, without) if _is_parquet(source) else _csv_blocks(model, source, without, note)
-    )
+    chunk = rows_at_once(model, {})
+    if _is_parquet(source):
+        blocks = _parquet_blocks(model, source, without, chunk)
+    else:
+        blocks = ((block.position, block.values) for block in _csv_source(model, source, without, note, chunk))
     for position, values in blocks:
         yield values.reshape(-1, *shape)
         if advance is not None:
@@ -163,6 +170,26 @@ def only_input(model: "Model") -> "InputSpec":
     return model.inputs[0]
 
 
+def rows_at_once(model: "Model", options: Mapping[str, Any]) -> int:
+    """Gives how many rows of a file may be predicted at once, so that what comes of them fits in memory as they do.
+
+    ``options`` are those of ``predict``; what is None is the model's default.
+
+    Raises:
+        InputError: an option outside its range.
+    """
+    asked = replace(model.defaults, **{name: value for name, value in options.items() if value is not None})
+    try:
+        outputs = int(model.backend.deterministic(model.example.take(slice(0, 2)))[0].size)
+    except InputError:  # of a network that is built for one number of rows, which cannot be cut
+        return sys.maxsize
+    rows = CELLS_PER_BLOCK // (_COLUMNS * (outputs + 1))
+    fitted = model.calibration if asked.interval == "conformal" else None
+    if asked.plan.keep_samples or (fitted is not None and fitted.needs_samples):
+        rows = min(rows, _KEPT_PER_BLOCK // (asked.passes * outputs))
+    return max(1, rows)
+
+
 def _header(source: str | Path) -> list[str]:
     """The names of the columns; of a CSV file its first line, be it names or not."""
     if _is_parquet(source):
@@ -189,16 +216,11 @@ def _features(model: "Model", source: str | Path, without: Sequence[str]) -> lis
 
 
 def _csv_source(
-    model: "Model", source: str | Path, without: Sequence[str], note: Note | None = None
+    model: "Model", source: str | Path, without: Sequence[str], note: Note | None = None, chunk: int | None = None
 ) -> Iterator[Block]:
     spec, features = only_input(model), _features(model, source, without)
-    return read_rows(source, width=math.prod(spec.shape[1:]), features=features, dtype=spec.dtype, note=note)
-
-
-def _csv_blocks(
-    model: "Model", source: str | Path, without: Sequence[str], note: Note | None
-) -> Iterator[tuple[int, NDArray[Any]]]:
-    return ((block.position, block.values) for block in _csv_source(model, source, without, note))
+    width = math.prod(spec.shape[1:])
+    return read_rows(source, width=width, features=features, dtype=spec.dtype, chunk=chunk, note=note)
 
 
 def _appended(
@@ -221,13 +243,15 @@ def _cell(value: Any) -> Any:
 # -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
-def _parquet_blocks(model: "Model", source: str | Path, without: Sequence[str]) -> Iterator[tuple[int, NDArray[Any]]]:
+def _parquet_blocks(
+    model: "Model", source: str | Path, without: Sequence[str], chunk: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
     spec, names = only_input(model), _features(model, source, without) or _header(source)
     width, header = math.prod(spec.shape[1:]), _header(source)
     check_named(names, header, str(source))
     if len(names) != width:
         raise InputError(f"{source} must have {width} columns that the model reads, got {len(names)}")
-    return picked(source, names, spec.dtype)
+    return picked(source, names, spec.dtype, chunk=chunk)
 
 
 def _append_parquet(

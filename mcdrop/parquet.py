@@ -12,7 +12,7 @@ from mcdrop.wholes import digits_of
 
 __all__ = ["batches", "open_parquet", "picked"]
 
-_ROWS = 65_536  # at a time
+_ROWS = 65_536  # at a time, at most
 
 
 def open_parquet(source: str | Path) -> Any:
@@ -35,8 +35,8 @@ def open_parquet(source: str | Path) -> Any:
         raise InputError(f"cannot read {source} as Parquet: {error}") from None
 
 
-def batches(file: Any, source: str | Path, names: Sequence[str] | None = None) -> Iterator[Any]:
-    """Gives the rows of an open file, some at a time.
+def batches(file: Any, source: str | Path, names: Sequence[str] | None = None, *, chunk: int = _ROWS) -> Iterator[Any]:
+    """Gives the rows of an open file, ``chunk`` at a time at most.
 
     Raises:
         InputError: they are damaged, or cannot be read.
@@ -44,13 +44,15 @@ def batches(file: Any, source: str | Path, names: Sequence[str] | None = None) -
     import pyarrow
 
     try:
-        yield from file.iter_batches(batch_size=_ROWS, columns=names and [*names])
+        yield from file.iter_batches(batch_size=min(chunk, _ROWS), columns=names and [*names])
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise InputError(f"cannot read {source}: {error}") from None
 
 
-def picked(source: str | Path, names: Sequence[str], dtype: str) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Gives named columns of a file as numbers, with the number of rows read so far.
+def picked(
+    source: str | Path, names: Sequence[str], dtype: str, *, chunk: int = _ROWS
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Gives named columns of a file as numbers, with the number of rows read so far; ``chunk`` at a time at most.
 
     Raises:
         InputError: there are no rows, two columns of a name, or cells that are no numbers of this ``dtype``.
@@ -59,7 +61,7 @@ def picked(source: str | Path, names: Sequence[str], dtype: str) -> Iterator[tup
     header = file.schema_arrow.names
     if twice := [name for name in names if header.count(name) > 1]:
         raise InputError(f"{source} has a column {twice[0]!r} more than once, so it is not clear which one to use")
-    for batch in batches(file, source, names):
+    for batch in batches(file, source, names, chunk=chunk):
         columns = [_column(batch, name, np.dtype(dtype), source, start) for name in names]
         start += len(batch)
         yield start, np.stack(columns, axis=1)

@@ -21,7 +21,7 @@ from mcdrop.wholes import cell_problem, is_whole, read_whole
 if TYPE_CHECKING:
     from mcdrop.predict import Prediction
 
-__all__ = ["Block", "Table", "read_records", "read_rows", "with_prediction", "write_rows"]
+__all__ = ["CELLS_PER_BLOCK", "Block", "Table", "read_records", "read_rows", "with_prediction", "write_rows"]
 
 CELLS_PER_BLOCK = 1 << 16  # a block of rows holds about this many cells, whatever the width of the table
 MAX_LINE = 1 << 24  # characters; a longer line is a sign that the file is no table
@@ -77,7 +77,7 @@ def read_rows(
     chunk: int | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Iterator[Block]:
-    """Reads a CSV file (``-`` is standard input) in blocks of ``chunk`` rows.
+    """Reads a CSV file (``-`` is standard input) in blocks of ``chunk`` rows at most.
 
     The model's ``width`` columns are found by the names in ``features`` where the header has them all, else by position
     where the table has just that many columns. The first row is a header if it holds those names, or no number at all;
@@ -97,7 +97,7 @@ def read_rows(
             records = itertools.chain([first], records)
         if note is not None and (said := _said(layout, features or (), name)):
             note(said)
-        size = chunk or max(1, CELLS_PER_BLOCK // len(layout.header))
+        size = min(chunk or CELLS_PER_BLOCK, max(1, CELLS_PER_BLOCK // len(layout.header)))
         batch = list(itertools.islice(records, size))
         if not batch:
             raise InputError(f"{name} holds a header and no rows; give at least one row")

@@ -11,9 +11,13 @@ import pytest
 from torch import Tensor, nn
 
 from mcdrop import streams
+from mcdrop.cli import predicted
 from mcdrop.errors import InputError
-from mcdrop.files import append_columns, check_target, read_inputs, read_pairs, read_targets, state_of
+from mcdrop.files import append_columns, check_target, read_inputs, read_pairs, read_targets, rows_at_once, state_of
+from mcdrop.fitting import calibrate
 from mcdrop.model import Model
+from mcdrop.predict import predict
+from mcdrop.table import CELLS_PER_BLOCK
 from mcdrop.wrapping import wrap
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -293,3 +297,58 @@ def test_files_of_long_names_do_not_meet_while_they_are_written(tmp_path: Path) 
         one.write("one")
         other.write("other")
     assert [target.read_text() for target in targets] == ["one", "other"]
+
+
+# -- how much at once --------------------------------------------------------------------------------------------------
+
+
+def classes(count: int) -> Model:
+    net = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.3), nn.Linear(4, count))
+    model = wrap(net, example=np.ones((4, 1), "float32"), task="classification", tuning={})
+    return replace(model, features=["a"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_that_have_many_outputs_are_read_few_at_once(tmp_path: Path, suffix: str) -> None:
+    """What a screen makes of a block, such as the chances and votes of each class, is no larger than a block of a
+    wide table; and the rows are the same.
+    """
+    rows = np.arange(400.0)
+    blocks = list(read_inputs(classes(200), write(tmp_path / f"rows.{suffix}", [rows], "a")))
+    assert max(map(len, blocks)) * 2 * 200 <= CELLS_PER_BLOCK
+    assert np.concatenate(blocks).ravel().tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize(("outputs", "options"), [(200, {"passes": 2}), (10, {"passes": 2000, "interval": "quantile"})])
+def test_a_block_of_predictions_is_as_small_as_one_of_rows(
+    tmp_path: Path, outputs: int, options: dict[str, Any]
+) -> None:
+    model, rows = classes(outputs), np.linspace(-1, 1, 400)
+    tables = [*predicted(model, str(write(tmp_path / "rows.csv", [rows], "a")), options, "", lambda position: None)]
+    most = max(len(table.rows) for table in tables)
+    assert most * len(tables[0].header) <= CELLS_PER_BLOCK
+    if "interval" in options:
+        assert most * options["passes"] * outputs * 4 <= 2**24  # bytes; 400 rows would keep about twice that
+    expected, place = predict(model, rows[:, None], **options), tables[0].header.index("lower_0")
+    found = [row[place] for table in tables for row in table.rows]
+    np.testing.assert_allclose(found, expected.lower[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_passes_that_a_calibration_keeps_count_too() -> None:
+    x = np.linspace(-1, 1, 60).astype("float32")[:, None]
+    plain = wrap(nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.3), nn.Linear(4, 1)), example=x[:4], tuning={})
+    most = {}
+    for method in ("cqr", "standardised"):
+        model = plain.with_calibration(calibrate(plain, x, 2 * x, method=method, passes=2000))
+        most[method] = rows_at_once(model, {"passes": 2000, "interval": "conformal"})
+    assert most["cqr"] * 2000 * 4 <= 2**24 < most["standardised"] * 2000 * 4
+
+
+def test_a_network_for_one_number_of_rows_is_not_cut() -> None:
+    class Four(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 4
+            return nn.functional.dropout(x, 0.3, self.training)
+
+    model = wrap(Four(), example=np.ones((4, 1), "float32"), tuning={})
+    assert rows_at_once(model, {}) > CELLS_PER_BLOCK
