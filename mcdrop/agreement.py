@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "difference", "distance", "identical", "largest", "others_than_outputs", "told_orders", "uneven",
+    "ROUNDING", "difference", "distance", "identical", "largest", "others_than_outputs", "told_orders", "uneven",
 ]  # fmt: skip
 
-_ROUNDING = {2: 2e-2, 4: 4e-6, 8: 8e-15}  # of a number of so many bytes, after other operations on one as large
+ROUNDING = {2: 2e-2, 4: 4e-6, 8: 8e-15}  # of a number of so many bytes, after other operations on one as large
 _FEWEST_TELLING, _MOST_TELLING = 3, 64  # rows
 _TRIES = 64  # orders of several draws at once
 
@@ -52,7 +52,7 @@ def _by_what_moves(apart: NDArray[Any], expected: NDArray[Any], passes: Any, by_
     moved = np.isfinite(spread) & (spread > 0)
     others = others_than_outputs(spread.ndim) if by_output else None
     farthest = np.max(spread, axis=others, where=moved, initial=0.0, keepdims=True)
-    rounding = _ROUNDING.get(passes.itemsize, 0.0) * np.where(moved, np.abs(values).max(axis=0), 0)
+    rounding = ROUNDING.get(passes.itemsize, 0.0) * np.where(moved, np.abs(values).max(axis=0), 0)
     still = float(np.where(moved, 0, apart).max()) / largest(expected)
     return max(still, float((np.where(moved, apart - rounding, 0) / np.maximum(farthest, 1e-30)).max()))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcdrop.agreement import others_than_outputs
+from mcdrop.agreement import ROUNDING, others_than_outputs
 from mcdrop.audit import Audit, NormReport, times
 from mcdrop.backends.torch import TorchBackend
 from mcdrop.errors import ModelRefused
@@ -33,7 +33,6 @@ _ROWS, _PASSES = 4, 32
 _FEWEST_PASSES = 16  # where these take long enough
 _NORM_ROWS = 256  # so few as above say little about a variance
 _LOOKS = (None, ALL_LOW, ALL_HIGH)  # passes that show whether anything changes: as drawn, and the extremes
-_ROUNDING = 4e-6  # of an output in float32
 _SECONDS = 5.0  # longer than this the shares are not worth waiting for
 _SHIFTED = (0.8, 1.25)  # variance ratios outside are worth a warning
 _PREDICTED_AT = 100
@@ -113,7 +112,7 @@ def _precision_error(backend: TorchBackend, rows: Rows, everything: Tensor) -> f
     found = _moments(exact)
     others, squares = others_than_outputs(found.variance.ndim), 0.0
     with np.errstate(invalid="ignore"):
-        varies = found.variance > np.square(_ROUNDING * found.mean)
+        varies = found.variance > np.square(ROUNDING[4] * found.mean)
         for low, full in zip(map(as_numpy, everything), map(as_numpy, exact), strict=True):
             square = np.square(low - full, dtype=np.float64)
             squares += np.nansum(square, axis=others, where=varies)

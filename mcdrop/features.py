@@ -131,17 +131,19 @@ def beside_weights(module: nn.Module) -> dict[str, Tensor]:
 
     What forwards of a shadow write to is not among them.
     """
-    found: dict[str, Tensor] = {}
+    found, left_out = dict[str, Tensor](), volatile(module)
     for name, tensor in (*_sparse_ones(module), *kept_tensors(module)):
-        if name not in volatile(module):
+        if name not in left_out:
             key, place = name, 1
             while key in found:  # of a list each has its place
                 key, place = f"{name}.{place}", place + 1
             found[key] = tensor
     for path, child in module.named_modules():
-        names = child._non_persistent_buffers_set & {name for name, one in child._buffers.items() if one is not None}
-        found |= {f"{path}.{name}".removeprefix("."): child.get_buffer(name) for name in names}
-    return {name: tensor for name, tensor in found.items() if name not in volatile(module)}
+        for key in child._non_persistent_buffers_set:
+            name, buffer = f"{path}.{key}".removeprefix("."), child._buffers.get(key)
+            if buffer is not None and name not in left_out:
+                found[name] = buffer
+    return found
 
 
 def _sparse_ones(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -184,8 +184,7 @@ def rows_at_once(model: "Model", options: Mapping[str, Any]) -> int:
     except InputError:  # of a network that is built for one number of rows, which cannot be cut
         return sys.maxsize
     rows = CELLS_PER_BLOCK // (_COLUMNS * (outputs + 1))
-    fitted = model.calibration if asked.interval == "conformal" else None
-    if asked.plan.keep_samples or (fitted is not None and fitted.needs_samples):
+    if asked.plan_with(model.calibration).keep_samples:
         rows = min(rows, _KEPT_PER_BLOCK // (asked.passes * outputs))
     return max(1, rows)
 

@@ -56,6 +56,11 @@ class Options:
         keep = self.keep_samples or INTERVALS[self.interval].needs_samples
         return PassPlan(self.passes, self.seed, self.sampler, keep, self.tolerance, self.exact_last)
 
+    def plan_with(self, calibration: Calibration | None) -> PassPlan:
+        """The same where a calibration is at hand, whose intervals may be made of the passes themselves."""
+        keep = self.interval == "conformal" and calibration is not None and calibration.needs_samples
+        return replace(self.plan, keep_samples=True) if keep else self.plan
+
 
 @dataclass(frozen=True)
 class InputSpec:

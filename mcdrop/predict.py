@@ -249,10 +249,9 @@ def predict(
     options = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
     if not isinstance(model, Model):
         model = wrap(model, example=x, task="regression" if task is None else task, tuning={})  # timing does not pay
-    plan, holding = options.plan, calibration or model.calibration
-    if options.interval == "conformal" and holding is not None and holding.needs_samples:
-        plan = replace(plan, keep_samples=True)
-    result = sample(model, x, plan, screen=screen, deterministic=deterministic or holding is not None)
+    holding = calibration or model.calibration
+    plan, deterministic = options.plan_with(holding), deterministic or holding is not None
+    result = sample(model, x, plan, screen=screen, deterministic=deterministic)
     return interpret(model, result, options, screen=screen, fpr=fpr, calibration=calibration)
 
 
